@@ -1,0 +1,1 @@
+"""mmengine, mmcv, mmseg and mmdet, imported here and nowhere else."""

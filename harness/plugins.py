@@ -1,0 +1,243 @@
+"""What a plugin is, and how plugins are found.
+
+Methods, evaluators, protocols, launchers and commands are entry points; those of this project come by the same road as a third
+party's. A plugin is a frozen dataclass: its fields are its configuration and its identity. The protocols below say what the
+harness calls; there is nothing to inherit from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from harness.spec import Asset, Metric, Outcome, Overrides, Recipe, UserError, ViTConfig, suggest
+from harness.spec import Protocol as Setting
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from harness.checkpoint import Backbone
+    from harness.vit import ViT
+
+KINDS = ("methods", "evals", "launchers", "protocols", "commands")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands: shown by the launcher and written beside the job."""
+
+    stage: str
+    step: int
+    steps: int
+    images_per_s: float
+    loss: float | None = None
+    seconds_left: float | None = None
+
+
+@dataclass
+class Session:
+    """What a running job may use: its folder, its seed, the machine, and the way to report and to be stopped.
+
+    `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
+    `dtype` is the autocast type (torch.float32: none). `workers` are loader processes (0: load in this process).
+    `folders` maps the names of the job's data sets to folders.
+    """
+
+    dir: Path
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    folders: Mapping[str, Path]
+    workers: int = 0
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    checkpoint_every_s: float = 30.0
+    report: Callable[[Progress], None] = lambda progress: None
+    should_stop: Callable[[], bool] = lambda: False
+    skipped_images: dict[str, str] = field(default_factory=dict)
+    log: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """What an objective is built from besides the ViT: its recipe, length, assets (name -> folder or file) and the class names of its data."""
+
+    vit: ViTConfig
+    recipe: Recipe
+    total_steps: int
+    assets: Mapping[str, Path] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    group: Any = None
+
+
+@dataclass
+class EvalContext:
+    """What an evaluator is given besides the checkpoint. `recipe` has the method's overrides and the user's --set in it already."""
+
+    session: Session
+    protocol: Setting
+    recipe: Recipe | None
+    overrides: Overrides = Overrides()
+
+
+class Objective(Protocol):
+    """A torch module that holds the lent ViT as `vit` and computes a loss. What it may add is optional (see `harness.train.fit`):
+
+    after_step(progress): after each optimiser step (momentum teacher, centring).
+    export() -> ViT: the module to keep, by default the ViT that was lent.
+    classifier() -> dict: the trained read-out, kept beside the ViT (see `harness.classifier`).
+    check(loader) -> dict[str, float]: scores on held-out images at the end; raises JobFailed when a gate is not passed.
+    """
+
+    def __call__(self, batch: Mapping[str, Tensor], progress: float) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What methods and the makers of assets (tokenizers) have in common."""
+
+    version: ClassVar[int]
+
+    def datasets(self, protocol: Setting) -> tuple[str, ...]:
+        """Names of the data sets that it trains on; the first is read."""
+        ...
+
+    def recipe(self, protocol: Setting, vit: ViTConfig) -> Recipe | None:
+        """Training values for a protocol's family and a backbone; None when no source gives them and we chose none."""
+        ...
+
+    def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
+        """PIL RGB image and a generator of its own -> tensors of one sample. All randomness comes from the generator."""
+        ...
+
+    def objective(self, vit: ViT | None, context: TrainContext) -> nn.Module | None:
+        """The module to train, having initialised the lent ViT; None when there is nothing to train. An asset's maker is lent no ViT."""
+        ...
+
+
+class Method(Trainable, Protocol):
+    """A way to pre-train the lent ViT."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def parent(self) -> Method | None:
+        """The method whose checkpoint this one trains on from, or None."""
+        ...
+
+    def assets(self, protocol: Setting, vit: ViTConfig) -> Mapping[str, Asset]: ...
+
+    def transfer(self, evaluator: str, protocol: Setting) -> Overrides: ...
+
+    def skip(self, vit: ViTConfig) -> str | None:
+        """Why it cannot run on this ViT, or None."""
+        ...
+
+
+class Evaluator(Protocol):
+    """A way to score a checkpoint. `version` is bumped whenever the number would change."""
+
+    version: ClassVar[int]
+    columns: ClassVar[tuple[Metric, ...]]
+
+    def datasets(self, protocol: Setting) -> tuple[str, ...]: ...
+
+    def recipe(self, protocol: Setting, vit: ViTConfig) -> Recipe | None: ...
+
+    def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
+        """Train what is to be trained, score, and write the outcomes file; resumable inside context.session.dir."""
+        ...
+
+    def skip(self, vit: ViTConfig) -> str | None: ...
+
+
+# ------------------------------------------------------------------------------------------------------------ discovery
+
+
+@cache
+def installed(kind: str) -> Mapping[str, Any]:
+    """Entry points of a kind ("methods", "evals", ...) by name, not loaded yet."""
+    assert kind in KINDS, kind
+    return {e.name: e for e in sorted(entry_points(group=f"harness.{kind}"), key=lambda e: e.name)}
+
+
+def load(kind: str, name: str, flag: str | None = None) -> Any:
+    """The object behind an entry point or a "package.module:Name".
+
+    Raises:
+        UserError: no such plugin (names the close ones), or it cannot be imported.
+    """
+    flag = flag or f"--{kind}"
+    found = installed(kind)
+    if name in found:
+        try:
+            return found[name].load()
+        except ImportError as error:
+            raise UserError(f"{flag}: {name} cannot be imported ({error}): run `python -m harness doctor`") from error
+    if ":" in name and "/" not in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"{flag}: {name} cannot be imported ({error})") from error
+    raise UserError(f"{flag}: unknown name {name!r}: {suggest(name, found)}")
+
+
+def build(kind: str, name: str) -> Any:
+    """A plugin from its name on the command line: NAME, NAME@VARIANT, NAME:ARGUMENT or package.module:Name.
+
+    A class names its variants in `variants` (variant -> fields that differ) and takes an argument by `from_argument(text)`.
+
+    Raises:
+        UserError: unknown name, variant or argument.
+    """
+    found = installed(kind)
+    base, _, variant = name.partition("@")
+    head, colon, argument = base.partition(":")
+    if colon and head in found:
+        cls = load(kind, head)
+        if not hasattr(cls, "from_argument"):
+            raise UserError(f"--{kind}: {head} takes no argument ({name!r})")
+        plugin = cls.from_argument(argument)
+    else:
+        cls = load(kind, base)
+        if hasattr(cls, "from_argument"):
+            raise UserError(f"--{kind}: {base} needs an argument, as in {base}:PATH")
+        plugin = cls() if isinstance(cls, type) else cls
+    if variant:
+        variants = getattr(plugin, "variants", {})
+        if variant not in variants:
+            raise UserError(f"--{kind}: {base} has no variant {variant!r}: {suggest(variant, variants)}")
+        plugin = dataclasses.replace(plugin, **variants[variant])
+    return plugin
+
+
+def group(kind: str, name: str) -> tuple[str, ...] | None:
+    """Members of a group of plugins ("all", or a name in their `groups`), or None when there is no such group."""
+    plain = {n: load(kind, n) for n in installed(kind) if not hasattr(load(kind, n), "from_argument")}
+    if name == "all":
+        return tuple(plain)
+    members = tuple(n for n, cls in plain.items() if name in getattr(cls, "groups", ()))
+    return members or None
+
+
+def groups(kind: str) -> tuple[str, ...]:
+    """Names of the groups of a kind."""
+    names = {g for n in installed(kind) for g in getattr(load(kind, n), "groups", ())}
+    return ("all", *sorted(names))
+
+
+def fields_of(plugin: Any) -> Mapping[str, Any]:
+    """Name -> type of a dataclass's fields, for --set."""
+    hints = typing.get_type_hints(type(plugin))
+    return {f.name: hints[f.name] for f in dataclasses.fields(plugin) if f.init}

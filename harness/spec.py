@@ -1,0 +1,309 @@
+"""What a comparison is made of, as plain data: architecture, recipe, data names, seeds, metrics.
+
+Everything that can change a number is a field of a frozen dataclass in this module or in a plugin. `canonical` turns
+such values into JSON with defaults filled in, `digest` into the key of a job, `restore` back into the dataclass.
+Nothing here imports torch, so that planning and tables stay quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class UserError(ValueError):
+    """Bad input of a user: shown as one line that names the file or flag and the remedy, exit code 2."""
+
+
+class JobFailed(RuntimeError):
+    """A job that ran and cannot give its result (a gate not passed, a loss that is not finite, a broken image)."""
+
+
+class Interrupted(Exception):
+    """A job was asked to stop and has saved where it stands; running it again goes on from there."""
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Architecture of the shared backbone, and nothing else (training values belong to a Recipe).
+
+    `size` is (height, width) of the input in pixels, `patch` the side of a patch in pixels. `positions`: learned, or fixed
+    sine-cosine in the layout of MAE (column first) or of MoCo v3 (row first). `relative_bias`: none, one table shared by all
+    blocks (BEiT pre-training) or one per block (BEiT fine-tuning). `layer_scale`: initial value, None for no LayerScale.
+    `key_bias` False keeps the k part of the fused qkv bias at zero, as BEiT has it.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    positions: Literal["learned", "sincos-mae", "sincos-moco"] = "learned"
+    relative_bias: Literal["none", "shared", "block"] = "none"
+    layer_scale: float | None = None
+    key_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.size[0] % self.patch or self.size[1] % self.patch:
+            raise UserError(f"patch size {self.patch} does not divide the image size {self.size[0]}x{self.size[1]}: choose a "
+                            f"backbone whose patch does, or another image size")
+        if self.width % self.heads:
+            raise UserError(f"width {self.width} is no multiple of {self.heads} heads")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and row, (H/P, W/P)."""
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    @property
+    def patches(self) -> int:
+        """Number of patches N of one image."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Image augmentation of a recipe. Sizes are fractions of the area; a value of 0 or None switches a part off."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    color_jitter: tuple[float, float, float] | None = None
+    rand_augment: str | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    smoothing: float = 0.0
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How something is trained. Exactly one of `epochs` and `iterations` is set; `warmup` is in the same unit.
+
+    `lr` is multiplied by batch / `lr_batch` (None: absolute). `batch` is the global batch. `no_decay` and `frozen` are
+    fnmatch patterns over parameter names; parameters with one dimension are exempt from weight decay when `decay_vectors` is False.
+    `sources` names for each value the table and row it comes from, or "ours".
+    """
+
+    batch: int
+    lr: float
+    epochs: float | None = None
+    iterations: int | None = None
+    lr_batch: int | None = None
+    warmup: float = 0.0
+    warmup_lr: float = 0.0
+    schedule: Literal["cosine", "poly", "step", "constant"] = "cosine"
+    min_lr: float = 0.0
+    poly_power: float = 1.0
+    steps: tuple[float, ...] = ()
+    optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    decay_vectors: bool = False
+    no_decay: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    layer_decay: float | None = None
+    drop_path: float = 0.0
+    clip: float | None = None
+    clip_mode: Literal["global", "tensor"] = "global"
+    ema: float | None = None
+    augment: Augment = Augment()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    sources: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.iterations is None):
+            raise UserError("a recipe needs either epochs or iterations, and not both")
+        if self.batch < 1 or (self.epochs or self.iterations or 0) <= 0:
+            raise UserError("a recipe's batch and length must be positive")
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up, with the scaling rule applied."""
+        return self.lr if self.lr_batch is None else self.lr * self.batch / self.lr_batch
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One table column of an evaluator. Scores are 0..100."""
+
+    name: str
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of an evaluator: metric name -> score, and the file of compact per-image outcomes."""
+
+    metrics: Mapping[str, float]
+    outcomes: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a method's own paper sets for its transfer to one evaluator: fields of the evaluator's Recipe, with the source.
+
+    `use_head`: score the classifier that the pre-training made, without any training (a supervised row on its own task).
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    use_head: bool = False
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Something a method needs besides images: made by a node of the graph (`maker`), or a file with its sha256."""
+
+    maker: Any = None
+    file: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Scale, data, backbones and default variants of a comparison. Plugins choose their recipe by `family`.
+
+    `generator`: "module:function" that makes the data, called with (folder, names, workers); None for data that the user brings.
+    """
+
+    name: str
+    family: str
+    summary: str
+    backbones: Mapping[str, ViTConfig]
+    backbone: str
+    generator: str | None = None
+    data_version: str = ""
+    caption: str = ""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    group_members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------- canonical JSON and keys
+
+
+def canonical(value: Any) -> Any:
+    """A value as JSON-ready data: dataclasses become {"class": "module:Name", field: ...} with every default filled in."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        body = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **body}
+    if isinstance(value, Mapping):
+        return {str(k): canonical(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [canonical(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{value!r} has no canonical form")
+
+
+def canonical_json(value: Any) -> str:
+    """Canonical JSON text: sorted keys, no spaces, shortest floats that round-trip."""
+    return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """First 16 hex digits of the sha256 of the canonical JSON: the key of a job."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def restore(data: Any) -> Any:
+    """The inverse of `canonical` for dataclasses: looks the class up by its path and restores nested values by their types."""
+    if isinstance(data, Mapping) and "class" in data:
+        module, _, name = str(data["class"]).partition(":")
+        import importlib
+
+        cls: Any = importlib.import_module(module)
+        for part in name.split("."):
+            cls = getattr(cls, part)
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(data) - known - {"class"}:
+            raise UserError(f"{data['class']} has no field {', '.join(sorted(unknown))}: made by another version of the plugin")
+        return cls(**{k: _typed(restore(v), hints[k]) for k, v in data.items() if k != "class"})
+    if isinstance(data, Mapping):
+        return {k: restore(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [restore(v) for v in data]
+    return data
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """JSON has no tuples: give a list back as the tuple that the field's type asks for, nested ones included."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next((a for a in args if typing.get_origin(a) is tuple), None) if isinstance(value, list) else None
+        return _typed(value, hint) if hint is not None else value
+    if origin is tuple and isinstance(value, list):
+        inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
+        return tuple(_typed(v, h) for v, h in zip(value, inner, strict=True))
+    return value
+
+
+def parse_as(text: str, hint: Any) -> Any:
+    """Text of a `--set` value as the type of its field. Raises ValueError when it is no such value."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in args and text.lower() in ("none", "null"):
+            return None
+        for arg in args:
+            if arg is not type(None):
+                try:
+                    return parse_as(text, arg)
+                except ValueError:
+                    continue
+        raise ValueError(text)
+    if origin is Literal:
+        for arg in args:
+            if str(arg) == text:
+                return arg
+        raise ValueError(f"{text} (one of {', '.join(map(str, args))})")
+    if origin is tuple:
+        parts = [p for p in text.strip("()[] ").split(",") if p.strip()]
+        inner = [args[0]] * len(parts) if len(args) == 2 and args[1] is Ellipsis else list(args)
+        if len(inner) != len(parts):
+            raise ValueError(text)
+        return tuple(parse_as(p.strip(), h) for p, h in zip(parts, inner, strict=True))
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError(text)
+    if hint in (int, float):
+        number = hint(text)
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError(text)
+        return number
+    if hint is str:
+        return text
+    raise ValueError(f"a value of type {hint} cannot be set from the command line")
+
+
+def suggest(word: str, valid: Iterable[str]) -> str:
+    """' - did you mean X? (valid: ...)' for an error message about an unknown name."""
+    names: Sequence[str] = sorted(valid)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}valid: {', '.join(names) if names else 'none'}"

@@ -1,0 +1,1 @@
+"""What turns records into something that people read: tables, statistics, reports."""
