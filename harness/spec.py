@@ -126,7 +126,7 @@ class Recipe:
     clip_mode: Literal["global", "tensor"] = "global"
     ema: float | None = None
     augment: Augment = Augment()
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     sources: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:

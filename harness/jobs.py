@@ -1,0 +1,80 @@
+"""Nodes of the job graph: pure data with a content key, written to job.json and read back by the process that runs it.
+
+A node's key covers everything that can change its number: every field of the plugin, its version, the recipe, the ViT, the data's
+fingerprint, seeds, precision and the keys of its parents. Where it runs (device, threads, folders) is kept beside it, not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.spec import UserError, digest
+
+SCHEMA = 1
+Kind = Literal["asset", "pretrain", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One job. `identity` is canonical JSON data and decides the key; `about` is shown to people; `where` says what lies where."""
+
+    kind: Kind
+    name: str
+    identity: Mapping[str, Any]
+    parents: Mapping[str, Node] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        body = {"schema": SCHEMA, "kind": self.kind, **self.identity, "parents": {role: p.key for role, p in self.parents.items()}}
+        object.__setattr__(self, "identity", body)
+        object.__setattr__(self, "key", digest(body))
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder below the runs folder."""
+        return f"{self.kind}-{re.sub(r'[^A-Za-z0-9@._+-]+', '_', self.name)[:80]}-{self.key}"
+
+    def job(self, runs: Path) -> dict[str, Any]:
+        """Content of job.json."""
+        return {
+            "schema": SCHEMA, "kind": self.kind, "name": self.name, "key": self.key, "identity": self.identity, "about": dict(self.about),
+            "where": dict(self.where), "parents": {role: {"key": p.key, "folder": p.folder} for role, p in self.parents.items()},
+        }
+
+
+def ordered(nodes: Iterable[Node]) -> list[Node]:
+    """Nodes and their ancestors, parents first, each key once; the given order is kept where it can be."""
+    seen: dict[str, Node] = {}
+
+    def visit(node: Node) -> None:
+        if node.key not in seen:
+            for parent in node.parents.values():
+                visit(parent)
+            seen[node.key] = node
+
+    for node in nodes:
+        visit(node)
+    return list(seen.values())
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """job.json as data.
+
+    Raises:
+        UserError: the file is missing, no JSON, or of another schema version.
+    """
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a job ({error}): start jobs with `python -m harness run`") from error
+    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+        found = body.get("schema") if isinstance(body, dict) else None
+        raise UserError(f"{path}: job of schema version {found}, this harness reads {SCHEMA}: use the version that wrote it, or another --runs")
+    return body

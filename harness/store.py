@@ -1,0 +1,260 @@
+"""The runs folder: one folder per node, its state, its lock, its record.
+
+    runs/.harness.json                     version of the layout
+    runs/<kind>-<name>-<key>/job.json      what the node is           log.txt, metrics.jsonl   what it said
+                             machine.json  threads and GEMM mode      usage.json               seconds used so far
+                             checkpoint/   weights and training state progress.json            where it stands
+                             record.json   the result, written last   failure.json             why it failed
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint import write_atomically
+from harness.jobs import Node
+from harness.spec import Metric, UserError
+
+LAYOUT = 1
+RECORD_SCHEMA = 1
+MIN_FREE_BYTES = 64 * 2**20
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, lambda stream: stream.write((json.dumps(body, indent=1, allow_nan=False) + "\n").encode()))
+
+
+def read_json(path: Path) -> Any | None:
+    """JSON data, or None when the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@cache
+def record_validator() -> Any:
+    """Validator of record.schema.json (JSON Schema draft 2020-12)."""
+    import jsonschema
+
+    return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("record.schema.json").read_text()))
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """record.json of a node's folder, None when there is none.
+
+    Raises:
+        UserError: the record is damaged or of another schema version.
+    """
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: not a readable record: move this folder away, then run again")
+    if record.get("schema") != RECORD_SCHEMA:
+        raise UserError(
+            f"{path}: record of schema version {record.get('schema')}, this harness reads {RECORD_SCHEMA}: use the version that wrote it, or another --runs"
+        )
+    return record
+
+
+class Locked(Exception):
+    """Another process works on the node; `owner` says which."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(owner)
+        self.owner = owner
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a node's lock. The kernel frees it when its owner dies, however it dies; the file says who holds it.
+
+    Raises:
+        Locked: somebody else holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            raise Locked(stream.read().strip() or "an unknown process") from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now().isoformat(timespec='seconds')}\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process holds the node's lock."""
+    try:
+        with open(folder / "lock") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class State:
+    """State of a node: done, running, failed, interrupted (resumes by itself) or missing, with the reason where there is one."""
+
+    status: str
+    reason: str = ""
+
+
+class Store:
+    """A runs folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def prepare(self) -> None:
+        """Make the folder and check that it can be used.
+
+        Raises:
+            UserError: it cannot be written, is full, or was made by a newer version.
+        """
+        self.check_version()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".probe-{os.getpid()}"
+            try:
+                with open(probe, "wb") as stream:
+                    stream.write(bytes(2**20))
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            finally:
+                probe.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.root).free
+            if not (self.root / ".harness.json").exists():
+                write_json(self.root / ".harness.json", {"layout": LAYOUT})
+        except OSError as error:
+            raise UserError(f"--runs {self.root}: cannot be written ({error.strerror}): choose another folder or mend its permissions or space") from error
+        if free < MIN_FREE_BYTES:
+            raise UserError(f"--runs {self.root}: only {free // 2**20} MB free, at least {MIN_FREE_BYTES // 2**20} MB are needed: free some space or choose another folder")
+
+    def check_version(self) -> None:
+        """Raises UserError when the folder is no folder or was made by a newer version."""
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"--runs {self.root}: is a file: choose a folder")
+        try:
+            exists = (self.root / ".harness.json").exists()
+        except OSError as error:
+            raise UserError(f"--runs {self.root}: cannot be read ({error.strerror}): choose another folder or mend its permissions") from error
+        if exists:
+            layout = (read_json(self.root / ".harness.json") or {}).get("layout")
+            if layout != LAYOUT:
+                raise UserError(
+                    f"--runs {self.root}: made by a newer version of the harness (layout {layout}, this one knows {LAYOUT}): update the harness or choose another folder"
+                )
+
+    def folder(self, node: Node) -> Path:
+        """Folder of a node."""
+        return self.root / node.folder
+
+    def state(self, folder: Path) -> State:
+        """State of a node's folder."""
+        if read_record(folder) is not None:
+            return State("done")
+        if is_locked(folder):
+            return State("running", (folder / "lock").read_text().strip())
+        failure = read_json(folder / "failure.json")
+        if failure is not None:
+            return State("failed", str(failure.get("message", "failed")))
+        if (folder / "job.json").exists():
+            return State("interrupted", "not finished: run the same line again to go on")
+        return State("missing", "not run")
+
+    def set_aside(self, folder: Path) -> Path | None:
+        """Move a node's folder out of the way (--force); nothing is ever deleted."""
+        if not folder.exists():
+            return None
+        for count in range(1, 10_000):
+            target = self.root / "aside" / f"{folder.name}.{count}"
+            if not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                folder.rename(target)
+                return target
+        raise UserError(f"{self.root / 'aside'}: too many old copies of {folder.name}: remove some")
+
+    def folders(self) -> list[Path]:
+        """All node folders, sorted by name."""
+        if not self.root.is_dir():
+            return []
+        return sorted(p for p in self.root.iterdir() if (p / "job.json").exists())
+
+
+@dataclass(frozen=True)
+class Result:
+    """One (method, evaluator, seeds) cell before averaging. `status`: done, failed, running, interrupted, missing or skipped."""
+
+    method: str
+    eval: str
+    protocol: str
+    backbone: str
+    data: str
+    seed: int
+    eval_seed: int
+    metrics: Mapping[str, float]
+    columns: tuple[Metric, ...]
+    status: str
+    reason: str = ""
+    deviations: tuple[str, ...] = ()
+    caption: str = ""
+    tuning: str = "published"
+    key: str = ""
+    start: str = ""
+
+
+def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mapping[str, Any] | None, key: str) -> Result:
+    """A Result from what job.json or a plan says about a cell and, when done, its record."""
+    return Result(
+        method=about["method"], eval=about["eval"], protocol=about["protocol"], backbone=about["backbone"], data=about["data"],
+        seed=about["seed"], eval_seed=about["eval_seed"], metrics=dict(record["metrics"]) if record else {},
+        columns=tuple(Metric(**m) for m in about["columns"]), status=status, reason=reason,
+        deviations=(*about.get("deviations", ()), *(record or {}).get("deviations_found", ())),
+        caption=about.get("caption", ""), tuning=about.get("tuning", "published"), key=key, start=(record or {}).get("start", ""),
+    )
+
+
+def collect(roots: Iterable[Path]) -> list[Result]:
+    """All evaluation cells found in runs folders.
+
+    Raises:
+        UserError: a runs folder is missing or of another version, or a record is unreadable.
+    """
+    results = []
+    for root in roots:
+        store = Store(root)
+        if not root.is_dir():
+            raise UserError(f"--runs {root}: no such folder: name the folder that `run` wrote to")
+        store.check_version()
+        for folder in store.folders():
+            if not folder.name.startswith("evaluate-"):
+                continue
+            job = read_json(folder / "job.json")
+            if not isinstance(job, dict) or "about" not in job:
+                raise UserError(f"{folder / 'job.json'}: not a readable job: move this folder away, then run again")
+            state, record = store.state(folder), read_record(folder)
+            results.append(result_of(job["about"], state.status, state.reason, record, job["key"]))
+    return results
