@@ -1,0 +1,42 @@
+# Every target sets up .venv by itself: wheels pinned in requirements.lock, then this folder as an editable package.
+# PYTHON is the interpreter that makes .venv: 3.11 to 3.13 (requirements.lock was made on 3.11).
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test test-slow lint bench
+.DELETE_ON_ERROR:
+
+demo: .venv/.ready
+	$(BIN)/python -m harness run --methods beit,mae --evals ade20k,coco
+
+test: .venv/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/.ready
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict harness
+	$(BIN)/lint-imports
+
+# Each benchmark states its rival in its docstring and prints its own lines.
+bench: .venv/.ready
+	@found=; for script in benchmarks/*.py; do \
+		[ -e "$$script" ] || continue; found=yes; echo "== $$script" >&2; $(BIN)/python "$$script" || exit 1; \
+	done; [ -n "$$found" ] || echo "no benchmarks yet: benchmarks/*.py" >&2
+
+# --no-deps: the lock is complete, and it holds opencv-python-headless where mmcv-lite and mmengine ask for opencv-python, which
+# needs libGL and GLib from the system. A changed lock updates .venv in place; `rm -r .venv` starts afresh.
+.venv/.locked: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}: run make PYTHON=python3.11 (3.11 to 3.13 work)")'
+	@echo "setting up .venv from requirements.lock (about 5.5 GB, a few minutes)" >&2
+	$(PYTHON) -m venv .venv
+	$(PIP) uninstall --yes opencv-python
+	$(PIP) install --no-deps -r requirements.lock
+	@touch $@
+
+.venv/.ready: .venv/.locked pyproject.toml
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
