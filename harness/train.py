@@ -1,0 +1,237 @@
+"""The one training loop: pre-training, fine-tuning, probing and tokenizers are all `fit`.
+
+What is drawn at random is keyed by the place in the run (see `harness.randomness`), so a training state is weights, optimiser
+and a step count. A job that is stopped or killed at any moment goes on from its last state to the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from harness.checkpoint import States
+from harness.data import BadImage, ImageList, load_rgb
+from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, parameter_groups
+from harness.plugins import Progress, Session
+from harness.randomness import generator, seed_all
+from harness.spec import Interrupted, JobFailed, Recipe
+
+Transform = Callable[[Any, np.random.Generator], dict[str, Tensor]]
+LOG_EVERY_S = 1.0
+MAX_BAD_IN_A_ROW = 100
+
+
+class Samples(Dataset[dict[str, Tensor]]):
+    """Images in the order of training: item `position` is a place in the run, not a file, and brings its own randomness.
+
+    Within each epoch the files are permuted by (seed, epoch); an epoch has steps x batch positions, the rest is dropped as the
+    originals do (a set smaller than one batch is repeated to fill it).
+    """
+
+    def __init__(self, images: ImageList, transform: Transform, seed: int, per_epoch: int, skip_bad: bool) -> None:
+        self.images, self.transform, self.seed, self.per_epoch, self.skip_bad = images, transform, seed, per_epoch, skip_bad
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def file_at(self, position: int) -> int:
+        """Index of the file at a position."""
+        epoch, place = divmod(position, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, generator(self.seed, "order", epoch).permutation(len(self.images)))
+        return int(self._order[1][place % len(self.images)])
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        index = self.file_at(position)
+        bad = -1
+        for _ in range(MAX_BAD_IN_A_ROW):
+            try:
+                image = load_rgb(self.images.path(index))
+                break
+            except BadImage:
+                if not self.skip_bad:
+                    raise
+                bad = index  # the next file stands in, so that the batch keeps its size
+                index = (index + 1) % len(self.images)
+        else:
+            raise JobFailed(f"{self.images.root}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
+        epoch, place = divmod(position, self.per_epoch)
+        sample = self.transform(image, generator(self.seed, "sample", epoch, place))
+        if self.images.labels is not None:
+            sample["label"] = torch.tensor(int(self.images.labels[index]))
+        sample["bad"] = torch.tensor(bad)
+        return sample
+
+
+def stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch from samples; lists of crops of several sizes have a key each."""
+    return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+
+
+def loader(samples: Dataset[dict[str, Tensor]], batches: list[range] | Any, workers: int, pin: bool) -> Iterator[dict[str, Tensor]]:
+    """Batches of positions -> stacked tensors, in order."""
+    if workers == 0:
+        return (stack([samples[i] for i in batch]) for batch in batches)
+    return iter(DataLoader(
+        samples, batch_sampler=batches, num_workers=workers, collate_fn=stack, pin_memory=pin, worker_init_fn=_one_thread,
+        multiprocessing_context="spawn" if pin else "fork",
+    ))
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def steps_of(recipe: Recipe, images: int) -> tuple[int, int]:
+    """(steps per epoch, total steps) of a recipe on a number of images."""
+    per_epoch = max(1, images // recipe.batch)
+    total = recipe.iterations if recipe.iterations is not None else round((recipe.epochs or 0) * per_epoch)
+    return per_epoch, max(1, total)
+
+
+class Metrics:
+    """metrics.jsonl: one line per log interval; lines after the step that a job resumes from are cut off."""
+
+    def __init__(self, path: Path, stage: str, step: int) -> None:
+        self.path, self.stage = path, stage
+        lines = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a killed job may be half written
+                if entry["stage"] != stage or entry["step"] <= step:
+                    lines.append(line)
+        path.write_text("".join(line + "\n" for line in lines))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+
+
+def count_flops(step: Callable[[], None]) -> float:
+    """FLOPs of one call (multiply and add = 2; matmuls, convolutions and attention)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def fit(
+    objective: nn.Module, images: ImageList, transform: Transform, recipe: Recipe, session: Session, *, stage: str = "train"
+) -> dict[str, Any]:
+    """Train `objective` on `images` by `recipe`, going on from the last state in session.dir if there is one.
+
+    Args:
+        objective: forward(batch, progress) -> {"loss": scalar, ...}. Holds the lent ViT as `vit`, for layer decay.
+        transform: PIL RGB image, generator -> {"image": uint8 (3, H, W), ...}.
+        stage: distinguishes several trainings of one job.
+
+    Returns:
+        steps, images_seen, flops, seconds and the last logged loss. The objective holds the trained weights (EMA's if the recipe has one).
+
+    Raises:
+        Interrupted: a signal came; the state is saved.
+        JobFailed: an image cannot be read, or the loss is not finite.
+    """
+    if len(images) == 0:
+        raise JobFailed(f"{images.root}: no images to train on")
+    per_epoch, total = steps_of(recipe, len(images))
+    objective.to(session.device).train()
+    depth = len(objective.vit.blocks) if isinstance(getattr(objective, "vit", None), nn.Module) else 0
+    optimizer = build_optimizer(parameter_groups(objective, recipe, depth), recipe)
+    ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
+    states = States(session.dir / "checkpoint" / stage)
+    facts: dict[str, Any] = {"flops_per_step": None, "seconds": 0.0, "loss": None}
+    step = 0
+    if (found := states.latest()) is not None:
+        step, state = found
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        facts, session.skipped_images = state["facts"], {**session.skipped_images, **state["skipped"]}
+        session.log(f"{stage}: going on from step {step} of {total}")
+    else:
+        session.log(f"{stage}: {total} steps of {recipe.batch} images, {per_epoch} an epoch, peak lr {recipe.peak_lr:.3g}, {session.dtype}")
+
+    def save() -> None:
+        states.save(step, {
+            "objective": objective.state_dict(), "optimizer": optimizer.state_dict(), "ema": None if ema is None else ema.state_dict(),
+            "facts": {**facts, "seconds": facts["seconds"] + time.monotonic() - started}, "skipped": dict(session.skipped_images),
+        })
+
+    samples = Samples(images, transform, session.seed, per_epoch * recipe.batch, session.on_bad_image == "skip")
+    metrics = Metrics(session.dir / "metrics.jsonl", stage, step)
+    batches = [range(s * recipe.batch, (s + 1) * recipe.batch) for s in range(step, total)]
+    cuda = session.device.type == "cuda"
+    stream = loader(samples, batches, session.workers, cuda)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    after_step = getattr(objective, "after_step", None)
+    log_every = max(1, total // 200)
+    started = saved = shown = time.monotonic()
+    first = step
+    while step < total:
+        batch = {k: v.to(session.device, non_blocking=cuda) for k, v in next(stream).items()}
+        bad = batch.pop("bad")
+        progress = step / total
+        apply_schedule(optimizer, recipe, step, total)
+        seed_all(session.seed, "step", step)
+        output: dict[str, Tensor] = {}
+
+        def forward_backward() -> None:
+            with torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
+                output.update(objective(batch, progress))  # noqa: B023  # called at once, within the iteration
+            output["loss"].backward()
+
+        if facts["flops_per_step"] is None:
+            facts["flops_per_step"] = count_flops(forward_backward)
+        else:
+            forward_backward()
+        norm = clip_gradients(parameters, recipe)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if after_step is not None:
+            after_step(step / total)
+        if ema is not None:
+            ema.update(objective)
+        if session.on_bad_image == "skip":
+            for index in bad[bad >= 0].tolist():
+                session.skipped_images[str(images.files[index])] = "cannot be read"
+        now = time.monotonic()
+        if step % log_every == 0 or step in (1, total):
+            facts["loss"] = float(output["loss"].detach())
+            if not math.isfinite(facts["loss"]):
+                raise JobFailed(f"{stage}: loss is {facts['loss']} at step {step} of {total} (lr {recipe.peak_lr:.3g}): lower lr with --set, or use precision=fp32")
+            values = {k: float(v.detach()) for k, v in output.items()}
+            metrics.add(step, {**values, "lr": optimizer.param_groups[0]["lr"], **({} if norm is None else {"grad_norm": float(norm)})})
+        if now - shown > LOG_EVERY_S or step in (first + 1, total):
+            shown, speed = now, (step - first) * recipe.batch / max(now - started, 1e-9)
+            session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
+        stop = session.should_stop()
+        if step < total and (stop or now - saved > session.checkpoint_every_s):
+            save()
+            saved = time.monotonic()
+            if stop:
+                raise Interrupted(f"{stage}: stopped at step {step} of {total}, saved")
+    if first < total:
+        save()
+        facts["seconds"] += time.monotonic() - started
+    if ema is not None:
+        ema.copy_to(objective)
+    objective.eval()
+    return {
+        "steps": total, "images_seen": total * recipe.batch, "flops": total * (facts["flops_per_step"] or 0.0),
+        "seconds": round(facts["seconds"], 3), "loss": facts["loss"],
+    }
