@@ -1,0 +1,111 @@
+"""Which patches are hidden: BEiT's block-wise masks, random masks, and the pixels of patches as regression targets."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """BEiT's block-wise mask generator (recipes A6; BEiT-repo masking_generator.py, not the paper's Algorithm 1).
+
+    Rectangles are added until `target` patches are hidden or ten attempts in a row fail, so that the count is at most `target` and
+    varies from image to image. An attempt fails when its rectangle is as large as the grid on a side, adds no patch, or adds more
+    than are still missing.
+
+    Attributes:
+        height, width: grid in patches.
+        target: most patches hidden.
+        minimum, maximum: area of one rectangle in patches before rounding; no maximum means `target`.
+        aspect: the log of height/width is uniform in [log aspect, -log aspect].
+    """
+
+    height: int
+    width: int
+    target: int
+    minimum: int = 4
+    maximum: int | None = None
+    aspect: float = 0.3
+
+    def __call__(self, rng: random.Random) -> np.ndarray:
+        """Draw a mask (height, width), True where hidden. Consumes exactly the numbers that BEiT's code does."""
+        mask = np.zeros((self.height, self.width), dtype=bool)
+        largest = self.target if self.maximum is None else self.maximum
+        missing = self.target
+        while missing > 0:
+            added = self._block(mask, min(missing, largest), rng)
+            if not added:
+                break
+            missing -= added
+        return mask
+
+    def _block(self, mask: np.ndarray, limit: int, rng: random.Random) -> int:
+        """Hide one rectangle that adds 1..`limit` patches; returns how many it added, 0 when ten attempts failed."""
+        edge = math.log(self.aspect)
+        for _ in range(10):
+            area, ratio = rng.uniform(self.minimum, limit), math.exp(rng.uniform(edge, -edge))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h >= self.height or w >= self.width:
+                continue
+            top, left = rng.randint(0, self.height - h), rng.randint(0, self.width - w)
+            block = mask[top : top + h, left : left + w]
+            added = block.size - int(block.sum())
+            if 0 < added <= limit:
+                block[:] = True
+                return added
+        return 0
+
+
+def scaled(count: float, patches: int) -> int:
+    """A number of patches given for the 14 x 14 grid of the papers, for a grid of `patches`; at least 1."""
+    return max(1, round(count * patches / 196))
+
+
+def random_mask(rng: np.random.Generator, patches: int, hidden: int) -> np.ndarray:
+    """Flat mask (N,) with exactly `hidden` patches hidden, each set of patches equally likely."""
+    mask = np.zeros(patches, dtype=bool)
+    mask[rng.permutation(patches)[:hidden]] = True
+    return mask
+
+
+def block_mask(rng: np.random.Generator, generator: BlockMask) -> np.ndarray:
+    """Flat block-wise mask (N,), row by row, drawn from a numpy generator."""
+    return generator(random.Random(int(rng.integers(2**63)))).reshape(-1)
+
+
+def shuffle_by(noise: Tensor) -> Tensor:
+    """Patch order (B, N) by ascending noise (B, N), as MAE's random masking has it: the first ones are kept. Ties keep their order."""
+    return torch.argsort(noise, dim=1, stable=True)
+
+
+def masked_indices(mask: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Positions of the hidden patches with a static shape (no host sync): (B, N) bool -> indices (B, limit) in ascending order, and which are valid.
+
+    No mask may hide more than `limit` patches; invalid places point at patches that are not hidden.
+    """
+    index = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)[:, :limit]
+    return index, mask.gather(1, index)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of tokens: (B, N, D), (B, K) -> (B, K, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def patch_pixels(images: Tensor, patch: int) -> Tensor:
+    """Pixels of each patch, (B, C, H, W) -> (B, N, P*P*C); order within a patch: row, column, channel (recipes A1, "patchify layout")."""
+    b, c, h, w = images.shape
+    x = images.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def normalise_patches(pixels: Tensor) -> Tensor:
+    """Each patch minus its mean, over its deviation, jointly over channels: unbiased variance, 1e-6 inside the root (recipes A1, norm_pix)."""
+    mean, var = pixels.mean(dim=-1, keepdim=True), pixels.var(dim=-1, keepdim=True)
+    return (pixels - mean) / (var + 1e-6).sqrt()

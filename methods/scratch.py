@@ -1,0 +1,71 @@
+"""Scratch: no pre-training. The row that shows what pre-training is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from harness.augment import TrainTransform
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, ViTConfig
+from harness.vit import ViT, init_mae
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from harness.plugins import TrainContext
+    from harness.spec import Protocol
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A ViT as initialised (MAE's initialisation, recipes A1). Its `imagenet` cell under paper is a from-scratch recipe, not a fine-tune."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "no pre-training: every evaluator starts from random weights"
+    source: ClassVar[str] = "MAE-paper A.2 and Table 11 (recipes A5)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @property
+    def parent(self) -> None:
+        return None
+
+    def datasets(self, protocol: Protocol) -> tuple[str, ...]:
+        """None: the weights do not depend on any data."""
+        return ()
+
+    def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
+        """Nothing is trained under any family; the values are placeholders that no one reads."""
+        return Recipe(batch=1, lr=0.0, iterations=1, augment=Augment(), sources=(("all", "ours: nothing is trained"),))
+
+    def assets(self, protocol: Protocol, vit: ViTConfig) -> Mapping[str, Asset]:
+        return {}
+
+    def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
+        return TrainTransform(vit.size, recipe.augment)
+
+    def objective(self, vit: ViT | None, context: TrainContext) -> None:
+        """Initialises the lent ViT in place; there is no loss."""
+        assert vit is not None
+        init_mae(vit)
+
+    def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
+        """imagenet under paper: the supervised from-scratch recipe of MAE's Table 11 in place of the fine-tuning recipe."""
+        if evaluator != "imagenet" or protocol.family != "paper":
+            return Overrides()
+        augment = Augment(crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1)
+        return Overrides(
+            recipe={
+                "batch": 4096, "lr": 1e-4, "lr_batch": 256, "epochs": 300, "warmup": 20, "betas": (0.9, 0.95), "weight_decay": 0.3,
+                "layer_decay": None, "drop_path": 0.1, "ema": 0.9999, "augment": augment,
+            },
+            source="MAE-paper Table 11, ViT-B (recipes A5); crop scale (0.08, 1) is torchvision's and timm's default",
+        )
+
+    def skip(self, vit: ViTConfig) -> str | None:
+        return None

@@ -1,0 +1,64 @@
+"""Masks against those of BEiT's code, number by number and as a distribution."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from known_answers import golden
+
+from methods.masking import BlockMask, block_mask, masked_indices, random_mask, scaled
+
+ARRAYS = golden("beit_masking")
+CASES = sorted({key.split("/")[0] for key in ARRAYS})
+
+
+def generator_of(case: str) -> BlockMask:
+    height, width, target, minimum, maximum = (int(v) for v in ARRAYS[f"{case}/config_height_width_target_min_max"])
+    return BlockMask(height, width, target, minimum, None if maximum < 0 else maximum)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masks_are_the_originals_number_by_number(case: str) -> None:
+    """Same masks and the same count of numbers drawn from Python's generator."""
+    make, rng = generator_of(case), random.Random(int(ARRAYS[f"{case}/python_random_seed"]))
+    packed = ARRAYS[f"{case}/masks_packed"]
+    masks = np.stack([make(rng).reshape(-1) for _ in range(len(packed))])
+    expected = np.unpackbits(packed, axis=1)[:, : make.height * make.width]
+    np.testing.assert_array_equal(masks, expected.astype(bool))
+    np.testing.assert_array_equal(masks.sum(1), ARRAYS[f"{case}/counts"])
+    assert [rng.random() for _ in range(3)] == ARRAYS[f"{case}/next_random"].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masks_of_a_sample_have_the_originals_distribution(case: str) -> None:
+    """Drawn from the sample's own numpy generator: mean count and probability of each patch within what the counts allow."""
+    make, n, rng = generator_of(case), 1500, np.random.default_rng(1)
+    masks = np.stack([block_mask(rng, make) for _ in range(n)])
+    mean, deviation = ARRAYS[f"{case}/stat/count_mean_std"]
+    recorded = int(ARRAYS[f"{case}/stat/number_of_masks"])
+    assert abs(masks.sum(1).mean() - mean) < 4 * deviation * (1 / n + 1 / recorded) ** 0.5
+    p = ARRAYS[f"{case}/stat/probability_map"].reshape(-1)
+    assert (np.abs(masks.mean(0) - p) <= 5 * np.sqrt(p * (1 - p) * (1 / n + 1 / recorded)) + 1e-12).all()
+    assert masks.sum(1).max() <= make.target
+
+
+def test_counts_scale_with_the_grid() -> None:
+    """75 and 16 of 196 in the papers; a small grid hides the same fraction."""
+    assert (scaled(75, 196), scaled(16, 196), scaled(75, 64), scaled(16, 64), scaled(16, 4)) == (75, 16, 24, 5, 1)
+
+
+def test_random_mask_hides_exactly_as_many() -> None:
+    rng = np.random.default_rng(0)
+    masks = np.stack([random_mask(rng, 64, 24) for _ in range(400)])
+    assert (masks.sum(1) == 24).all() and np.abs(masks.mean(0) - 24 / 64).max() < 0.13
+
+
+def test_indices_are_the_hidden_patches_in_order() -> None:
+    """Targets and predictions are matched by these: row order, padded to a static length."""
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    index, valid = masked_indices(mask, 3)
+    assert index[0].tolist() == [1, 2, 4] and index[1, 0].item() == 0
+    assert valid.tolist() == [[True, True, True], [True, False, False]]
