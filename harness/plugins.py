@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -236,8 +235,3 @@ def groups(kind: str) -> tuple[str, ...]:
     names = {g for n in installed(kind) for g in getattr(load(kind, n), "groups", ())}
     return ("all", *sorted(names))
 
-
-def fields_of(plugin: Any) -> Mapping[str, Any]:
-    """Name -> type of a dataclass's fields, for --set."""
-    hints = typing.get_type_hints(type(plugin))
-    return {f.name: hints[f.name] for f in dataclasses.fields(plugin) if f.init}

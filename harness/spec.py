@@ -185,6 +185,7 @@ class Protocol:
     """Scale, data, backbones and default variants of a comparison. Plugins choose their recipe by `family`.
 
     `generator`: "module:function" that makes the data, called with (folder, names, workers); None for data that the user brings.
+    `caption` stands over a table of the protocol's own data, `caveat` behind the name of other data.
     """
 
     name: str
@@ -195,6 +196,7 @@ class Protocol:
     generator: str | None = None
     data_version: str = ""
     caption: str = ""
+    caveat: str = ""
     variants: Mapping[str, str] = field(default_factory=dict)
     group_members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -299,6 +301,12 @@ def parse_as(text: str, hint: Any) -> Any:
     if hint is str:
         return text
     raise ValueError(f"a value of type {hint} cannot be set from the command line")
+
+
+def fields_of_type(value: Any) -> Mapping[str, Any]:
+    """Name -> type of the fields of a dataclass instance: what --set may name."""
+    hints = typing.get_type_hints(type(value))
+    return {f.name: hints[f.name] for f in dataclasses.fields(value) if f.init}
 
 
 def suggest(word: str, valid: Iterable[str]) -> str:

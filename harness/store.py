@@ -66,7 +66,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not a readable record: move this folder away, then run again")
     if record.get("schema") != RECORD_SCHEMA:
         raise UserError(
-            f"{path}: record of schema version {record.get('schema')}, this harness reads {RECORD_SCHEMA}: use the version that wrote it, or another --runs"
+            f"{path}: record of schema version {record.get('schema')}, this harness reads {RECORD_SCHEMA}: "
+            f"use the version that wrote it, or another --runs"
         )
     return record
 
@@ -149,9 +150,10 @@ class Store:
             if not (self.root / ".harness.json").exists():
                 write_json(self.root / ".harness.json", {"layout": LAYOUT})
         except OSError as error:
-            raise UserError(f"--runs {self.root}: cannot be written ({error.strerror}): choose another folder or mend its permissions or space") from error
+            remedy = "choose another folder, or mend its permissions or space"
+            raise UserError(f"--runs {self.root}: cannot be written ({error.strerror}): {remedy}") from error
         if free < MIN_FREE_BYTES:
-            raise UserError(f"--runs {self.root}: only {free // 2**20} MB free, at least {MIN_FREE_BYTES // 2**20} MB are needed: free some space or choose another folder")
+            raise UserError(f"--runs {self.root}: only {free // 2**20} MB free, {MIN_FREE_BYTES // 2**20} MB are needed: make room or choose another folder")
 
     def check_version(self) -> None:
         """Raises UserError when the folder is no folder or was made by a newer version."""
@@ -165,7 +167,8 @@ class Store:
             layout = (read_json(self.root / ".harness.json") or {}).get("layout")
             if layout != LAYOUT:
                 raise UserError(
-                    f"--runs {self.root}: made by a newer version of the harness (layout {layout}, this one knows {LAYOUT}): update the harness or choose another folder"
+                    f"--runs {self.root}: made by a newer version of the harness (layout {layout}, this one knows {LAYOUT}): "
+                    f"update the harness or choose another folder"
                 )
 
     def folder(self, node: Node) -> Path:

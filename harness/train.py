@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
 
 
-def loader(samples: Dataset[dict[str, Tensor]], batches: list[range] | Any, workers: int, pin: bool) -> Iterator[dict[str, Tensor]]:
+def loader(samples: Dataset[dict[str, Tensor]], batches: Any, workers: int, pin: bool) -> Iterator[dict[str, Tensor]]:
     """Batches of positions -> stacked tensors, in order."""
     if workers == 0:
         return (stack([samples[i] for i in batch]) for batch in batches)
@@ -118,13 +119,17 @@ class Metrics:
             stream.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
 
 
-def count_flops(step: Callable[[], None]) -> float:
-    """FLOPs of one call (multiply and add = 2; matmuls, convolutions and attention)."""
+@contextmanager
+def count_flops(facts: dict[str, Any]) -> Iterator[None]:
+    """Count the FLOPs of the first step into facts (multiply and add = 2; matmuls, convolutions and attention); later steps are left alone."""
+    if facts["flops_per_step"] is not None:
+        yield
+        return
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        step()
-    return float(counter.get_total_flops())
+        yield
+    facts["flops_per_step"] = float(counter.get_total_flops())
 
 
 def fit(
@@ -148,7 +153,8 @@ def fit(
         raise JobFailed(f"{images.root}: no images to train on")
     per_epoch, total = steps_of(recipe, len(images))
     objective.to(session.device).train()
-    depth = len(objective.vit.blocks) if isinstance(getattr(objective, "vit", None), nn.Module) else 0
+    vit: Any = getattr(objective, "vit", None)
+    depth = 0 if vit is None else len(vit.blocks)
     optimizer = build_optimizer(parameter_groups(objective, recipe, depth), recipe)
     ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
     states = States(session.dir / "checkpoint" / stage)
@@ -187,17 +193,9 @@ def fit(
         progress = step / total
         apply_schedule(optimizer, recipe, step, total)
         seed_all(session.seed, "step", step)
-        output: dict[str, Tensor] = {}
-
-        def forward_backward() -> None:
-            with torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
-                output.update(objective(batch, progress))  # noqa: B023  # called at once, within the iteration
+        with count_flops(facts), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
+            output = objective(batch, progress)
             output["loss"].backward()
-
-        if facts["flops_per_step"] is None:
-            facts["flops_per_step"] = count_flops(forward_backward)
-        else:
-            forward_backward()
         norm = clip_gradients(parameters, recipe)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -213,9 +211,9 @@ def fit(
         if step % log_every == 0 or step in (1, total):
             facts["loss"] = float(output["loss"].detach())
             if not math.isfinite(facts["loss"]):
-                raise JobFailed(f"{stage}: loss is {facts['loss']} at step {step} of {total} (lr {recipe.peak_lr:.3g}): lower lr with --set, or use precision=fp32")
-            values = {k: float(v.detach()) for k, v in output.items()}
-            metrics.add(step, {**values, "lr": optimizer.param_groups[0]["lr"], **({} if norm is None else {"grad_norm": float(norm)})})
+                raise JobFailed(f"{stage}: loss {facts['loss']} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
+            values = {k: float(v.detach()) for k, v in output.items()} | ({} if norm is None else {"grad_norm": float(norm)})
+            metrics.add(step, {**values, "lr": optimizer.param_groups[0]["lr"]})
         if now - shown > LOG_EVERY_S or step in (first + 1, total):
             shown, speed = now, (step - first) * recipe.batch / max(now - started, 1e-9)
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))

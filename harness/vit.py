@@ -92,6 +92,12 @@ class ViT(VisionTransformer):
         drop_path: stochastic depth rate of the last block, rising linearly from 0 in the first.
     """
 
+    blocks: Any  # timm declares these too loosely for a type checker
+    patch_embed: Any
+    pos_embed: Any
+    cls_token: Any
+    norm: Any
+
     def __init__(self, config: ViTConfig, drop_path: float = 0.0) -> None:
         super().__init__(
             img_size=config.size, patch_size=config.patch, num_classes=0, global_pool="token", embed_dim=config.width,
@@ -119,7 +125,8 @@ class ViT(VisionTransformer):
             raise ValueError(f"image of {images.shape[-2]}x{images.shape[-1]} is no multiple of the patch {self.config.patch}")
         proj = self.patch_embed.proj
         if keep is None:
-            return proj(images).flatten(2).transpose(1, 2)
+            x: Tensor = proj(images).flatten(2).transpose(1, 2)
+            return x
         p = self.config.patch
         b, c, h, w = images.shape
         pixels = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
@@ -128,11 +135,12 @@ class ViT(VisionTransformer):
 
     def positions(self, grid: tuple[int, int] | None = None) -> Tensor:
         """Position table (1, 1 + N, D) for a grid; another grid than the configured one is interpolated (bicubic)."""
+        table: Tensor = self.pos_embed
         if grid is None or grid == self.config.grid:
-            return self.pos_embed
-        if self.config.positions != "learned" and not self.pos_embed.requires_grad:
-            return sincos_positions(self.config.width, grid, self.config.positions).to(self.pos_embed)
-        return resize_positions(self.pos_embed, self.config.grid, grid)
+            return table
+        if self.config.positions != "learned" and not table.requires_grad:
+            return sincos_positions(self.config.width, grid, self.config.positions).to(table)
+        return resize_positions(table, self.config.grid, grid)
 
     def place(self, x: Tensor, keep: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Add positions to patch embeddings (B, N or K, D) and put the class token in front: (B, 1 + N or K, D)."""
@@ -166,7 +174,8 @@ class ViT(VisionTransformer):
 
     def encode(self, x: Tensor, keep: Tensor | None = None, causal: bool = False, grid: tuple[int, int] | None = None) -> Tensor:
         """All blocks and the final norm: (B, n, D) -> (B, n, D)."""
-        return self.norm(self.run_blocks(x, keep, causal, grid)[-1])
+        out: Tensor = self.norm(self.run_blocks(x, keep, causal, grid)[-1])
+        return out
 
     def tokens(self, images: Tensor) -> Tensor:
         """Class and patch tokens after the final norm, (B, 1 + N, D), for any image size."""
@@ -186,7 +195,7 @@ class ViT(VisionTransformer):
             maps.append(x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, *grid))
         return maps
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Features of the class token after the final norm, (B, D), as timm's forward with no classifier gives."""
         return self.tokens(x)[:, 0]
 

@@ -1,0 +1,293 @@
+"""The command line. Results go to stdout, progress to stderr; a user error is one line and exit code 2.
+
+Exit codes: 0 all done, 1 some cell failed, 2 usage or bad input (nothing started), 3 submitted and not finished, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from harness import __version__
+from harness.spec import UserError, suggest
+
+if TYPE_CHECKING:
+    from harness.plan import Plan
+    from harness.store import Store
+
+LISTS = ("methods", "evals", "protocols", "backbones", "datasets", "runs")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def check_packages() -> None:
+    """Our top-level packages have generic names: another distribution must not stand in their place.
+
+    Raises:
+        UserError: one resolves elsewhere than beside harness/.
+    """
+    root = Path(__file__).resolve().parents[1]
+    for name in ("methods", "evals", "results", "slurm", "protocols"):
+        found = find_spec(name)
+        places = [Path(p).resolve() for p in (found.submodule_search_locations or ())] if found else []
+        if root / name not in places[:1]:
+            where = places[0] if places else "nowhere"
+            raise UserError(f"package {name!r} is found in {where}, not beside {root / 'harness'}: uninstall the other one or put {root} first on PYTHONPATH")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A list on the command line: by commas."""
+    return tuple(w.strip() for w in text.split(",") if w.strip())
+
+
+def integers(flag: str, text: str) -> tuple[int, ...]:
+    """Seeds: integers by commas, each once."""
+    try:
+        values = tuple(int(w) for w in words(text))
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: seeds are integers separated by commas, as in 0,1,2") from error
+    if not values:
+        raise UserError(f"{flag}: the list is empty: name at least one seed, as in {flag} 0")
+    if len(set(values)) != len(values) or min(values) < 0:
+        raise UserError(f"{flag} {text}: name each seed once, none below 0")
+    return values
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of section 6 of the design; commands of other rooms add themselves through the entry points harness.commands."""
+    top = Parser(prog="harness", description="Train every pre-training method on the same ViT, score it with the same evaluators, print the table.",
+                 epilog="example: python -m harness run --methods beit,mae --evals ade20k,coco")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    run = commands.add_parser("run", help="pre-train, evaluate, print the table", description="Train what is missing, then print the table.")
+    run.add_argument("--methods", required=True, nargs="+", help="names by commas or spaces, or `all` (see `list methods`)")
+    run.add_argument("--evals", required=True, nargs="+", help="names by commas or spaces, or a group such as all, inat, places (see `list evals`)")
+    run.add_argument("--protocol", default="demo", help="scale and data (default: demo, minutes on a laptop)")
+    run.add_argument("--backbone", help="a backbone of the protocol (see `list backbones`)")
+    run.add_argument("--seeds", default="0", help="pre-training seeds, by commas (default: 0)")
+    run.add_argument("--eval-seeds", default="0", help="fine-tuning seeds on each pre-training (default: 0)")
+    run.add_argument("--data", default=os.environ.get("HARNESS_DATA_ROOT"), help="folder of data sets, or a TOML name -> folder (default: generated)")
+    run.add_argument("--pretrain-data", help="pre-train on this folder of images instead, nested, no labels needed")
+    run.add_argument("--runs", default="runs", help="folder for results (default: runs)")
+    run.add_argument("--launcher", default="local", help="local, debug (this process), or another one installed")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: mae.mask_ratio=0.6, ade20k.recipe.lr=1e-3")
+    run.add_argument("--tuning", choices=("shared", "published"), default="published", help="fine-tuning: one recipe for all, or each method's paper's")
+    run.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help="an unreadable image ends the job, or is skipped and counted")
+    run.add_argument("--dry-run", action="store_true", help="print the graph and what is cached; start nothing")
+    run.add_argument("--retry", action="store_true", help="start failed jobs again, from their last state")
+    run.add_argument("--force", action="store_true", help="do the whole graph again; old folders are moved to RUNS/aside")
+    run.set_defaults(go=command_run)
+
+    listing = commands.add_parser("list", help="methods, evals, protocols, backbones, datasets, runs")
+    listing.add_argument("what", choices=LISTS)
+    listing.add_argument("--protocol", default="demo")
+    listing.add_argument("--runs", default="runs")
+    listing.set_defaults(go=command_list)
+
+    status = commands.add_parser("status", help="what is done, running, failed, missing, and why")
+    status.add_argument("run", nargs="?", metavar="RUN", help="a node: its folder's name, or the beginning of its key")
+    status.add_argument("--runs", default="runs")
+    status.set_defaults(go=command_status)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, data: what works, what does not, the remedy")
+    doctor.add_argument("--data", default=os.environ.get("HARNESS_DATA_ROOT"))
+    doctor.add_argument("--runs", default="runs")
+    doctor.set_defaults(go=command_doctor)
+
+    from harness.plugins import installed, load
+
+    for name in installed("commands"):
+        command = load("commands", name)()
+        sub = commands.add_parser(name, help=command.help)
+        command.add_arguments(sub)
+        sub.set_defaults(go=command.run)
+    return top
+
+
+def command_run(args: argparse.Namespace) -> int:
+    """`harness run`."""
+    from harness import plugins
+    from harness.launch import Display, room
+    from harness.plan import Planner, Request
+    from harness.store import Store
+
+    request = Request(
+        methods=words(",".join(args.methods)), evals=words(",".join(args.evals)), protocol=args.protocol, backbone=args.backbone,
+        seeds=integers("--seeds", args.seeds), eval_seeds=integers("--eval-seeds", args.eval_seeds), data=args.data, pretrain_data=args.pretrain_data,
+        settings=tuple(args.set), tuning=args.tuning, on_bad_image=args.on_bad_image,
+    )
+    launcher = plugins.load("launchers", args.launcher, "--launcher")()
+    store = Store(Path(args.runs))
+    planner = Planner(request)
+    missing = planner.missing()
+    if not args.dry_run:
+        store.prepare()
+    else:
+        store.check_version()
+    if missing:
+        if args.dry_run:
+            print(f"would generate: {', '.join(missing)}")
+            return 0
+        planner.generate(missing, room()[0])
+    plan = planner.plan()
+    if args.dry_run:
+        return dry_run(plan, store)
+    for node in plan.nodes:
+        folder = store.folder(node)
+        state = store.state(folder).status
+        if state == "running" and args.force:
+            raise UserError(f"--force: {node.folder} is being worked on ({store.state(folder).reason}): stop that process first")
+    for node in plan.nodes:
+        folder = store.folder(node)
+        if args.force and (old := store.set_aside(folder)) is not None:
+            print(f"moved {folder} to {old}", file=sys.stderr)
+        elif args.retry:
+            (folder / "failure.json").unlink(missing_ok=True)
+    todo = [n for n in plan.nodes if store.state(store.folder(n)).status != "done"]
+    interrupted = False
+    if todo:
+        print(f"{len(plan.nodes)} nodes, {len(plan.nodes) - len(todo)} done before, {len(todo)} to do in {store.root}", file=sys.stderr)
+        display = Display(plan.nodes, store)
+        interrupted = launcher.launch(plan.nodes, store, display)
+        display.close()
+    if interrupted:
+        print("interrupted: run the same line again to go on", file=sys.stderr)
+        return 130
+    return print_table(plan, store)
+
+
+def print_table(plan: Plan, store: Store) -> int:
+    """The table of a plan on stdout; exit code 1 when a cell has no number and is not skipped."""
+    from dataclasses import replace
+
+    from harness.plugins import load
+    from harness.store import State, read_record
+
+    states = {n.key: store.state(store.folder(n)) for n in plan.nodes}
+    for node in plan.nodes:  # a cell whose ancestor failed says which and why
+        for role, parent in node.parents.items():
+            state = states[parent.key]
+            if state.status != "done" and states[node.key].status != "done":
+                states[node.key] = State("failed", state.reason if state.reason.startswith("its ") else f"its {role} {state.status}: {state.reason}")
+    records = {n.key: r for n in plan.nodes if (r := read_record(store.folder(n))) is not None}
+    results = [replace(r, status="failed") if r.status in ("interrupted", "missing") else r for r in plan.results(states, records)]
+    print(load("commands", "table")().render(results))
+    return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
+
+
+def dry_run(plan: Plan, store: Store) -> int:
+    """The graph and what is cached."""
+    for number, node in enumerate(plan.nodes, start=1):
+        state = store.state(store.folder(node))
+        after = ", ".join(f"{role} {p.key[:8]}" for role, p in node.parents.items())
+        print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {'cached' if state.status == 'done' else state.status}"
+              + (f" (after {after})" if after else ""))
+    for cell in plan.cells:
+        if cell.node is None:
+            print(f"skipped: {cell.about['eval']} on {cell.about['method']}: {cell.skipped}")
+    return 0
+
+
+def command_list(args: argparse.Namespace) -> int:
+    """`harness list`."""
+    from harness import plugins
+
+    if args.what == "runs":
+        return command_status(argparse.Namespace(run=None, runs=args.runs))
+    setting: Any = plugins.build("protocols", args.protocol) if args.what in ("backbones", "datasets") else None
+    if args.what == "backbones":
+        for name, vit in setting.backbones.items():
+            print(f"{name:16} {vit.size[0]}x{vit.size[1]} px, patch {vit.patch}, width {vit.width}, {vit.depth} blocks, {vit.heads} heads, "
+                  f"positions {vit.positions}{' (default)' if name == setting.backbone else ''}")
+    elif args.what == "datasets":
+        from harness import data
+
+        for name, folder in data.locate(None, setting).items():
+            print(f"{name:16} {'there' if folder.is_dir() else 'made on first use' if setting.generator else 'missing'}: {folder}")
+    else:
+        for name in plugins.installed(args.what):
+            plugin = plugins.load(args.what, name)
+            print(f"{name:16} {getattr(plugin, 'summary', '')}{source(plugin)}")
+            for variant, fields in getattr(plugin, "variants", {}).items():
+                print(f"{name + '@' + variant:16} {', '.join(f'{k}={v}' for k, v in fields.items())}")
+        if args.what in ("methods", "evals"):
+            print(f"groups: {', '.join(plugins.groups(args.what))}")
+    return 0
+
+
+def source(plugin: Any) -> str:
+    """' [source]' of a plugin that names one."""
+    text = getattr(plugin, "source", "")
+    return f" [{text}]" if text else ""
+
+
+def command_status(args: argparse.Namespace) -> int:
+    """`harness status`."""
+    import json
+
+    from harness.store import Store, read_json, read_record
+
+    store = Store(Path(args.runs))
+    if not store.root.is_dir():
+        raise UserError(f"--runs {store.root}: no such folder: name the folder that `run` wrote to")
+    store.check_version()
+    folders = store.folders()
+    if args.run is None:
+        for folder in folders:
+            state, job = store.state(folder), read_json(folder / "job.json") or {"key": "?", "name": folder.name}
+            about = job.get("about", {})
+            progress = read_json(folder / "progress.json") if state.status == "running" else None
+            record = read_record(folder)
+            detail = ", ".join(f"{k} {v:.2f}" for k, v in record["metrics"].items()) if record else state.reason
+            if progress:
+                detail = f"step {progress['step']}/{progress['steps']}, {progress['images_per_s']:.0f} images/s, {progress['seconds_left'] or 0:.0f} s left"
+            print(f"{state.status:12} {job['key']} {about.get('title', job['name'])} seed {about.get('seed')}{': ' + detail if detail else ''}")
+        return 0
+    found = [f for f in folders if f.name == Path(args.run).name or f.name.rsplit("-", 1)[-1].startswith(args.run)]
+    if len(found) != 1:
+        what = "no such run" if not found else f"{len(found)} runs fit"
+        raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)])}")
+    state = store.state(found[0])
+    record = read_record(found[0])
+    print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}")
+    print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
+    return 0
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    """`harness doctor`: exit 1 when something that a run needs does not work."""
+    from harness.doctor import examine
+
+    return examine(args.data, Path(args.runs))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m harness` and of the script `harness`."""
+    try:
+        check_packages()
+        top = parser()
+        args = top.parse_args(arguments)
+        if args.command is None:
+            top.print_help()
+            return 0
+        return int(args.go(args))
+    except UserError as error:
+        print(f"harness: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,271 @@
+"""Launchers: how the nodes of a plan become processes.
+
+`local` keeps as many jobs running as the machine has room for, each a process of its own; `debug` does them one after the other in
+this process. A node that fails takes down only what depends on it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.jobs import Node
+from harness.run import BUSY, execute, stop_on_signal
+from harness.store import State, Store, is_locked, read_json, write_json
+
+POLL_S = 0.2
+LINE_EVERY_S = 15.0
+ENDED = ("done", "failed", "killed", "blocked")
+
+
+class Launcher(Protocol):
+    """Brings nodes to an end. Returns True when it was interrupted."""
+
+    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> bool: ...
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> int:
+    """CUDA devices, counted without importing torch where possible."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
+
+
+def room() -> tuple[int, int]:
+    """(jobs at a time, threads of each): a job per GPU, else up to four jobs that share the cores; small jobs scale poorly over threads."""
+    if gpus():
+        return gpus(), max(1, cores() // gpus())
+    jobs = min(4, cores())
+    return jobs, max(1, cores() // jobs)
+
+
+def write_job(node: Node, store: Store) -> Path:
+    """Write job.json of a node about to start. Folders may have moved since; the identity cannot have."""
+    path = store.folder(node) / "job.json"
+    write_json(path, node.job(store.root))
+    return path
+
+
+@dataclass
+class Local:
+    """Processes on this machine."""
+
+    running: dict[str, tuple[subprocess.Popen[bytes], int]] = field(default_factory=dict)
+
+    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> bool:
+        """See `Launcher`."""
+        slots, threads = room()
+        todo, status = list(nodes), {n.key: store.state(store.folder(n)).status for n in nodes}
+        waiting: dict[str, float] = {}
+        try:
+            with stop_on_signal() as asked:
+                while (todo or self.running) and not asked():
+                    self.reap(nodes, store, status)
+                    for node in list(todo):
+                        if status[node.key] in ENDED:
+                            todo.remove(node)
+                        elif any(status[p.key] in ENDED and status[p.key] != "done" for p in node.parents.values()):
+                            status[node.key] = "blocked"
+                        elif all(status[p.key] == "done" for p in node.parents.values()) and len(self.running) < slots:
+                            if is_locked(store.folder(node)):  # another harness has it: wait for its result
+                                waiting[node.key] = time.monotonic()
+                                continue
+                            if node.key in waiting:
+                                status[node.key] = store.state(store.folder(node)).status
+                                del waiting[node.key]
+                                continue
+                            self.start(node, store, threads, slots)
+                            status[node.key] = "running"
+                            todo.remove(node)
+                    show(status)
+                    time.sleep(POLL_S)
+                interrupted = asked()
+        finally:
+            self.stop(store, nodes)
+        return interrupted
+
+    def start(self, node: Node, store: Store, threads: int, slots: int) -> None:
+        """Start a node's process; what it prints goes to its log."""
+        job = write_job(node, store)
+        taken = {slot for _, slot in self.running.values()}
+        slot = next(s for s in range(slots) if s not in taken)
+        environment = {
+            **os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "HARNESS_THREADS": str(threads),
+            "HARNESS_LAUNCHER_PID": str(os.getpid()), "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]]),
+        }
+        if gpus():
+            devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus())))).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = devices[slot]
+            environment.setdefault("HARNESS_WORKERS", str(threads))
+        with open(job.parent / "log.txt", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "harness.run", str(job)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which then asks each job to save
+            )
+        self.running[node.key] = (process, slot)
+
+    def reap(self, nodes: Sequence[Node], store: Store, status: dict[str, str]) -> None:
+        """Take note of processes that have ended."""
+        by_key = {n.key: n for n in nodes}
+        for key, (process, _) in list(self.running.items()):
+            if (code := process.poll()) is None:
+                continue
+            del self.running[key]
+            folder = store.folder(by_key[key])
+            if code == BUSY:
+                status[key] = "missing"
+                continue
+            state = store.state(folder).status
+            if state in ("done", "failed"):
+                status[key] = state
+            elif code < 0 or code == 130:  # killed or stopped from outside: the next run goes on from its last state
+                status[key] = "killed"
+            else:
+                write_json(folder / "failure.json", {"message": f"its process ended with exit code {code}: see {folder / 'log.txt'}", "type": "Exit",
+                                                     "traceback": "", "time": time.time()})
+                status[key] = "failed"
+
+    def stop(self, store: Store, nodes: Sequence[Node]) -> None:
+        """Ask what still runs to save and end, and wait; a second signal does not wait."""
+        for process, _ in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        for process, _ in self.running.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.kill()
+                process.wait()
+        self.running.clear()
+
+
+@dataclass
+class Debug:
+    """One after the other in this process: breakpoints work, and tracebacks are in the job's log."""
+
+    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> bool:
+        """See `Launcher`."""
+        status: dict[str, str] = {}
+        with stop_on_signal() as asked:
+            for node in nodes:
+                state: State = store.state(store.folder(node))
+                if state.status in ("done", "failed"):
+                    status[node.key] = state.status
+                    continue
+                if any(status[p.key] != "done" for p in node.parents.values()):
+                    status[node.key] = "blocked"
+                    continue
+                status[node.key] = "running"
+                show(status)
+                code = execute(write_job(node, store), asked)
+                status[node.key] = store.state(store.folder(node)).status
+                if code == 130 or asked():
+                    return True
+        show(status)
+        return False
+
+
+class Display:
+    """Progress on stderr: on a terminal one line that is rewritten, in a log plain lines now and then."""
+
+    def __init__(self, nodes: Sequence[Node], store: Store) -> None:
+        self.nodes, self.store, self.tty = nodes, store, sys.stderr.isatty()
+        self.last, self.before = 0.0, dict[str, str]()
+        self.durations: dict[str, float] = {}
+        self.begun: dict[str, float] = {}
+
+    def __call__(self, status: Mapping[str, str]) -> None:
+        """Show where the nodes stand."""
+        now = time.monotonic()
+        for number, node in enumerate(self.nodes, start=1):
+            state = status.get(node.key, "missing")
+            if self.before.get(node.key) != state:
+                self.before[node.key] = state
+                if state == "running":
+                    self.begun[node.key] = now
+                    self.line(f"[{number}/{len(self.nodes)}] {node.about['title']} seed {node.about['seed']}: started")
+                elif state in ("done", "failed", "killed") and node.key in self.begun:
+                    took = self.durations[node.key] = now - self.begun[node.key]
+                    self.line(f"[{number}/{len(self.nodes)}] {node.about['title']} seed {node.about['seed']}: {state} in {clock(took)}{self.score(node)}")
+        if now - self.last < (1.0 if self.tty else LINE_EVERY_S):
+            return
+        self.last = now
+        parts = [p for n in self.nodes if status.get(n.key) == "running" and (p := self.progress(n))]
+        done = sum(s == "done" for s in status.values())
+        text = " | ".join([f"{done}/{len(self.nodes)} done", *parts, f"run: {self.left(status)}"])
+        if self.tty:
+            import shutil
+
+            sys.stderr.write("\r\033[K" + text[: shutil.get_terminal_size().columns - 1])
+            sys.stderr.flush()
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        print(("\r\033[K" if self.tty else "") + text, file=sys.stderr, flush=True)
+
+    def score(self, node: Node) -> str:
+        """The metrics of a node that is done, or why it failed."""
+        folder = self.store.folder(node)
+        state = self.store.state(folder)
+        if state.status == "failed":
+            return f": {state.reason}"
+        metrics = (read_json(folder / "record.json") or {}).get("metrics") or {}
+        return "".join(f", {name} {value:.2f}" for name, value in metrics.items())
+
+    def progress(self, node: Node) -> str:
+        """A running node's part of the line."""
+        p = read_json(self.store.folder(node) / "progress.json")
+        if not isinstance(p, dict):
+            return f"{node.about['title']}: starting"
+        loss = "" if p["loss"] is None else f" loss {p['loss']:.3f}"
+        left = "" if p["seconds_left"] is None else f" {clock(p['seconds_left'])} left"
+        return f"{node.about['title']} {p['step']}/{p['steps']}{loss} {p['images_per_s']:.0f} images/s{left}"
+
+    def left(self, status: Mapping[str, str]) -> str:
+        """Time left for the whole run: what nodes of the same kind and evaluator took, over the jobs that run at a time."""
+        waiting, known = 0.0, 0
+        kinds: dict[str, list[float]] = {}
+        for node in self.nodes:
+            if node.key in self.durations:
+                kinds.setdefault(node.kind, []).append(self.durations[node.key])
+        fallback = [d for ds in kinds.values() for d in ds]
+        for node in self.nodes:
+            state = status.get(node.key, "missing")
+            if state == "running":
+                p = read_json(self.store.folder(node) / "progress.json")
+                waiting += float(p["seconds_left"] or 0.0) if isinstance(p, dict) else 0.0
+            elif state not in ENDED:
+                sample = kinds.get(node.kind) or fallback
+                if not sample:
+                    known += 1
+                    continue
+                waiting += sum(sample) / len(sample)
+        busy = max(1, min(room()[0], sum(s == "running" for s in status.values()) or 1))
+        return f"{clock(waiting / busy)} left" + (f" and {known} jobs not timed yet" if known else "")
+
+    def close(self) -> None:
+        """End the line that is rewritten."""
+        if self.tty:
+            sys.stderr.write("\r\033[K")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:05 or 2:03:04."""
+    total = round(seconds)
+    hours, minutes = total // 3600, total // 60 % 60
+    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"

@@ -1,0 +1,317 @@
+"""The process that does one job: `python -m harness.run JOB.json`, the same under every launcher.
+
+Exit codes: 0 done, 1 failed (failure.json says why), 2 bad job file, 75 another process has the job, 130 stopped and resumable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from harness.jobs import read_job
+from harness.spec import Interrupted, JobFailed, UserError
+from harness.store import RECORD_SCHEMA, Locked, lock, read_json, read_record, record_validator, write_json
+
+BUSY = 75
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "pycocotools", "faster-coco-eval")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the harness's own checkout and whether it has changes; nulls outside git."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    with contextlib.suppress(OSError):
+        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": commit, "dirty": None if status is None else bool(status)}
+    return {"commit": None, "dirty": None}
+
+
+def processor() -> str:
+    """The processor's model name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def set_up_machine(folder: Path) -> dict[str, Any]:
+    """Threads and GEMM mode: chosen at the job's first start, reused on resume, so that the numbers stay the same. Import torch after this."""
+    chosen = read_json(folder / "machine.json")
+    if not isinstance(chosen, dict):
+        chosen = {"threads": int(os.environ.get("HARNESS_THREADS", "1")), "gemm": "highest"}
+        write_json(folder / "machine.json", chosen)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a busy core beside us would otherwise cost a factor of six (performance.md, item 5)
+    os.environ["OMP_NUM_THREADS"] = str(chosen["threads"])
+    import torch
+
+    torch.set_num_threads(chosen["threads"])
+    torch.set_float32_matmul_precision(chosen["gemm"])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return chosen
+
+
+class Usage:
+    """Seconds that a job has used, over all its starts: usage.json, brought up to date with every report."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.started = folder / "usage.json", time.monotonic()
+        before = read_json(self.path)
+        self.before = before if isinstance(before, dict) else {"seconds": 0.0, "start": datetime.datetime.now(datetime.timezone.utc).isoformat()}
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return float(str(self.before["seconds"])) + time.monotonic() - self.started
+
+    def save(self) -> None:
+        """Write usage.json."""
+        write_json(self.path, {"seconds": round(self.seconds(), 3), "start": self.before["start"]})
+
+
+def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bool], log: Callable[[str], None], usage: Usage) -> Any:
+    """The Session that trainables and evaluators get."""
+    import torch
+
+    from harness.plugins import Progress, Session
+
+    identity, where = job["identity"], job["where"]
+    device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU") else "cpu")
+    precision = (identity.get("recipe") or {}).get("precision", "fp32")
+    last = [0.0]
+
+    def report(progress: Progress) -> None:
+        write_json(folder / "progress.json", {**asdict(progress), "time": time.time()})
+        if time.monotonic() - last[0] > 10:
+            last[0] = time.monotonic()
+            usage.save()
+            loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
+            log(f"{progress.stage}: step {progress.step}/{progress.steps}{loss}, {progress.images_per_s:.0f} images/s")
+
+    seed = identity["seed"] if "eval_seed" not in identity else identity["seed"] * 1_000_003 + identity["eval_seed"]
+    return Session(
+        dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        folders={k: Path(v) for k, v in where["folders"].items()}, workers=int(os.environ.get("HARNESS_WORKERS", "0")),
+        on_bad_image=where["on_bad_image"], report=report, should_stop=should_stop, log=log,
+    )
+
+
+def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:
+    """Do an asset or pretrain job: leaves checkpoint/asset.pt or checkpoint/backbone.pt. Returns parts of the record."""
+    from harness.checkpoint import Backbone
+    from harness.data import read_images
+    from harness.plugins import TrainContext
+    from harness.randomness import seed_all
+    from harness.spec import restore
+    from harness.train import Samples, fit, loader, steps_of
+    from harness.vit import ViT
+
+    identity = job["identity"]
+    plugin, recipe = restore(identity["plugin"]), restore(identity["recipe"])
+    parents = {role: folder.parent / p["folder"] for role, p in job["parents"].items()}
+    sets = list(job["where"]["folders"])
+    images = read_images(sets[0].partition(":")[0], "train", session.folders[sets[0]]) if sets else None
+    held_out = None
+    if images is not None and getattr(plugin, "holdout", None):
+        images, held_out = images.split(plugin.holdout)
+    config: Any = restore(identity["vit"]) if "vit" in identity else None
+    seed_all(session.seed, "init")
+    vit = None
+    if config is not None:
+        vit = ViT(config, recipe.drop_path if recipe is not None else 0.0)
+        if "parent" in parents:
+            vit = Backbone.load(parents["parent"] / "checkpoint" / "backbone.pt").build(config, recipe.drop_path if recipe is not None else 0.0)
+    assets = {role: path / "checkpoint" / "asset.pt" for role, path in parents.items() if role != "parent"}
+    total = steps_of(recipe, len(images))[1] if recipe is not None and images is not None else 0
+    context = TrainContext(config, recipe, total, assets, images.classes if images is not None and images.labels is not None else ())
+    objective = plugin.objective(vit, context)
+    facts: dict[str, Any] = {"images_seen": 0, "flops": 0.0}
+    metrics: dict[str, float] = {}
+    if objective is not None:
+        assert images is not None and recipe is not None
+        transform = plugin.transform(config, recipe)
+        facts = fit(objective, images, transform, recipe, session)
+        if held_out is not None and hasattr(objective, "check"):
+            usable = min(len(held_out), 512)
+            samples = Samples(held_out, transform, session.seed, len(held_out), session.on_bad_image == "skip")
+            batches = [range(i, min(i + recipe.batch, usable)) for i in range(0, usable, recipe.batch)]
+            metrics = objective.check({k: v.to(session.device) for k, v in b.items()} for b in loader(samples, batches, 0, False))
+            if hasattr(objective, "pictures"):
+                first = next(iter(loader(samples, batches[:1], 0, False)))
+                save_picture(folder / "pictures.png", objective.pictures({k: v.to(session.device) for k, v in first.items()}))
+    if vit is None:
+        objective.cpu().save_asset(folder / "checkpoint" / "asset.pt")
+    else:
+        exported = objective.export() if objective is not None and hasattr(objective, "export") else vit
+        state = {k: v.detach().cpu().contiguous() for k, v in exported.state_dict().items()}
+        if set(state) != set(ViT(exported.config).state_dict()):
+            raise JobFailed(f"{job['name']}: exports other keys than the lent ViT's")
+        classifier = objective.classifier() if objective is not None and hasattr(objective, "classifier") else None
+        Backbone(exported.config, plugin.mean, plugin.std, state, classifier, {"method": job["name"]}).save(folder / "checkpoint" / "backbone.pt")
+    if recipe is not None:
+        from harness.checkpoint import States
+
+        States(folder / "checkpoint" / "train").clear()
+    return {"metrics": metrics, "outcomes": None, "facts": facts}
+
+
+def save_picture(path: Path, pixels: Any) -> None:
+    """Write uint8 (H, W, 3) pixels as PNG, atomically."""
+    from PIL import Image
+
+    from harness.checkpoint import write_atomically
+
+    write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, format="PNG"))
+
+
+def run_evaluation(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:
+    """Do an evaluate job. Returns parts of the record."""
+    import shutil
+
+    from harness.checkpoint import Backbone
+    from harness.plugins import EvalContext, load
+    from harness.spec import Overrides, restore
+
+    identity = job["identity"]
+    evaluator = restore(identity["plugin"])
+    checkpoint = Backbone.load(folder.parent / job["parents"]["checkpoint"]["folder"] / "checkpoint" / "backbone.pt")
+    setting = load("protocols", job["about"]["protocol"])
+    context = EvalContext(session, setting, restore(identity["recipe"]), Overrides(use_head=identity["use_head"]))
+    outcome = evaluator.run(checkpoint, context)
+    declared = {m.name for m in evaluator.columns}
+    if set(outcome.metrics) != declared:
+        raise JobFailed(f"{job['name']}: returned the metrics {sorted(outcome.metrics)}, declared are {sorted(declared)}")
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # the score is the product; training states are not needed any more
+    return {
+        "metrics": {k: float(v) for k, v in outcome.metrics.items()}, "facts": dict(outcome.facts),
+        "outcomes": None if outcome.outcomes is None else outcome.outcomes.relative_to(folder).as_posix(),
+    }
+
+
+def execute(path: Path, should_stop: Callable[[], bool] = lambda: False) -> int:
+    """Do the job in this process; a job that is done already is left alone. Returns the exit code."""
+    folder, job = path.parent, read_job(path)
+    try:
+        with lock(folder):
+            if read_record(folder) is not None:
+                return 0
+            (folder / "failure.json").unlink(missing_ok=True)
+            usage = Usage(folder)
+            with open(folder / "log.txt", "a", buffering=1) as stream:
+                def log(line: str) -> None:
+                    stream.write(f"{datetime.datetime.now().strftime('%H:%M:%S')} {line}\n")
+
+                log(f"start {job['kind']} {job['name']} {job['key']} in process {os.getpid()}")
+                return attempt(job, folder, usage, should_stop, log)
+    except Locked as error:
+        print(f"{folder.name}: {error.owner} is at work on it", file=sys.stderr)
+        return BUSY
+
+
+def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callable[[], bool], log: Callable[[str], None]) -> int:
+    """One try at a job whose lock is held: record.json, or failure.json, or a saved state."""
+    try:
+        machine = set_up_machine(folder)
+        session = make_session(folder, job, should_stop, log, usage)
+        parts = (run_evaluation if job["kind"] == "evaluate" else run_training)(job, folder, session)
+        usage.save()
+        record = make_record(job, session, machine, usage, parts)
+        record_validator().validate(record)
+        write_json(folder / "record.json", record)
+        (folder / "progress.json").unlink(missing_ok=True)
+        log(f"done: {record['metrics']}")
+        return 0
+    except (Interrupted, KeyboardInterrupt) as error:
+        usage.save()
+        log(f"interrupted: {error}")
+        return 130
+    except Exception as error:
+        usage.save()
+        expected = isinstance(error, (JobFailed, UserError))
+        message = str(error) if expected else f"{type(error).__name__}: {error}"
+        where = "" if expected else traceback.format_exc()
+        log(f"failed: {message}\n{where}")
+        write_json(folder / "failure.json", {"message": " ".join(message.split()), "type": type(error).__name__, "traceback": where, "time": time.time()})
+        return 1
+
+
+def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usage: Usage, parts: dict[str, Any]) -> dict[str, Any]:
+    """record.json (see record.schema.json)."""
+    import torch
+
+    cuda = session.device.type == "cuda"
+    facts = parts["facts"]
+    seconds = usage.seconds()
+    return {
+        "schema": RECORD_SCHEMA, "kind": job["kind"], "name": job["name"], "key": job["key"], "identity": job["identity"], "about": job["about"],
+        "parents": job["parents"], "metrics": parts["metrics"], "outcomes": parts["outcomes"], "seed": job["identity"]["seed"],
+        "plugin_version": job["identity"]["version"], "git": git_state(), "packages": versions(),
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": processor(), "cores": os.cpu_count() or 1, "threads": machine["threads"],
+            "gemm": machine["gemm"],
+        },
+        "precision": "bf16" if session.dtype == torch.bfloat16 else "fp32", "start": usage.before["start"],
+        "end": datetime.datetime.now(datetime.timezone.utc).isoformat(), "wall_s": round(seconds, 3), "device_hours": seconds / 3600,
+        "images_seen": facts.get("images_seen"), "flops": facts.get("flops"),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "deviations": list(job["about"].get("deviations", ())),
+        "deviations_found": [f"{len(session.skipped_images)} unreadable images skipped"] if session.skipped_images else [], "facts": facts,
+    }
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """A flag that SIGTERM, SIGINT, SIGUSR2 or the death of the launcher set; the training loop saves when it sees it."""
+    asked: list[int] = []
+    parent = os.getppid()
+    watched = bool(os.environ.get("HARNESS_LAUNCHER_PID"))
+    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    try:
+        yield lambda: bool(asked) or (watched and os.getppid() != parent)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m harness.run JOB.json`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m harness.run JOB.json", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    try:
+        with stop_on_signal() as should_stop:
+            return execute(Path(arguments[0]).resolve(), should_stop)
+    except UserError as error:
+        print(f"harness.run: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
