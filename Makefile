@@ -33,7 +33,6 @@ bench: .venv/.ready
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}: run make PYTHON=python3.11 (3.11 to 3.13 work)")'
 	@echo "setting up .venv from requirements.lock (about 5.5 GB, a few minutes)" >&2
 	$(PYTHON) -m venv .venv
-	$(PIP) uninstall --yes opencv-python
 	$(PIP) install --no-deps -r requirements.lock
 	@touch $@
 

@@ -1,0 +1,205 @@
+"""From results of single seeds to the cells of tables: which results count, their mean, spread and confidence interval.
+
+A sheet is what may stand in one table: one protocol, backbone, data and tuning. Within a sheet there is a cell for every method and
+every metric of every evaluator, also for those that were never run, so that a missing number always says why it is missing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.spec import Metric
+from harness.store import Result
+
+SheetKey = tuple[str, str, str, str]
+WORST_FIRST = ("failed", "running", "interrupted", "missing", "skipped", "done")
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (method, evaluator, metric) over its seeds.
+
+    `value` is the mean over pre-training seeds of the means over fine-tuning seeds, None when there is no score. `std` (divisor n - 1)
+    and `ci95` (Student t) are over pre-training seeds, None below two. `n` counts results, `n_pretrain` and `n_eval` the distinct seeds of
+    each layer. `status` is that of the worst seed, so that "done" means complete; `reason` says why something is missing. `remarks` is
+    what a reader must know besides.
+    """
+
+    method: str
+    eval: str
+    metric: Metric
+    protocol: str
+    backbone: str
+    data: str
+    tuning: str
+    value: float | None = None
+    n: int = 0
+    n_pretrain: int = 0
+    n_eval: int = 0
+    std: float | None = None
+    ci95: tuple[float, float] | None = None
+    deviations: tuple[str, ...] = ()
+    status: str = "missing"
+    reason: str = NOT_RUN
+    remarks: tuple[str, ...] = ()
+
+    def as_row(self) -> dict[str, Any]:
+        """The object of `table --format json`. `published` stays null until published numbers are shipped."""
+        return {
+            "method": self.method, "eval": self.eval, "metric": self.metric.name, "unit": self.metric.unit, "value": self.value,
+            "n": self.n, "n_pretrain": self.n_pretrain, "n_eval": self.n_eval, "std": self.std, "ci95": list(self.ci95) if self.ci95 else None,
+            "protocol": self.protocol, "backbone": self.backbone, "data": self.data, "tuning": self.tuning, "published": None,
+            "published_source": None, "deviations": list(self.deviations), "status": self.status, "reason": self.reason,
+            "remarks": list(self.remarks),
+        }
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table: methods in rows, (evaluator, metric) in columns, all cells present. `captions` are those of the protocol."""
+
+    protocol: str
+    backbone: str
+    data: str
+    tuning: str
+    methods: tuple[str, ...]
+    columns: tuple[tuple[str, Metric], ...]
+    cells: Mapping[tuple[str, str, str], Cell] = field(repr=False)
+    captions: tuple[str, ...] = ()
+
+    def cell(self, method: str, evaluator: str, metric: Metric) -> Cell:
+        """The cell of a row and a column."""
+        return self.cells[method, evaluator, metric.name]
+
+
+def sheets(results: Iterable[Result], methods: Sequence[str] = (), evals: Sequence[str] = ()) -> list[Sheet]:
+    """Sort results into sheets. Rows and columns come in the order of `methods` and `evals`, then as they first appear; so do sheets."""
+    grouped: dict[SheetKey, list[Result]] = {}
+    for result in results:
+        grouped.setdefault((result.protocol, result.backbone, result.data, result.tuning), []).append(result)
+    return [_sheet(key, members, methods, evals) for key, members in grouped.items()]
+
+
+def _sheet(key: SheetKey, results: Sequence[Result], first_methods: Sequence[str], first_evals: Sequence[str]) -> Sheet:
+    protocol, backbone, data, tuning = key
+    methods = _ordered((r.method for r in results), first_methods)
+    evals = _ordered((r.eval for r in results), first_evals)
+    columns = tuple((name, metric) for name in evals for metric in _metrics(r for r in results if r.eval == name))
+    cells = {}
+    for method in methods:
+        for name in evals:
+            counted, remarks = select([r for r in results if (r.method, r.eval) == (method, name)])
+            for metric in (m for e, m in columns if e == name):
+                blank = Cell(method, name, metric, protocol, backbone, data, tuning, remarks=remarks)
+                cells[method, name, metric.name] = _filled(blank, counted) if counted else blank
+    return Sheet(protocol, backbone, data, tuning, methods, columns, cells, tuple(dict.fromkeys(r.caption for r in results if r.caption)))
+
+
+def _ordered(found: Iterable[str], first: Sequence[str]) -> tuple[str, ...]:
+    """Distinct names that were found: those of `first` in its order, then the others as they came."""
+    names = dict.fromkeys(found)
+    return tuple(dict.fromkeys([*(n for n in first if n in names), *names]))
+
+
+def _metrics(results: Iterable[Result]) -> tuple[Metric, ...]:
+    """Columns of an evaluator: as declared; metrics of records that no declaration covers come after them."""
+    found: dict[str, Metric] = {}
+    scored: list[str] = []
+    for result in results:
+        for metric in result.columns:
+            found.setdefault(metric.name, metric)
+        scored.extend(result.metrics)
+    for name in scored:
+        found.setdefault(name, Metric(name))
+    return tuple(found.values()) or (Metric("score"),)
+
+
+def select(results: Sequence[Result]) -> tuple[list[Result], tuple[str, ...]]:
+    """The results of one method and evaluator that count, one for each pair of seeds, and remarks on those that were left out.
+
+    The same job found in several runs folders (equal key) counts once. Of several jobs with equal seeds but other settings (other keys) the
+    newest that has a record counts; without any record, the first.
+    """
+    by_job: dict[tuple[str, ...], Result] = {}
+    for index, result in enumerate(results):
+        job = (result.key,) if result.key else ("no key", str(index))
+        by_job[job] = max(by_job.get(job, result), result, key=_precedence)
+    by_seeds: dict[tuple[int, int], list[Result]] = {}
+    for result in by_job.values():
+        by_seeds.setdefault((result.seed, result.eval_seed), []).append(result)
+    counted, left_out = [], []
+    for _, rivals in sorted(by_seeds.items()):
+        best = max(rivals, key=_precedence)
+        counted.append(best)
+        left_out += [r for r in rivals if r is not best]
+    remarks = []
+    if any(r.status == "done" for r in left_out):
+        remarks.append("older results of other settings left out")
+    remarks += dict.fromkeys(f"left out, other settings: {r.status}{': ' + r.reason if r.reason else ''}" for r in left_out if r.status == "failed")
+    return counted, tuple(remarks)
+
+
+def _precedence(result: Result) -> tuple[bool, str]:
+    return result.status == "done", result.start
+
+
+def _filled(blank: Cell, results: Sequence[Result]) -> Cell:
+    """A cell with the mean and spread of its seeds, the worst status, and what is missing."""
+    by_seed: dict[int, list[float]] = {}
+    eval_seeds = set()
+    problems: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        score = result.metrics.get(blank.metric.name)
+        if result.status == "done" and score is not None and math.isfinite(score):
+            by_seed.setdefault(result.seed, []).append(float(score))
+            eval_seeds.add(result.eval_seed)
+        else:
+            problems.setdefault(_problem(result, score), []).append(result)
+    means = [statistics.fmean(scores) for scores in by_seed.values()]
+    status = min((s for s, _ in problems), key=_badness, default="done")
+    parts = [text if not by_seed and len(problems) == 1 else f"{_seeds(hit, results)}: {text}" for (_, text), hit in problems.items()]
+    deviating: dict[str, list[Result]] = {}
+    for result in results:
+        for text in dict.fromkeys(result.deviations):
+            deviating.setdefault(text, []).append(result)
+    deviations = tuple(t if len(hit) == len(results) else f"{t} ({_seeds(hit, results)})" for t, hit in deviating.items())
+    return Cell(
+        blank.method, blank.eval, blank.metric, blank.protocol, blank.backbone, blank.data, blank.tuning,
+        value=statistics.fmean(means) if means else None, n=sum(map(len, by_seed.values())), n_pretrain=len(means), n_eval=len(eval_seeds),
+        std=statistics.stdev(means) if len(means) > 1 else None, ci95=interval(means),
+        deviations=deviations, status=status, reason="; ".join(parts), remarks=blank.remarks,
+    )
+
+
+def _problem(result: Result, score: float | None) -> tuple[str, str]:
+    """Status and reason of a result that gives no score."""
+    if result.status != "done":
+        return result.status, " ".join((result.reason or (NOT_RUN if result.status == "missing" else result.status)).split())
+    return "failed", "the record has no such metric" if score is None else f"the score is not finite ({score})"
+
+
+def _badness(status: str) -> int:
+    return WORST_FIRST.index(status) if status in WORST_FIRST else 0
+
+
+def _seeds(results: Sequence[Result], among: Sequence[Result]) -> str:
+    """"seed 2", or "seeds 0/0, 0/1" (pre-training/fine-tuning) where fine-tuning seeds vary."""
+    layers = len({r.eval_seed for r in among}) > 1
+    names = [f"{r.seed}/{r.eval_seed}" if layers else str(r.seed) for r in results]
+    return f"seed{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def interval(means: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean by Student's t, (low, high); None below two values."""
+    if len(means) < 2:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(means) - 1)) * statistics.stdev(means) / math.sqrt(len(means))
+    middle = statistics.fmean(means)
+    return middle - half, middle + half

@@ -1,0 +1,232 @@
+"""Sheets as text: Markdown for the terminal, LaTeX (booktabs), HTML, CSV and JSON.
+
+`layout` decides once what every cell, caption and footnote says; the formats only spell it. Each format escapes what it would misread.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.spec import Metric
+from results.cells import Cell, Sheet
+
+DASH = "–"
+APART = "{} tables: results of different protocols, backbones, data or tuning are never put into one"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Text of one field of a table, with the marks of its footnotes; `bold` for the best of a column."""
+
+    text: str
+    marks: tuple[str, ...] = ()
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a table says, before any format: the first field of a row is the method."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+class Notes:
+    """Footnotes of a table: equal texts share a mark (a, b, ... z, aa, ab, ...)."""
+
+    def __init__(self) -> None:
+        self.marks: dict[str, str] = {}
+
+    def mark(self, text: str) -> str:
+        """The mark of a text, a new one when it is new."""
+        if text not in self.marks:
+            number, name = len(self.marks) + 1, ""
+            while number:
+                number, digit = divmod(number - 1, 26)
+                name = string.ascii_lowercase[digit] + name
+            self.marks[text] = name
+        return self.marks[text]
+
+
+def layout(sheet: Sheet) -> Layout:
+    """Decide captions, numbers, marks and bold type of a sheet."""
+    one_unit = len({metric.unit for _, metric in sheet.columns}) == 1
+    scored = [c for c in sheet.cells.values() if c.value is not None]
+    show_n = any(c.n > 1 for c in scored)
+    notes, rows = Notes(), []
+    bold = [cell for name, metric in sheet.columns for cell in _best([sheet.cell(m, name, metric) for m in sheet.methods], metric)]
+    for method in sheet.methods:
+        cells = [sheet.cell(method, name, metric) for name, metric in sheet.columns]
+        # What deviates in the whole row is marked at its name.
+        everywhere = [d for d in cells[0].deviations if all(d in c.deviations for c in cells)]
+        row = [Entry(method, tuple(notes.mark(_deviates(d)) for d in everywhere))]
+        for cell in cells:
+            texts = [_deviates(d) for d in cell.deviations if d not in everywhere] + list(cell.remarks)
+            if cell.reason:
+                texts.insert(0, _missing(cell))
+            row.append(Entry(number(cell, show_n), tuple(notes.mark(t) for t in texts), cell in bold))
+        rows.append(tuple(row))
+    header = ("method", *(_heading(name, metric, one_unit) for name, metric in sheet.columns))
+    return Layout(caption(sheet, scored, one_unit), header, tuple(rows), tuple((mark, text) for text, mark in notes.marks.items()))
+
+
+def number(cell: Cell, show_n: bool) -> str:
+    """"16.1 ± 0.4 (n=3)"; with several fine-tuning seeds "(n=3×2)"; a dash when there is no score."""
+    if cell.value is None:
+        return DASH
+    spread = f" ± {cell.std:.1f}" if cell.std is not None else ""
+    balanced = cell.n == cell.n_pretrain * cell.n_eval
+    count = str(cell.n) if cell.n_eval == 1 else f"{cell.n_pretrain}×{cell.n_eval}" if balanced else f"{cell.n} of {cell.n_pretrain}×{cell.n_eval}"
+    return f"{cell.value:.1f}{spread}" + (f" (n={count})" if show_n else "")
+
+
+def caption(sheet: Sheet, scored: Sequence[Cell], one_unit: bool) -> str:
+    """Protocol, backbone, data, tuning, what the numbers are, n and unit, in one line of plain text."""
+    parts = [f"Protocol {sheet.protocol}, backbone {sheet.backbone}, data {sheet.data}, {sheet.tuning} tuning."]
+    parts += [text.rstrip(".") + "." for text in sheet.captions]
+    counts = sorted({c.n_pretrain for c in scored})
+    if counts and counts[-1] > 1:
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        parts.append(f"Mean ± standard deviation over pre-training seeds, n = {span}"
+                     f"{' (× fine-tuning seeds)' if any(c.n_eval > 1 for c in scored) else ''}; bold: best of a column, never at n = 1.")
+    elif any(c.n_eval > 1 for c in scored):
+        parts.append("Mean over fine-tuning seeds of one pre-training seed, n = 1 (× fine-tuning seeds): no spread can be given.")
+    elif scored:
+        parts.append("One seed, n = 1: no spread can be given.")
+    if one_unit:
+        parts.append(f"Unit: {sheet.columns[0][1].unit}.")
+    return " ".join(parts)
+
+
+def _best(cells: Sequence[Cell], metric: Metric) -> list[Cell]:
+    """Cells to print bold: the best as printed, if there is another to compare with, and only those with more than one seed."""
+    scored = {c.method: round(c.value, 1) for c in cells if c.value is not None}
+    if len(scored) < 2:
+        return []
+    top = max(scored.values()) if metric.higher_is_better else min(scored.values())
+    return [c for c in cells if scored.get(c.method) == top and c.n_pretrain > 1]
+
+
+def _heading(evaluator: str, metric: Metric, one_unit: bool) -> str:
+    name = f"{evaluator} {metric.name}"
+    return f"{name}{'' if one_unit else f' ({metric.unit})'}{'' if metric.higher_is_better else ' ↓'}"
+
+
+def _deviates(text: str) -> str:
+    return f"deviates from the recipe: {text}"
+
+
+def _missing(cell: Cell) -> str:
+    if cell.value is not None:
+        return f"not complete: {cell.reason}"
+    return cell.reason if cell.status == "missing" or cell.reason.startswith(cell.status) else f"{cell.status}: {cell.reason}"
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def markdown(sheets: Sequence[Sheet]) -> str:
+    """GitHub tables, readable on a terminal."""
+    from tabulate import tabulate
+
+    def field(entry: Entry) -> str:
+        text = f"**{_markdown(entry.text)}**" if entry.bold else _markdown(entry.text)
+        return text + "".join(f" [{m}]" for m in entry.marks)
+
+    blocks = [APART.format(len(sheets)) + "."] if len(sheets) > 1 else []
+    for table in map(layout, sheets):
+        align = ("left", *["right"] * (len(table.header) - 1))
+        fields = [list(map(field, row)) for row in table.rows]
+        body = tabulate(fields, list(map(_markdown, table.header)), "github", colalign=align, disable_numparse=True)
+        blocks += [_markdown(table.caption), body]
+        if table.notes:
+            blocks.append("\n".join(f"- [{mark}] {_markdown(text)}" for mark, text in table.notes))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown(text: str) -> str:
+    # Single underscores inside words are no markup there, and names are full of them.
+    return re.sub(r"([\\`*|<\[\]])", r"\\\1", " ".join(text.split()))
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "[": "{[}", "]": "{]}",
+    "±": r"$\pm$", "×": r"$\times$", "↓": r"$\downarrow$", "–": "--",
+}
+
+
+def latex(sheets: Sequence[Sheet]) -> str:
+    r"""Floating tables for \usepackage{booktabs} and \usepackage[T1]{fontenc}."""
+
+    def field(entry: Entry) -> str:
+        text = rf"\textbf{{{_latex(entry.text)}}}" if entry.bold else _latex(entry.text)
+        return text + (rf"\textsuperscript{{{','.join(entry.marks)}}}" if entry.marks else "")
+
+    blocks = [f"% {APART.format(len(sheets))}."] if len(sheets) > 1 else []
+    for table in map(layout, sheets):
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}", rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+                 r"\toprule", " & ".join(map(_latex, table.header)) + r" \\", r"\midrule"]
+        lines += [" & ".join(map(field, row)) + r" \\" for row in table.rows]
+        lines += [r"\bottomrule", r"\end{tabular}"]
+        lines += [rf"\par\footnotesize \textsuperscript{{{mark}}} {_latex(text)}" for mark, text in table.notes]
+        blocks.append("\n".join([*lines, r"\end{table}"]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
+
+
+def web(sheets: Sequence[Sheet]) -> str:
+    """An HTML fragment of <table> elements with captions; footnotes in <tfoot>."""
+
+    def field(entry: Entry) -> str:
+        text = f"<strong>{html.escape(entry.text)}</strong>" if entry.bold else html.escape(entry.text)
+        return text + (f"<sup>{', '.join(entry.marks)}</sup>" if entry.marks else "")
+
+    lines = [f"<p>{html.escape(APART.format(len(sheets)))}.</p>"] if len(sheets) > 1 else []
+    for table in map(layout, sheets):
+        lines += ["<table>", f"<caption>{html.escape(table.caption)}</caption>", "<thead>"]
+        lines += ["<tr>" + "".join(f'<th scope="col">{html.escape(h)}</th>' for h in table.header) + "</tr>", "</thead>", "<tbody>"]
+        for name, *cells in table.rows:
+            lines.append(f'<tr><th scope="row">{field(name)}</th>' + "".join(f"<td>{field(e)}</td>" for e in cells) + "</tr>")
+        lines.append("</tbody>")
+        if table.notes:
+            notes = [f'<tr><td colspan="{len(table.header)}"><sup>{mark}</sup> {html.escape(text)}</td></tr>' for mark, text in table.notes]
+            lines += ["<tfoot>", *notes, "</tfoot>"]
+        lines.append("</table>")
+    return "\n".join(lines) + "\n"
+
+
+def rows(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
+    """One flat object per (method, evaluator, metric), in the order of the tables."""
+    return [sheet.cell(method, name, metric).as_row() for sheet in sheets for method in sheet.methods for name, metric in sheet.columns]
+
+
+def as_json(sheets: Sequence[Sheet]) -> str:
+    """The list of objects of design.md, section 6."""
+    return json.dumps(rows(sheets), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def csv(sheets: Sequence[Sheet]) -> str:
+    """The rows of the JSON; the interval in two columns, lists joined by "; "."""
+    import pandas
+
+    flat = []
+    for row in rows(sheets):
+        low, high = row.pop("ci95") or (None, None)
+        row |= {name: "; ".join(row[name]) for name in ("deviations", "remarks")}
+        flat.append({**row, "ci95_low": low, "ci95_high": high})
+    return str(pandas.DataFrame(flat).to_csv(index=False, lineterminator="\n"))
+
+
+FORMATS: dict[str, Callable[[Sequence[Sheet]], str]] = {"markdown": markdown, "latex": latex, "csv": csv, "json": as_json, "html": web}
