@@ -1,0 +1,386 @@
+"""Data sets on disk: where they lie, what they hold, how an image is read.
+
+Readers take the layouts as downloaded (ImageNet's class folders, iNaturalist's json, Places365's lists, ADE20K, COCO); the demo's
+generated sets have the same layouts and go through the same code. Class names and counts are read from the data, never assumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.randomness import generator
+from harness.spec import JobFailed, UserError, suggest
+from harness.spec import Protocol as Setting
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+FOLDERS = {
+    "imagenet": "imagenet", "ade20k": "ADEChallengeData2016", "coco": "coco", "inat2017": "inat2017", "inat2018": "inat2018", "inat2019": "inat2019",
+    "places205": "places205", "places365": "places365",
+}
+
+
+class BadImage(JobFailed):
+    """An image file that cannot be read."""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images of one split. `files` are relative to `root`; `labels` is int64 or None; `classes` are the names that labels index."""
+
+    root: Path
+    files: Sequence[str]
+    labels: np.ndarray | None
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> Path:
+        """Full path of an image."""
+        return self.root / self.files[index]
+
+    def subset(self, indices: Iterable[int]) -> ImageList:
+        """The images at these positions, in this order; the classes stay."""
+        chosen = list(indices)
+        return ImageList(self.root, [self.files[i] for i in chosen], None if self.labels is None else self.labels[chosen], self.classes)
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ImageList, ImageList]:
+        """(rest, held out): a fraction drawn at random, the same for the same files and seed, at least one image each."""
+        held = min(len(self) - 1, max(1, round(fraction * len(self))))
+        order = generator(seed, "held out", len(self)).permutation(len(self))
+        return self.subset(sorted(order[held:].tolist())), self.subset(sorted(order[:held].tolist()))
+
+
+def load_rgb(path: Path) -> Any:
+    """An image file as a PIL RGB image, turned upright by its EXIF orientation; gray, palette and CMYK are converted.
+
+    Raises:
+        BadImage: it is missing, truncated or no image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image) if image.getexif() else image
+            return upright if upright.mode == "RGB" else upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{path}: cannot be read as an image ({error}): mend or remove it, or use --on-bad-image skip") from error
+
+
+# --------------------------------------------------------------------------------------------------------------- places
+
+
+def generated_root(setting: Setting) -> Path:
+    """Where a protocol's generated data lies: $HARNESS_DATA, else the user's cache folder, below a folder named after protocol and version."""
+    import platformdirs
+
+    base = os.environ.get("HARNESS_DATA") or platformdirs.user_cache_dir("vision-harness")
+    return Path(base) / f"{setting.name}-{setting.data_version}"
+
+
+def folders_below(root: Path, setting: Setting | None = None) -> dict[str, Path]:
+    """Name -> folder of every data set in the layout of one root."""
+    return {name: root / folder for name, folder in FOLDERS.items()}
+
+
+def locate(data: str | None, setting: Setting) -> dict[str, Path]:
+    """Name -> folder of every data set that --data, or the protocol, offers.
+
+    Raises:
+        UserError: --data is missing, or its TOML is wrong.
+    """
+    if data is None:
+        return folders_below(generated_root(setting)) if setting.generator else {}
+    path = Path(data)
+    if not path.exists():
+        raise UserError(f"--data {data}: no such folder or file: name the folder that holds {', '.join(sorted(set(FOLDERS.values()))[:4])}, ...")
+    if path.is_dir():
+        return folders_below(path)
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    try:
+        body = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {data}: not a TOML file ({error}): it maps names to folders, as in imagenet = \"/data/imagenet\"") from error
+    found = {}
+    for name, value in body.items():
+        if name not in FOLDERS:
+            raise UserError(f"--data {data}: unknown data set {name!r}: {suggest(name, FOLDERS)}")
+        if not isinstance(value, str):
+            raise UserError(f"--data {data}: {name} must be the path of a folder, in quotes")
+        found[name] = (path.parent / value).resolve()
+    return found
+
+
+def folder_of(name: str, folders: Mapping[str, Path]) -> Path:
+    """Folder of a data set; a name such as imagefolder:DIR brings its own.
+
+    Raises:
+        UserError: none is known.
+    """
+    head, colon, rest = name.partition(":")
+    if colon:
+        return Path(rest)
+    if name not in folders:
+        raise UserError(f"--data: no folder for {name}: give a root that holds {FOLDERS.get(name, name)}, or a TOML with {name} = \"FOLDER\"")
+    return folders[name]
+
+
+def missing(names: Iterable[str], folders: Mapping[str, Path]) -> list[str]:
+    """The names whose folder is not there."""
+    return [n for n in names if ":" not in n and n in folders and not folders[n].is_dir()]
+
+
+# -------------------------------------------------------------------------------------------------------------- readers
+
+
+def images_below(folder: Path) -> list[str]:
+    """Relative paths of all image files below a folder, nested, hidden ones left out, sorted."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        base = os.path.relpath(parent, folder)
+        found += [f if base == "." else f"{base}/{f}" for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+    return sorted(found)
+
+
+def class_folders(root: Path, split: str) -> ImageList:
+    """ImageNet's layout: SPLIT/<class>/*.jpg; a class's index is its place among the sorted folder names of train."""
+    train, folder = root / "train", root / split
+    if not train.is_dir() and split != "train" and not folder.is_dir() or not any(p.is_dir() for p in ([train] if train.is_dir() else [root])):
+        raise UserError(f"{root}: no class folders in train/: expected train/<class>/*.jpg and val/<class>/*.jpg")
+    classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not classes:
+        raise UserError(f"{train}: no class folders: expected train/<class>/*.jpg")
+    index, files = {c: i for i, c in enumerate(classes)}, images_below(folder)
+    unknown = sorted({f.split("/")[0] for f in files} - set(classes))
+    if unknown:
+        raise UserError(f"{folder}: {unknown[0]!r} is no class of train: {suggest(unknown[0], classes[:20])}")
+    if not files:
+        raise UserError(f"{folder}: no images: expected {split}/<class>/*.jpg")
+    return ImageList(folder, files, np.array([index[f.split("/")[0]] for f in files], dtype=np.int64), classes)
+
+
+def image_folder(root: Path, split: str) -> ImageList:
+    """A user's class folder: train/ and val/ as ImageNet has them, or classes alone, of which a fifth is then held out as val."""
+    if (root / "train").is_dir():
+        return class_folders(root, split)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder: expected <class>/*.jpg, or train/<class> and val/<class>")
+    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    files = [f for f in images_below(root) if "/" in f]
+    if len(classes) < 2 or len(files) < 2:
+        raise UserError(f"{root}: fewer than two class folders with images: expected <class>/*.jpg, or train/<class> and val/<class>")
+    index = {c: i for i, c in enumerate(classes)}
+    everything = ImageList(root, files, np.array([index[f.split("/")[0]] for f in files], dtype=np.int64), classes)
+    return everything.split(0.2)[0 if split == "train" else 1]
+
+
+def read_json_file(path: Path) -> Any:
+    """A label file.
+
+    Raises:
+        UserError: missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing: download it, or give another --data") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): download it again") from error
+
+
+def inaturalist(root: Path, split: str, year: str) -> ImageList:
+    """iNaturalist's json of a split (COCO-like: images, annotations, categories); the split is the json's, not the folder tree's."""
+    body = read_json_file(root / f"{split}{year}.json")
+    try:
+        categories = sorted(body["categories"], key=lambda c: c["id"])
+        index = {c["id"]: i for i, c in enumerate(categories)}
+        label = {a["image_id"]: a["category_id"] for a in body["annotations"]}
+        images = [i for i in body["images"] if i["id"] in label]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{root / f'{split}{year}.json'}: not in iNaturalist's layout ({error} is missing)") from error
+    if wrong := sorted({label[i["id"]] for i in images} - set(index)):
+        raise UserError(f"{root / f'{split}{year}.json'}: label {wrong[0]} is no category: the file has {len(index)} categories")
+    labels = np.array([index[label[i["id"]]] for i in images], dtype=np.int64)
+    return ImageList(root, [i["file_name"] for i in images], labels, tuple(str(c.get("name", c["id"])) for c in categories))
+
+
+def places365(root: Path, split: str) -> ImageList:
+    """Places365's lists: categories_places365.txt, places365_train_standard.txt, places365_val.txt; the 256-pixel or the large images."""
+    listing = root / ("places365_train_standard.txt" if split == "train" else "places365_val.txt")
+    try:
+        rows = [line.rsplit(" ", 1) for line in listing.read_text().splitlines() if line.strip()]
+        names = [line.rsplit(" ", 1) for line in (root / "categories_places365.txt").read_text().splitlines() if line.strip()]
+        classes = tuple(name for name, _ in sorted(names, key=lambda n: int(n[1])))
+        labels = np.array([int(label) for _, label in rows], dtype=np.int64)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: missing: Places365 needs its category and split lists") from None
+    except ValueError as error:
+        raise UserError(f"{listing}: not lines of `path label` ({error})") from error
+    if len(labels) and (labels.max() >= len(classes) or labels.min() < 0):
+        raise UserError(f"{listing}: label {labels.max()} is above the number of classes ({len(classes)} in categories_places365.txt)")
+    options = ("data_256_standard", "data_large_standard") if split == "train" else ("val_256", "val_large")
+    folder = next((o for o in options if (root / o).is_dir()), None)
+    if folder is None:
+        raise UserError(f"{root}: no folder {options[0]} or {options[1]}: unpack the images there")
+    return ImageList(root / folder, [path.lstrip("/") for path, _ in rows], labels, classes)
+
+
+def read_images(name: str, split: str, folder: Path) -> ImageList:
+    """Images of a split ("train" or "val") of a classification set; "folder" is any nested folder of images, without labels.
+
+    Raises:
+        UserError: the folder is missing, empty or of another layout.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: needed for {name}; give its place with --data")
+    if name == "folder":
+        files = images_below(folder)
+        if not files:
+            raise UserError(f"{folder}: no images: expected {', '.join(SUFFIXES[:4])}, ... in it or below")
+        return ImageList(folder, files, None, ())
+    if name == "imagenet":
+        return class_folders(folder, split)
+    if name == "imagefolder":
+        return image_folder(folder, split)
+    if name.startswith("inat"):
+        return inaturalist(folder, split, name.removeprefix("inat"))
+    if name == "places365":
+        return places365(folder, split)
+    raise UserError(f"{name}: not a set of labelled images: {suggest(name, ['imagenet', 'imagefolder', 'inat2018', 'places365', 'folder'])}")
+
+
+def ade20k_classes(folder: Path) -> tuple[str, ...]:
+    """Class names 1..n of objectInfo150.txt (tab-separated: Idx, Ratio, Train, Val, Stuff, Name)."""
+    path = folder / "objectInfo150.txt"
+    try:
+        rows = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    except OSError:
+        raise UserError(f"{path}: missing: it is part of the ADEChallengeData2016 archive") from None
+    names = tuple(row[-1].strip() for row in rows if row[0].strip().isdigit())
+    if not names:
+        raise UserError(f"{path}: no rows of Idx, Ratio, Train, Val, Stuff, Name")
+    return names
+
+
+def coco_classes(folder: Path) -> tuple[tuple[int, str], ...]:
+    """(category id, name) of COCO's training annotations, by id; ids may have gaps."""
+    path = folder / "annotations" / "instances_train2017.json"
+    return tuple(sorted((int(c["id"]), str(c["name"])) for c in read_json_file(path).get("categories", ())))
+
+
+# --------------------------------------------------------------------------------------- quick checks and fingerprints
+
+
+def check_layout(name: str, folder: Path) -> None:
+    """What can be found wrong with a data set without decoding it.
+
+    Raises:
+        UserError: missing, empty or of another layout; labels or references that do not fit.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: needed for {name}; give its place with --data")
+    if name == "ade20k":
+        ade20k_classes(folder)
+        for split in ("training", "validation"):
+            images, labels = folder / "images" / split, folder / "annotations" / split
+            have = {p.stem for p in images.glob("*.jpg")}
+            if not have:
+                raise UserError(f"{images}: no images: expected the layout of ADEChallengeData2016 (images/{split}/*.jpg)")
+            if without := sorted(have - {p.stem for p in labels.glob("*.png")}):
+                raise UserError(f"{images / without[0]}.jpg: has no annotation {labels / without[0]}.png")
+    elif name == "coco":
+        for split in ("train2017", "val2017"):
+            path = folder / "annotations" / f"instances_{split}.json"
+            check_coco(path, read_json_file(path), folder / split)
+    elif name == "folder":
+        read_images(name, "train", folder)
+    else:
+        for split in ("train", "val"):
+            if not len(images := read_images(name, split, folder)):
+                raise UserError(f"{folder}: no images in {split}")
+            for i in (0, len(images) // 2, len(images) - 1):
+                if not images.path(i).is_file():
+                    raise UserError(f"{images.path(i)}: missing: {name}'s list of {split} names it")
+
+
+def check_coco(path: Path, body: Any, images: Path) -> None:
+    """References inside a COCO annotation file, and the image files that it names. Raises UserError for the first that is wrong."""
+    try:
+        ids, categories = {i["id"]: i["file_name"] for i in body["images"]}, {c["id"] for c in body["categories"]}
+        for a in body["annotations"]:
+            if a["image_id"] not in ids:
+                raise UserError(f"{path}: annotation {a['id']} names image {a['image_id']}, which the file does not have")
+            if a["category_id"] not in categories:
+                raise UserError(f"{path}: annotation {a['id']} names category {a['category_id']}, which the file does not have")
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not in COCO's layout ({error} is missing)") from error
+    if not ids or not categories:
+        raise UserError(f"{path}: no images or no categories")
+    there = {p.name for p in images.iterdir()} if images.is_dir() else set()
+    if lost := sorted(f for f in ids.values() if f not in there):
+        raise UserError(f"{images / lost[0]}: missing: {path.name} names it ({len(lost)} in all)")
+
+
+LABEL_FILES = (".json", ".txt", ".csv", ".toml")
+MANY_FILES = 50_000
+
+
+def fingerprint(name: str, folder: Path) -> str:
+    """sha256 over the sorted relative paths and sizes of a data set and the contents of its label files, 16 hex digits.
+
+    The listing of a large set is cached in the user's cache folder under its path and the times of its upper folders.
+    """
+    entries, label_files = [], []
+    stamp = _stamp(folder)
+    import platformdirs
+
+    cache = Path(platformdirs.user_cache_dir("vision-harness")) / "fingerprints" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.json"
+    try:
+        known = json.loads(cache.read_text())
+        if known["stamp"] == stamp and known["files"] >= MANY_FILES:
+            return str(known["fingerprint"])
+    except (OSError, ValueError, KeyError):
+        pass
+    stack = [str(folder)]
+    while stack:
+        with os.scandir(stack.pop()) as found:
+            for entry in found:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    stack.append(entry.path)
+                    continue
+                relative = os.path.relpath(entry.path, folder)
+                if entry.name == "complete.json":
+                    continue  # bookkeeping of the generator, with a date in it
+                entries.append(f"{relative}\0{entry.stat().st_size}")
+                if entry.name.endswith(LABEL_FILES):
+                    label_files.append(relative)
+    total = hashlib.sha256("\n".join(sorted(entries)).encode())
+    for relative in sorted(label_files):
+        total.update((folder / relative).read_bytes())
+    result = total.hexdigest()[:16]
+    if len(entries) >= MANY_FILES:
+        from harness.store import write_json
+
+        write_json(cache, {"stamp": stamp, "files": len(entries), "fingerprint": result})
+    return result
+
+
+def _stamp(folder: Path) -> str:
+    """Times of the folder and of two levels below it: they change when files are added or removed there."""
+    levels = [folder, *sorted(p for p in folder.glob("*")), *sorted(p for p in folder.glob("*/*") if p.is_dir())]
+    return hashlib.sha256("\n".join(f"{p.name} {p.stat().st_mtime_ns}" for p in levels).encode()).hexdigest()[:16]
