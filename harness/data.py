@@ -129,7 +129,7 @@ def folder_of(name: str, folders: Mapping[str, Path]) -> Path:
     Raises:
         UserError: none is known.
     """
-    head, colon, rest = name.partition(":")
+    _, colon, rest = name.partition(":")
     if colon:
         return Path(rest)
     if name not in folders:
@@ -158,8 +158,9 @@ def images_below(folder: Path) -> list[str]:
 def class_folders(root: Path, split: str) -> ImageList:
     """ImageNet's layout: SPLIT/<class>/*.jpg; a class's index is its place among the sorted folder names of train."""
     train, folder = root / "train", root / split
-    if not train.is_dir() and split != "train" and not folder.is_dir() or not any(p.is_dir() for p in ([train] if train.is_dir() else [root])):
-        raise UserError(f"{root}: no class folders in train/: expected train/<class>/*.jpg and val/<class>/*.jpg")
+    for needed in (train, folder):
+        if not needed.is_dir():
+            raise UserError(f"{needed}: no such folder: expected train/<class>/*.jpg and val/<class>/*.jpg in {root}")
     classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith(".")))
     if not classes:
         raise UserError(f"{train}: no class folders: expected train/<class>/*.jpg")
@@ -309,11 +310,12 @@ def check_layout(name: str, folder: Path) -> None:
         read_images(name, "train", folder)
     else:
         for split in ("train", "val"):
-            if not len(images := read_images(name, split, folder)):
+            listed = read_images(name, split, folder)
+            if len(listed) == 0:
                 raise UserError(f"{folder}: no images in {split}")
-            for i in (0, len(images) // 2, len(images) - 1):
-                if not images.path(i).is_file():
-                    raise UserError(f"{images.path(i)}: missing: {name}'s list of {split} names it")
+            for i in (0, len(listed) // 2, len(listed) - 1):
+                if not listed.path(i).is_file():
+                    raise UserError(f"{listed.path(i)}: missing: {name}'s list of {split} names it")
 
 
 def check_coco(path: Path, body: Any, images: Path) -> None:

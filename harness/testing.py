@@ -45,7 +45,8 @@ def protocols_by_size() -> list[Any]:
 
 def small(setting: Any) -> ViTConfig:
     """A protocol's backbone, cut to two blocks."""
-    return dataclasses.replace(setting.backbones[setting.backbone], depth=2)
+    vit: ViTConfig = setting.backbones[setting.backbone]
+    return dataclasses.replace(vit, depth=2)
 
 
 def choose(plugin: Any) -> tuple[Any, ViTConfig, Recipe | None]:

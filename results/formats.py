@@ -159,13 +159,13 @@ def _markdown(text: str) -> str:
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "[": "{[}", "]": "{]}",
-    "±": r"$\pm$", "×": r"$\times$", "↓": r"$\downarrow$", "–": "--",
+    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}", "[": "{[}", "]": "{]}",
+    "±": r"$\pm$", "×": r"$\times$", "↓": r"$\downarrow$", "–": r"\textendash{}",
 }
 
 
 def latex(sheets: Sequence[Sheet]) -> str:
-    r"""Floating tables for \usepackage{booktabs} and \usepackage[T1]{fontenc}."""
+    r"""Floating tables for \usepackage{booktabs}."""
 
     def field(entry: Entry) -> str:
         text = rf"\textbf{{{_latex(entry.text)}}}" if entry.bold else _latex(entry.text)
@@ -183,7 +183,8 @@ def latex(sheets: Sequence[Sheet]) -> str:
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
+    escaped = "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
+    return re.sub("-(?=-)", "-{}", escaped)  # two hyphens of a flag would join into a dash
 
 
 def web(sheets: Sequence[Sheet]) -> str:
@@ -221,12 +222,15 @@ def csv(sheets: Sequence[Sheet]) -> str:
     """The rows of the JSON; the interval in two columns, lists joined by "; "."""
     import pandas
 
-    flat = []
-    for row in rows(sheets):
-        low, high = row.pop("ci95") or (None, None)
-        row |= {name: "; ".join(row[name]) for name in ("deviations", "remarks")}
-        flat.append({**row, "ci95_low": low, "ci95_high": high})
-    return str(pandas.DataFrame(flat).to_csv(index=False, lineterminator="\n"))
+    frame = pandas.DataFrame(rows(sheets))
+    if not frame.empty:
+        place = frame.columns.get_loc("ci95")
+        bounds = [pair or (None, None) for pair in frame.pop("ci95")]
+        frame.insert(place, "ci95_low", [low for low, _ in bounds])
+        frame.insert(place + 1, "ci95_high", [high for _, high in bounds])
+        for name in ("deviations", "remarks"):
+            frame[name] = frame[name].str.join("; ")
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 FORMATS: dict[str, Callable[[Sequence[Sheet]], str]] = {"markdown": markdown, "latex": latex, "csv": csv, "json": as_json, "html": web}

@@ -76,5 +76,8 @@ def chosen(flag: str, wanted: str | None, present: Collection[str]) -> tuple[str
 
 
 def _group(flag: str, word: str) -> tuple[str, ...]:
-    """Members of a group of methods or evaluators."""
-    return plugins.group(flag, word) or () if flag in plugins.KINDS else ()
+    """Members of a group of methods or evaluators. A plugin that cannot be imported must not keep people from the results of others."""
+    try:
+        return plugins.group(flag, word) or () if flag in plugins.KINDS else ()
+    except UserError:
+        return ()
