@@ -130,7 +130,7 @@ def rand_augment(config: str, size: tuple[int, int]) -> Callable[[Image.Image], 
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep the upper `bits` of each value, in place of timm's: timm asks for 0 bits at full strength, which Pillow 12 refuses (black before)."""
+    """Keep the upper `bits` of each value, in place of timm's: timm asks for 0 bits at full strength, which Pillow 13 refuses (it gave black)."""
     mask = 0xFF & ~(2 ** (8 - bits) - 1)
     return image if bits >= 8 else image.point([value & mask for value in range(256)] * 3)
 
