@@ -90,7 +90,7 @@ class Supervised:
         if not context.classes:
             raise UserError("--methods supervised: its training images have no labels: drop it, or give --data with class folders")
         init_mae(vit)
-        return Classifier(vit, len(context.classes), pooling=self.pooling, augment=context.recipe.augment, mean=self.mean, std=self.std)
+        return Classifier(vit, context.classes, pooling=self.pooling, augment=context.recipe.augment, mean=self.mean, std=self.std)
 
     def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
         """imagenet: the pre-training's own classifier is scored, nothing is trained again."""
