@@ -224,7 +224,7 @@ def csv(sheets: Sequence[Sheet]) -> str:
 
     frame = pandas.DataFrame(rows(sheets))
     if not frame.empty:
-        place = frame.columns.get_loc("ci95")
+        place = list(frame.columns).index("ci95")
         bounds = [pair or (None, None) for pair in frame.pop("ci95")]
         frame.insert(place, "ci95_low", [low for low, _ in bounds])
         frame.insert(place + 1, "ci95_high", [high for _, high in bounds])

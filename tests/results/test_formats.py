@@ -1,0 +1,133 @@
+"""Tables as text: whole outputs for fixed results, names that LaTeX, HTML or Markdown would misread among them.
+
+`HARNESS_SNAPSHOTS=write pytest tests/results` rewrites the files beside this one; read the difference before committing it.
+"""
+
+import io
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas
+import pytest
+
+from harness.spec import Metric
+from harness.store import Result
+from results.formats import FORMATS, Notes
+from results.table import Table
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+CAPTION = "demo protocol, generated data: not comparable with published numbers"
+COCO = (Metric("AP_box"), Metric("AP_mask"))
+
+
+def cell(method: str, evaluator: str, seed: int, scores: dict[str, float] | None, columns: tuple[Metric, ...] = (Metric("mIoU"),), **fields) -> Result:
+    plain = {"status": "missing" if scores is None else "done", "protocol": "demo", "backbone": "tiny", "data": "generated", "caption": CAPTION,
+             "tuning": "shared", "key": f"{method}{evaluator}{seed}", "start": "2026-01-01", "eval_seed": 0}
+    return Result(method=method, eval=evaluator, seed=seed, metrics=scores or {}, columns=columns, **{**plain, **fields})
+
+
+THREE = [
+    *(cell("mae", "ade20k", s, {"mIoU": v}, deviations=("mae.mask_ratio=0.6",)) for s, v in enumerate((15.7, 16.1, 16.5))),
+    *(cell("mae", "coco", s, {"AP_box": v, "AP_mask": v - 1}, COCO, deviations=("mae.mask_ratio=0.6",)) for s, v in enumerate((8.0, 8.25, 8.5))),
+    cell("beit", "ade20k", 0, {"mIoU": 17.0}), cell("beit", "ade20k", 1, {"mIoU": 15.0}),
+    cell("beit", "ade20k", 2, None, status="failed", reason="loss is not finite at step 12"),
+    cell("beit", "coco", 0, None, COCO, status="skipped", reason="coco: no data under --data"),
+    cell("scratch", "ade20k", 0, {"mIoU": 40.0}),
+]
+SPECIAL = [
+    cell(r"a_b&c%#$|<i>*x*`~^\{}", "imagefolder:/d_1/<x>|[y]", 0, {"error": 3.0}, (Metric("error", "m|s", higher_is_better=False),), caption="5 % & <more>"),
+    cell("plain", "imagefolder:/d_1/<x>|[y]", 0, None, (Metric("error", "m|s", higher_is_better=False),), status="failed",
+         reason='<b>"no"</b> 100% of $x_1\nend of --data'),
+    cell("plain", "top", 0, {"top-1": 50.0}, (Metric("top-1"),)),
+]
+PAPER = [cell("mae", "ade20k", 0, {"mIoU": 48.1}, protocol="paper", data="ADE20K", caption="", tuning="published")]
+EXTENSIONS = {"markdown": "md", "latex": "tex", "csv": "csv", "json": "json", "html": "html"}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["three", "special", "mixed"])
+def test_snapshot(name: str, format: str) -> None:
+    text = Table.render({"three": THREE, "special": SPECIAL, "mixed": THREE[:3] + PAPER}[name], format)
+    path = SNAPSHOTS / f"{name}.{EXTENSIONS[format]}"
+    if os.environ.get("HARNESS_SNAPSHOTS") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_json_has_the_fields_that_scripts_rely_on() -> None:
+    rows = json.loads(Table.render(THREE, "json"))
+    contract = {"method", "eval", "metric", "value", "n", "n_pretrain", "n_eval", "std", "ci95", "protocol", "backbone", "data", "published",
+                "published_source", "deviations", "status", "reason"}
+    assert all(contract <= set(row) for row in rows)
+    assert [(r["method"], r["eval"], r["metric"]) for r in rows] == [
+        (m, e, k) for m in ("mae", "beit", "scratch") for e, k in (("ade20k", "mIoU"), ("coco", "AP_box"), ("coco", "AP_mask"))]
+    first = rows[0]
+    assert first["value"] == pytest.approx(16.1) and first["std"] == pytest.approx(0.4) and (first["n"], first["n_pretrain"], first["n_eval"]) == (3, 3, 1)
+    assert first["ci95"][0] < 16.1 < first["ci95"][1] and first["deviations"] == ["mae.mask_ratio=0.6"] and first["published"] is None
+    failed, skipped, absent = rows[3], rows[4], rows[7]
+    assert (failed["status"], failed["n"]) == ("failed", 2) and "seed 2: loss is not finite" in failed["reason"]
+    assert (skipped["status"], skipped["value"], skipped["reason"]) == ("skipped", None, "coco: no data under --data")
+    assert (absent["status"], absent["value"], absent["ci95"], absent["n"]) == ("missing", None, None, 0)
+
+
+def test_csv_loads_in_pandas_with_the_same_numbers() -> None:
+    frame = pandas.read_csv(io.StringIO(Table.render(SPECIAL + THREE, "csv")))
+    rows = json.loads(Table.render(SPECIAL + THREE, "json"))
+    assert list(frame.method) == [r["method"] for r in rows]
+    assert [None if v != v else v for v in frame.value] == [r["value"] for r in rows]
+
+
+def bold_of(results: list[Result]) -> list[str]:
+    return [line.split("|")[1].strip() for line in Table.render(results).splitlines() if "**" in line]
+
+
+def test_bold_is_for_the_best_and_never_for_one_seed() -> None:
+    one = [cell(m, "e", 0, {"mIoU": v}) for m, v in (("a", 1.0), ("b", 2.0))]
+    assert bold_of(one) == []
+    assert bold_of([cell(m, "e", s, {"mIoU": v + s}) for m, v in (("a", 1.0), ("b", 2.0)) for s in (0, 1)]) == ["b"]
+    # The best has one seed only: the second best must not be put forward in its stead.
+    assert bold_of([*(cell("a", "e", s, {"mIoU": 1.0 + s}) for s in (0, 1)), cell("b", "e", 0, {"mIoU": 9.0})]) == []
+    # Nothing to compare with.
+    assert bold_of([cell("a", "e", s, {"mIoU": 1.0 + s}) for s in (0, 1)]) == []
+
+
+def test_bold_turns_round_where_lower_is_better_and_covers_ties() -> None:
+    columns = (Metric("error", higher_is_better=False),)
+    results = [cell(m, "e", s, {"error": v + s}, columns) for m, v in (("a", 1.0), ("b", 2.0), ("c", 1.01)) for s in (0, 1)]
+    assert bold_of(results) == ["a", "c"]
+
+
+def test_html_is_well_formed_and_inert() -> None:
+    opened: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            assert tag in {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "sup", "strong", "p"}, f"{tag} came from a name"
+            opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    Checker().feed(Table.render(SPECIAL + THREE + PAPER, "html"))
+    assert not opened
+
+
+def test_latex_has_the_same_number_of_columns_in_each_row() -> None:
+    text = Table.render(SPECIAL, "latex").replace(r"\&", "")
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 3 and all(line.count("&") == 2 for line in lines)
+
+
+def test_footnote_marks_go_on_after_z() -> None:
+    notes = Notes()
+    marks = [notes.mark(str(i)) for i in range(30)]
+    assert (marks[0], marks[25], marks[26], marks[27], notes.mark("0")) == ("a", "z", "aa", "ab", "a") and len(set(marks)) == 30
+
+
+def test_a_hundred_methods_and_no_results() -> None:
+    text = Table.render([cell(f"m{i}", "e", 0, {"mIoU": float(i)}) for i in range(100)])
+    assert sum(line.startswith("| m") for line in text.splitlines()) == 101
+    assert json.loads(Table.render([], "json")) == []
