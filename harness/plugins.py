@@ -124,7 +124,7 @@ class Trainable(Protocol):
 
 
 class Method(Trainable, Protocol):
-    """A way to pre-train the lent ViT."""
+    """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -27,6 +27,7 @@ class Scratch:
     std: tuple[float, float, float] = IMAGENET_STD
 
     version: ClassVar[int] = 1
+    trains: ClassVar[bool] = False
     summary: ClassVar[str] = "no pre-training: every evaluator starts from random weights"
     source: ClassVar[str] = "MAE-paper A.2 and Table 11 (recipes A5)"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -40,8 +41,8 @@ class Scratch:
         return ()
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """Nothing is trained under any family; the values are placeholders that no one reads."""
-        return Recipe(batch=1, lr=0.0, iterations=1, augment=Augment(), sources=(("all", "ours: nothing is trained"),))
+        """None under any protocol: nothing is trained (see `trains`)."""
+        return None
 
     def assets(self, protocol: Protocol, vit: ViTConfig) -> Mapping[str, Asset]:
         return {}
