@@ -89,9 +89,9 @@ def number(cell: Cell, show_n: bool) -> str:
 
 
 def caption(sheet: Sheet, scored: Sequence[Cell], one_unit: bool) -> str:
-    """Protocol, backbone, data, tuning, what the numbers are, n and unit, in one line of plain text."""
-    parts = [f"Protocol {sheet.protocol}, backbone {sheet.backbone}, data {sheet.data}, {sheet.tuning} tuning."]
-    parts += [text.rstrip(".") + "." for text in sheet.captions]
+    """The protocol's own words, then protocol, backbone, data, tuning, what the numbers are, n and unit: one line of plain text."""
+    parts = [text[:1].upper() + text[1:].rstrip(".") + "." for text in sheet.captions]
+    parts.append(f"Protocol: {sheet.protocol}; backbone: {sheet.backbone}; data: {sheet.data.removeprefix('data ')}; tuning: {sheet.tuning}.")
     counts = sorted({c.n_pretrain for c in scored})
     if counts and counts[-1] > 1:
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"

@@ -32,8 +32,8 @@ class Table:
 
     @staticmethod
     def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = ()) -> str:
-        """Tables as text that ends in a newline; rows and columns in the given order, then in the order in which they first appear."""
-        return FORMATS[format](sheets(results, methods, evals))
+        """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear."""
+        return FORMATS[format](sheets(results, methods, evals)).rstrip("\n")
 
     def run(self, args: argparse.Namespace) -> int:
         """Print the tables to stdout.
@@ -52,7 +52,7 @@ class Table:
         methods = chosen("methods", args.methods, {r.method for r in results})
         evals = chosen("evals", args.evals, {r.eval for r in results})
         results = [r for r in results if (not methods or r.method in methods) and (not evals or r.eval in evals)]
-        print(self.render(results, args.format, methods, evals), end="")
+        print(self.render(results, args.format, methods, evals))
         return 0
 
 

@@ -53,8 +53,8 @@ def test_snapshot(name: str, format: str) -> None:
     path = SNAPSHOTS / f"{name}.{EXTENSIONS[format]}"
     if os.environ.get("HARNESS_SNAPSHOTS") == "write":
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    assert text == path.read_text()
+        path.write_text(text + "\n")
+    assert text + "\n" == path.read_text()
 
 
 def test_json_has_the_fields_that_scripts_rely_on() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import results.table
+from harness.jobs import Node
 from harness.spec import Metric, UserError
-from harness.store import Result
+from harness.store import RECORD_SCHEMA, Result, Store, write_json
 from results.table import Table
 
 
@@ -71,6 +72,26 @@ def test_a_folder_without_results_says_how_to_make_some(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results there") as error:
         run("--runs", str(tmp_path))
     assert str(tmp_path) in str(error.value) and "harness run" in str(error.value)
+
+
+def test_records_on_disk_become_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The road from the files that jobs write to the table, copies of a job in two folders included.
+    about = {"method": "mae", "eval": "ade20k", "protocol": "demo", "backbone": "tiny", "data": "generated data", "eval_seed": 0,
+             "columns": [{"name": "mIoU", "unit": "%", "higher_is_better": True}], "deviations": [], "caption": "demo", "tuning": "published"}
+    for root in (tmp_path / "a", tmp_path / "b"):
+        Store(root).prepare()
+        for seed, score in ((0, 10.0), (1, 20.0), (2, None)):
+            node = Node("evaluate", "ade20k-mae", {"seed": seed}, about={**about, "seed": seed})
+            folder = Store(root).folder(node)
+            folder.mkdir()
+            write_json(folder / "job.json", node.job(root))
+            if score is None:
+                write_json(folder / "failure.json", {"message": "loss is not finite"})
+            else:
+                write_json(folder / "record.json", {"schema": RECORD_SCHEMA, "metrics": {"mIoU": score}, "start": f"2026-01-0{seed + 1}"})
+    assert run("--format", "json", "--runs", str(tmp_path / "a"), str(tmp_path / "b")) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["value"], row["n"], row["status"], row["reason"]) == (15.0, 2, "failed", "seed 2: loss is not finite")
 
 
 def test_runs_can_be_repeated_and_listed(found: list[Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
