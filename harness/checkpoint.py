@@ -1,7 +1,8 @@
 """Files of weights: written whole or not at all, read safely, the one before kept.
 
 A *backbone* file is what a pre-training hands to evaluators: the ViT's weights, its architecture, the mean and std of its
-input, and, if it was trained with labels, its classifier. A *training state* is what a stopped job goes on from.
+input, and, if it was trained with labels, its classifier. A *training state* is what a stopped job goes on from. torch is imported
+where it is used: tables and `--help` come this way too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-
-import torch
 
 from harness.spec import JobFailed, ViTConfig, canonical, restore
 
@@ -57,6 +56,8 @@ class Backbone:
 
     def save(self, path: Path) -> None:
         """Write atomically."""
+        import torch
+
         body = {
             "format": FORMAT, "config": canonical(self.config), "mean": list(self.mean), "std": list(self.std),
             "state": self.state, "classifier": self.classifier, "facts": self.facts,
@@ -70,6 +71,8 @@ class Backbone:
         Raises:
             JobFailed: the file is missing, damaged or of another format.
         """
+        import torch
+
         try:
             body = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -90,12 +93,16 @@ class States:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step` steps, then drop the oldest."""
+        import torch
+
         write_atomically(self.folder / f"state-{step:09d}.pt", lambda stream: torch.save(state, stream))
         for old in self._files()[: -self.keep]:
             old.unlink(missing_ok=True)
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest readable file, or None."""
+        import torch
+
         for path in reversed(self._files()):
             try:
                 return int(path.stem.split("-")[1]), torch.load(path, map_location="cpu", weights_only=True)

@@ -118,7 +118,7 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
     return Session(
         dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         folders={k: Path(v) for k, v in where["folders"].items()}, workers=int(os.environ.get("HARNESS_WORKERS", "0")),
-        on_bad_image=where["on_bad_image"], report=report, should_stop=should_stop, log=log,
+        on_bad_image=where["on_bad_image"], checkpoint_every_s=float(os.environ.get("HARNESS_CHECKPOINT_S", "30")), report=report, should_stop=should_stop, log=log,
     )
 
 

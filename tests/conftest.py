@@ -40,7 +40,8 @@ def harness(environment: dict[str, str], tmp_path: Path) -> Callable[..., subpro
     """`harness("run", ...)`: the command line in a process of its own, in an empty folder."""
 
     def call(*words: str, timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "harness", *words], cwd=tmp_path, env={**environment, **extra}, capture_output=True, text=True, timeout=timeout)
+        line = [sys.executable, "-m", "harness", *words]
+        return subprocess.run(line, cwd=tmp_path, env={**environment, **extra}, capture_output=True, text=True, timeout=timeout)
 
     return call
 

@@ -55,7 +55,8 @@ def test_a_killed_job_ends_with_the_same_number(harness: Call, environment: dict
     whole = harness(*LINE, "--runs", "whole")
     assert whole.returncode == 0, whole.stderr
     slow = {**environment, "HARNESS_CHECKPOINT_S": "0"}
-    process = subprocess.Popen([sys.executable, "-m", "harness", *LINE, "--runs", "parts"], cwd=tmp_path, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = [sys.executable, "-m", "harness", *LINE, "--runs", "parts"]
+    process = subprocess.Popen(line, cwd=tmp_path, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "parts").glob("pretrain-*/checkpoint/train/state-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -82,7 +83,8 @@ def test_a_killed_job_ends_with_the_same_number(harness: Call, environment: dict
 
 def test_interrupt_saves_and_exits_130(environment: dict[str, str], tmp_path: Path, harness: Call) -> None:
     """Ctrl-C: exit code 130, no process left behind, and the state is there."""
-    process = subprocess.Popen([sys.executable, "-m", "harness", *LINE], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-m", "harness", *LINE]
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "runs").glob("pretrain-*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,0 +1,198 @@
+"""Bad input: one line on stderr that names the flag or file and the remedy, exit code 2, nothing started."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run(methods: str = "rotation", evals: str = "nearest-mean", protocol: str = "smoke") -> tuple[str, ...]:
+    return ("run", "--protocol", protocol, "--methods", methods, "--evals", evals)
+
+
+pytestmark = pytest.mark.usefixtures("smoke_data")
+
+WORDS = {
+    "unknown method": ((*run(methods="rotatio"),), "did you mean rotation"),
+    "unknown evaluator": ((*run(evals="ade20"),), "did you mean ade20k"),
+    "unknown protocol": ((*run(protocol="smoek"),), "did you mean smoke"),
+    "unknown backbone": ((*run(), "--backbone", "vit-smok"), "did you mean vit-smoke"),
+    "unknown variant": ((*run(methods="rotation@tow"),), "did you mean two"),
+    "unknown launcher": ((*run(), "--launcher", "slrm"), "--launcher"),
+    "unknown set field": ((*run(), "--set", "rotation.turn=2"), "did you mean turns"),
+    "unknown set name": ((*run(), "--set", "rotatoin.turns=2"), "did you mean rotation"),
+    "set without value": ((*run(), "--set", "rotation.turns"), "expected NAME.FIELD=VALUE"),
+    "set of a wrong type": ((*run(), "--set", "rotation.turns=many"), "int"),
+    "set refused": ((*run(), "--set", "rotation.recipe.batch=0"), "positive"),
+    "set recipe field": ((*run(), "--set", "rotation.recipe.leaning_rate=1"), "rotation.recipe"),
+    "empty methods": (("run", "--methods", ",", "--evals", "nearest-mean"), "--methods: the list is empty"),
+    "empty evals": (("run", "--methods", "rotation", "--evals", ","), "--evals: the list is empty"),
+    "duplicate": ((*run(methods="rotation,rotation"),), "named twice"),
+    "seed no integer": ((*run(), "--seeds", "0,one"), "--seeds 0,one"),
+    "seed twice": ((*run(), "--seeds", "1,1"), "each seed once"),
+    "eval seed no integer": ((*run(), "--eval-seeds", "1.5"), "--eval-seeds 1.5"),
+    "no methods": (("run", "--evals", "nearest-mean"), "--methods"),
+    "unknown command": (("rnu",), "invalid choice"),
+    "data missing": ((*run(), "--data", "no/such"), "--data no/such"),
+    "imagefolder without argument": ((*run(evals="imagefolder"),), "imagefolder:PATH"),
+}
+
+
+def check(done: subprocess.CompletedProcess[str], expected: str, folder: Path) -> None:
+    """One line, exit code 2, no job."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("making ")]
+    assert len(lines) == 1 and lines[0].startswith("harness: "), done.stderr
+    assert expected in lines[0], lines[0]
+    assert done.stdout == ""
+    assert not list(folder.glob("runs/*/job.json"))
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words(case: str, harness: Call, tmp_path: Path) -> None:
+    """Mistyped names, flags and values."""
+    words, expected = WORDS[case]
+    check(harness(*words), expected, tmp_path)
+
+
+def test_patch_that_does_not_divide_the_image() -> None:
+    """A backbone whose patch does not divide the image is refused where it is written down."""
+    from harness.spec import UserError, ViTConfig
+
+    with pytest.raises(UserError, match="patch size 16 does not divide the image size 100x100"):
+        ViTConfig(size=(100, 100), patch=16)
+
+
+@pytest.fixture
+def data(smoke_data: Path, tmp_path: Path) -> Path:
+    """A copy of the ImageNet, COCO and ADE20K sets that a test may break."""
+    root = tmp_path / "data"
+    for name in ("imagenet", "coco", "ADEChallengeData2016", "places365"):
+        shutil.copytree(smoke_data / name, root / name)
+    return root
+
+
+def empty(root: Path) -> str:
+    shutil.rmtree(root / "imagenet")
+    (root / "imagenet").mkdir()
+    return "imagenet"
+
+
+def flat(root: Path) -> str:
+    for picture in list((root / "imagenet" / "train").rglob("*.jpg")):
+        picture.rename(root / "imagenet" / "train" / picture.name)
+    for folder in list((root / "imagenet" / "train").iterdir()):
+        if folder.is_dir():
+            folder.rmdir()
+    return "no class folders"
+
+
+def gone(root: Path) -> str:
+    shutil.rmtree(root / "imagenet")
+    return "no such folder"
+
+
+def other_class(root: Path) -> str:
+    folder = next((root / "imagenet" / "val").iterdir())
+    folder.rename(folder.with_name("zebra"))
+    return "'zebra' is no class of train"
+
+
+@pytest.mark.parametrize("breakage", [empty, flat, gone, other_class])
+def test_imagenet_folder(breakage: Callable[[Path], str], data: Path, harness: Call, tmp_path: Path) -> None:
+    """A data folder that is empty, of another layout, or missing."""
+    expected = breakage(data)
+    check(harness(*run(), "--data", str(data)), expected, tmp_path)
+
+
+def coco(data: Path, change: Callable[[dict], None]) -> Path:
+    path = data / "coco" / "annotations" / "instances_val2017.json"
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+    return path
+
+
+def missing_image(body: dict) -> None:
+    body["annotations"][3]["image_id"] = 987_654_321
+
+
+def missing_category(body: dict) -> None:
+    body["annotations"][3]["category_id"] = 4
+
+
+def missing_file(body: dict) -> None:
+    body["images"][3]["file_name"] = "nowhere.jpg"
+
+
+WRONG = [(missing_image, "names image 987654321"), (missing_category, "names category 4"), (missing_file, "nowhere.jpg: missing")]
+
+
+@pytest.mark.parametrize("change,expected", WRONG)
+def test_coco_references(change: Callable[[dict], None], expected: str, data: Path, harness: Call, tmp_path: Path) -> None:
+    """Annotations that name missing images or unknown categories."""
+    coco(data, change)
+    check(harness(*run(evals="coco"), "--data", str(data)), expected, tmp_path)
+
+
+def test_label_above_the_number_of_classes(data: Path, harness: Call, tmp_path: Path) -> None:
+    """Places365's list names a class that its categories do not have."""
+    path = data / "places365" / "places365_val.txt"
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2].rsplit(" ", 1)[0] + " 999"
+    path.write_text("\n".join(lines) + "\n")
+    check(harness(*run(evals="places365"), "--data", str(data)), "label 999 is above the number of classes", tmp_path)
+
+
+def test_data_of_a_toml(data: Path, harness: Call, tmp_path: Path) -> None:
+    """An unknown name in the TOML, and a TOML that is none."""
+    toml = tmp_path / "data.toml"
+    toml.write_text(f'imagnet = "{data / "imagenet"}"\n')
+    check(harness(*run(), "--data", str(toml)), "did you mean imagenet", tmp_path)
+    toml.write_text("imagenet = [")
+    check(harness(*run(), "--data", str(toml)), "not a TOML file", tmp_path)
+
+
+def test_runs_folder(harness: Call, tmp_path: Path) -> None:
+    """--runs that is a file, that a newer version made, that holds a record of another schema."""
+    (tmp_path / "file").write_text("")
+    check(harness(*run(), "--runs", "file"), "--runs file: is a file", tmp_path)
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / ".harness.json").write_text('{"layout": 99}')
+    check(harness(*run(), "--runs", "newer"), "newer version", tmp_path)
+    check(harness("table", "--runs", "newer"), "newer version", tmp_path)
+    check(harness("table", "--runs", "nowhere"), "no such folder", tmp_path)
+
+
+def test_record_of_another_schema(harness: Call, tmp_path: Path) -> None:
+    """A record that another version wrote is neither read as if it were ours nor overwritten."""
+    line = (*run(), "--set", "rotation.recipe.iterations=1", "--set", "nearest-mean.images=5", "--runs", "old")
+    assert harness(*line).returncode == 0
+    path = next((tmp_path / "old").glob("evaluate-*/record.json"))
+    body = path.read_text().replace('"schema": 1', '"schema": 0', 1)
+    path.write_text(body)
+    check(harness(*line), "record of schema version 0", tmp_path)
+    check(harness("table", "--runs", "old"), "record of schema version 0", tmp_path)
+    assert path.read_text() == body
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a read-only folder and a small file system are made by mounting, which root alone may")
+def test_read_only_and_full_runs(harness: Call, tmp_path: Path) -> None:
+    """--runs on a read-only and on a full file system (permissions do not stop root, so real mounts are used)."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    for options, expected in (("ro,size=1m", "cannot be written"), ("size=500k", "cannot be written"), ("size=8m", "MB free")):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(place)], capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
+        try:
+            check(harness(*run(), "--runs", str(place)), expected, tmp_path)
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
