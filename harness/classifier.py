@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from harness.augment import Normalize
-from harness.data import BadImage, ImageList, load_rgb
+from harness.checkpoint import write_atomically
+from harness.data import BadImage, ImageList, load_rgb, read_images
 from harness.plugins import Progress, Session
-from harness.spec import Augment, Interrupted, JobFailed
+from harness.spec import Augment, Interrupted, JobFailed, Outcome, UserError
 from harness.vit import ViT
 
 FINE_TUNE_STD = 2e-5  # MAE: trunc_normal std 2e-5 (recipes A2); BEiT: std 0.02 x init_scale 0.001 (A7), the same
@@ -212,3 +213,44 @@ def predict(
         for indices, images in image_batches(samples, transform, session, batch, stage):
             predicted[indices] = model.logits(images).argmax(1).cpu().numpy()
     return predicted
+
+
+# -------------------------------------------------------------------------------------------- what evaluators have in common
+
+
+def labelled_images(name: str, session: Session, holdout: float = 0.0) -> tuple[ImageList, ImageList]:
+    """(training, scoring) images of a labelled set, found in session.folders under `name` or under "name:FOLDER".
+
+    With `holdout`, val is left alone: that fraction of train is scored and the rest trained on, for tuning.
+
+    Raises:
+        UserError: the folder is missing, empty, of another layout, or has no labels.
+        JobFailed: labels or classes of the two splits do not fit together.
+    """
+    place = next((folder for key, folder in session.folders.items() if key.partition(":")[0] == name), None)
+    if place is None:
+        raise UserError(f"--data: no folder for {name}: give a root that holds it, or a TOML that names it")
+    train, val = (read_images(name, split, place) for split in ("train", "val"))
+    for split, images in (("train", train), ("val", val)):
+        if len(images) == 0:
+            raise UserError(f"{place}: no images in {split}: needed for {name}")
+        if images.labels is None or not images.classes:
+            raise UserError(f"{place}: {split} has no {'labels' if images.labels is None else 'classes'}: {name} needs labelled images")
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= len(images.classes):
+            wrong = low if low < 0 else high
+            raise JobFailed(f"{place}: {split} has label {wrong}, but there are {len(images.classes)} classes: mend the label files")
+    if train.classes != val.classes:
+        extra = sorted(set(val.classes) - set(train.classes)) or ["another order"]
+        raise JobFailed(f"{place}: the classes of val are not those of train ({extra[0]}): mend the label files")
+    return train.split(holdout) if holdout > 0 else (train, val)
+
+
+def top1(predicted: np.ndarray, images: ImageList, session: Session, facts: Mapping[str, Any]) -> Outcome:
+    """Top-1 accuracy 0..100 over all images (a skipped one counts as wrong), and outcomes.npz: "correct" bool and "label" int64, (n,)."""
+    label = images.labels
+    assert label is not None
+    correct = predicted == label
+    path = session.dir / "outcomes.npz"
+    write_atomically(path, lambda stream: np.savez_compressed(stream, correct=correct, label=label))
+    return Outcome({"top-1": 100.0 * float(correct.mean())}, path, {**facts, "scored_images": len(images), "classes": len(images.classes)})
