@@ -221,7 +221,8 @@ class Planner:
 
     def node(self, kind: Any, name: str, identity: dict[str, Any], parents: dict[str, Node], about: dict[str, Any], sets: Sequence[str]) -> Node:
         """A node, the same object for the same key."""
-        identity = {**identity, "data": {s: self.fingerprint(s) for s in sets}, "family": self.setting.family}
+        prints = {s.partition(":")[0]: self.fingerprint(s) for s in sets}  # a folder's path is where it lies, not what it is
+        identity = {**identity, "data": prints, "family": self.setting.family}
         node = Node(kind, name, identity, parents, about, self.where(sets))
         return self._nodes.setdefault(node.key, node)
 

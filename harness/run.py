@@ -116,9 +116,10 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
 
     seed = identity["seed"] if "eval_seed" not in identity else identity["seed"] * 1_000_003 + identity["eval_seed"]
     return Session(
-        dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, report=report,
         folders={k: Path(v) for k, v in where["folders"].items()}, workers=int(os.environ.get("HARNESS_WORKERS", "0")),
-        on_bad_image=where["on_bad_image"], checkpoint_every_s=float(os.environ.get("HARNESS_CHECKPOINT_S", "30")), report=report, should_stop=should_stop, log=log,
+        on_bad_image=where["on_bad_image"], checkpoint_every_s=float(os.environ.get("HARNESS_CHECKPOINT_S", "30")),
+        should_stop=should_stop, log=log,
     )
 
 

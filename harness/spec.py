@@ -205,9 +205,13 @@ class Protocol:
 
 
 def canonical(value: Any) -> Any:
-    """A value as JSON-ready data: dataclasses become {"class": "module:Name", field: ...} with every default filled in."""
+    """A value as JSON-ready data: dataclasses become {"class": "module:Name", field: ...} with every default filled in.
+
+    A field with metadata {"identity": False} says where something lies, not what it is, and is left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        body = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        fields = [f for f in dataclasses.fields(value) if f.init and f.metadata.get("identity", True)]
+        body = {f.name: canonical(getattr(value, f.name)) for f in fields}
         return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **body}
     if isinstance(value, Mapping):
         return {str(k): canonical(v) for k, v in value.items()}
