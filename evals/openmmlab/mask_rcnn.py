@@ -1,0 +1,130 @@
+"""Mask R-CNN with FPN on the ViT's pyramid for mmdetection, as configurations built in Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from torch import Tensor, nn
+
+from evals.openmmlab.backbone import Pyramid, keep_fp32
+from harness.checkpoint import Backbone
+from harness.spec import Recipe
+
+MODELS.register_module("HarnessPyramid", module=Pyramid, force=True)
+
+
+@MODELS.register_module("HarnessRoIExtractor", force=True)
+class RoIExtractor(SingleRoIExtractor):  # type: ignore[misc]
+    """mmdet's, in fp32: its own turns the boxes into the features' type, and bf16 has three digits for a coordinate."""
+
+    def forward(self, feats: tuple[Tensor, ...], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
+        """Features (n, C, h, w) of rois (n, 5)."""
+        pooled: Tensor = super().forward(tuple(f.float() for f in feats), rois.float(), roi_scale_factor)
+        return pooled
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the detector. `channels` of FPN, RPN and masks; `hidden` of the box head; boxes per image; `anchor`: side over stride."""
+
+    channels: int
+    hidden: int
+    rpn_convs: int
+    box_convs: int
+    mask_convs: int
+    anchor: int
+    finest: int
+    levels: int
+    before_nms: int
+    proposals: int
+    sampled: int
+
+
+PAPER = Size(256, 1024, rpn_convs=2, box_convs=4, mask_convs=4, anchor=8, finest=56, levels=5, before_nms=2000, proposals=1000, sampled=512)
+SMALL = Size(64, 256, rpn_convs=1, box_convs=0, mask_convs=2, anchor=4, finest=28, levels=4, before_nms=200, proposals=100, sampled=32)
+
+
+def train_pipeline(side: int, jitter: tuple[float, float]) -> list[dict[str, Any]]:
+    """Large-scale jitter (recipes A10): resize to `side` times a factor, crop or pad to a square, flip."""
+    return [
+        {"type": "HarnessReadImage"}, {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
+        {"type": "RandomFlip", "prob": 0.5}, {"type": "RandomResize", "scale": (side, side), "ratio_range": jitter, "keep_ratio": True},
+        {"type": "RandomCrop", "crop_type": "absolute", "crop_size": (side, side), "recompute_bbox": True, "allow_negative_crop": True},
+        {"type": "FilterAnnotations", "min_gt_bbox_wh": (1e-2, 1e-2), "by_mask": True, "keep_empty": False}, {"type": "PackDetInputs"},
+    ]
+
+
+def test_pipeline(side: int) -> list[dict[str, Any]]:
+    """Longer side to `side`; the preprocessor pads to a square, as in training."""
+    return [
+        {"type": "HarnessReadImage"}, {"type": "Resize", "scale": (side, side), "keep_ratio": True},
+        {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")},
+    ]
+
+
+def build(checkpoint: Backbone, recipe: Recipe, size: Size, side: int, taps: tuple[int, ...], scales: tuple[float, ...], classes: int) -> nn.Module:
+    """FPN with batch norm, RPN, box head and mask head on the ViT's pyramid. `side`: of the square input, in pixels."""
+    width, patch = checkpoint.config.width, checkpoint.config.patch
+    strides = [round(patch / s) for s in scales]
+    strides += [strides[-1] * 2 ** (i + 1) for i in range(size.levels - 4)]
+    norm = {"type": "NearBN", "requires_grad": True}
+
+    def regions(output: int) -> dict[str, Any]:
+        return {
+            "type": "HarnessRoIExtractor", "out_channels": size.channels, "featmap_strides": strides[:4], "finest_scale": size.finest,
+            "roi_layer": {"type": "RoIAlign", "output_size": output, "sampling_ratio": 0 if size is PAPER else 2},
+        }
+
+    def coder(*stds: float) -> dict[str, Any]:
+        return {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": list(stds)}
+
+    cross_entropy = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
+    convolutional = {
+        "type": "Shared4Conv1FCBBoxHead", "norm_cfg": norm, "conv_out_channels": size.channels,
+    } if size.box_convs else {"type": "Shared2FCBBoxHead"}
+    assign = {"type": "MaxIoUAssigner", "pos_iou_thr": 0.7, "neg_iou_thr": 0.3, "min_pos_iou": 0.3, "match_low_quality": True, "ignore_iof_thr": -1}
+    sample = {"type": "RandomSampler", "num": 256 if size is PAPER else 64, "pos_fraction": 0.5, "neg_pos_ub": -1, "add_gt_as_proposals": False}
+    propose = {"nms_pre": size.before_nms, "max_per_img": size.proposals, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0}
+    model: nn.Module = MODELS.build(ConfigDict({
+        "type": "MaskRCNN",
+        "data_preprocessor": {
+            "type": "DetDataPreprocessor", "mean": [255 * m for m in checkpoint.mean], "std": [255 * s for s in checkpoint.std],
+            "bgr_to_rgb": True, "pad_mask": True, "pad_size_divisor": side,
+        },
+        "backbone": {"type": "HarnessPyramid", "vit": checkpoint.build(drop_path=recipe.drop_path), "taps": taps, "scales": scales},
+        "neck": {"type": "FPN", "in_channels": [width] * 4, "out_channels": size.channels, "num_outs": size.levels, "norm_cfg": norm},
+        "rpn_head": {
+            "type": "RPNHead", "in_channels": size.channels, "feat_channels": size.channels, "num_convs": size.rpn_convs,
+            "anchor_generator": {"type": "AnchorGenerator", "scales": [size.anchor], "ratios": [0.5, 1.0, 2.0], "strides": strides},
+            "bbox_coder": coder(1.0, 1.0, 1.0, 1.0), "loss_cls": {**cross_entropy, "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"},
+        },
+        "roi_head": {
+            "type": "StandardRoIHead", "bbox_roi_extractor": regions(7), "mask_roi_extractor": regions(14),
+            "bbox_head": {
+                **convolutional, "in_channels": size.channels, "fc_out_channels": size.hidden, "roi_feat_size": 7, "num_classes": classes,
+                "bbox_coder": coder(0.1, 0.1, 0.2, 0.2), "reg_class_agnostic": False, "loss_cls": cross_entropy, "loss_bbox": {"type": "L1Loss"},
+            },
+            "mask_head": {
+                "type": "FCNMaskHead", "num_convs": size.mask_convs, "in_channels": size.channels, "conv_out_channels": size.channels,
+                "num_classes": classes, "norm_cfg": norm, "loss_mask": {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
+            },
+        },
+        "train_cfg": {
+            "rpn": {"assigner": assign, "sampler": sample, "allowed_border": -1, "pos_weight": -1, "debug": False}, "rpn_proposal": propose,
+            "rcnn": {
+                "assigner": {**assign, "pos_iou_thr": 0.5, "neg_iou_thr": 0.5, "min_pos_iou": 0.5, "match_low_quality": False},
+                "sampler": {**sample, "num": size.sampled, "pos_fraction": 0.25, "add_gt_as_proposals": True},
+                "mask_size": 28, "pos_weight": -1, "debug": False,
+            },
+        },
+        "test_cfg": {
+            "rpn": propose,
+            "rcnn": {"score_thr": 0.05, "nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100, "mask_thr_binary": 0.5},
+        },
+    }))
+    keep_fp32(model, "rpn_cls", "rpn_reg", "fc_cls", "fc_reg", "conv_logits")
+    return model

@@ -1,0 +1,130 @@
+"""Images and labels in the order of training, each place in the run with randomness of its own; the reader that all evaluators share.
+
+A place in the run (iteration x batch + row) decides the file and the random numbers of its augmentation. Resuming is starting at
+a place: no generator or loader state is saved, nothing is replayed (mmengine#1520).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import BaseDataset, pseudo_collate
+from mmengine.registry import TRANSFORMS
+from torch.utils.data import DataLoader, Dataset
+
+from harness.data import BadImage, load_rgb
+from harness.plugins import Session
+from harness.randomness import generator, seed_all
+from harness.spec import JobFailed
+
+MAX_BAD_IN_A_ROW = 100
+
+
+class ReadImage(BaseTransform):  # type: ignore[misc]
+    """`img_path` -> `img` (H, W, 3) uint8, blue first as OpenMMLab has it, by the reader of all other evaluators (EXIF, CMYK, bad files)."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Adds img, img_shape and ori_shape, each (H, W).
+
+        Raises:
+            BadImage: the file cannot be read.
+        """
+        image = np.ascontiguousarray(np.asarray(load_rgb(Path(results["img_path"])))[:, :, ::-1])
+        results["img"], results["img_shape"], results["ori_shape"] = image, image.shape[:2], image.shape[:2]
+        return results
+
+
+TRANSFORMS.register_module("HarnessReadImage", module=ReadImage, force=True)
+
+
+def held_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
+    """(rest, held out) of `count` images: drawn once, the same for every method and seed; none held out for a fraction of 0."""
+    if fraction <= 0:
+        return list(range(count)), []
+    order = generator("held out", count).permutation(count)
+    size = min(count - 1, max(1, round(fraction * count)))
+    return sorted(order[size:].tolist()), sorted(order[:size].tolist())
+
+
+class InOrder(Dataset[dict[str, Any]]):
+    """Item `position` of a run over some images of a data set.
+
+    Args:
+        source: mmseg's or mmdet's data set: data infos and a pipeline.
+        indices: the images to use.
+        seed: of the run; None: no shuffling (evaluation), item i is image i.
+        skip_bad: an unreadable image is replaced by the next one and named under "bad" instead of failing the job.
+    """
+
+    def __init__(self, source: BaseDataset, indices: Sequence[int], seed: int | None, skip_bad: bool) -> None:
+        if len(indices) == 0:
+            raise JobFailed(f"{source.data_prefix}: no images with labels: nothing to train on or to score")
+        self.source, self.indices, self.seed, self.skip_bad = source, np.asarray(indices), seed, skip_bad
+        self.metainfo = source.metainfo
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _place(self, position: int) -> int:
+        if self.seed is None:
+            return position
+        epoch, place = divmod(position, len(self))
+        if self._order[0] != epoch:
+            self._order = (epoch, generator(self.seed, "order", epoch).permutation(len(self)))
+        return int(self._order[1][place])
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """What the pipeline makes of one image, and "bad": the path of an unreadable file that it stands in for, or ""."""
+        if self.seed is not None:
+            seed_all(self.seed, "sample", position)
+        place, bad = self._place(position), ""
+        for _ in range(MAX_BAD_IN_A_ROW):
+            info = self.source.get_data_info(int(self.indices[place]))
+            try:
+                sample: dict[str, Any] = self.source.pipeline(info)
+                return {**sample, "bad": bad}
+            except BadImage:
+                if not self.skip_bad or self.seed is None:
+                    raise
+                bad, place = str(info["img_path"]), (place + 1) % len(self)
+        raise JobFailed(f"{bad}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
+
+
+def readable(source: BaseDataset, indices: Sequence[int], session: Session) -> list[int]:
+    """The images to score: all of them, or with `--on-bad-image skip` those that can be read; the others are counted in the session."""
+    if session.on_bad_image == "fail":
+        return list(indices)
+    kept = []
+    for i in indices:
+        path = source.get_data_info(int(i))["img_path"]
+        try:
+            load_rgb(Path(path))
+            kept.append(int(i))
+        except BadImage:
+            session.skipped_images[str(path)] = "cannot be read"
+    return kept
+
+
+def batches(samples: InOrder, session: Session, batch: int, first: int, last: int) -> Iterator[dict[str, Any]]:
+    """Batches `first` to `last` - 1 of a run, each a dict of lists. The last batch of an evaluation may be smaller."""
+    end = last * batch if samples.seed is not None else min(last * batch, len(samples))
+    places = [list(range(i * batch, min((i + 1) * batch, end))) for i in range(first, last)]
+    if session.workers == 0:
+        return (pseudo_collate([samples[p] for p in place]) for place in places)
+    return iter(DataLoader(
+        samples, batch_sampler=places, num_workers=session.workers, collate_fn=pseudo_collate, worker_init_fn=_one_thread,
+        pin_memory=session.device.type == "cuda", multiprocessing_context="spawn" if session.device.type == "cuda" else "fork",
+    ))
+
+
+def _one_thread(worker: int) -> None:
+    import cv2
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)

@@ -1,0 +1,109 @@
+"""UperNet and ADE20K's images for mmsegmentation, as configurations built in Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS as ANY_MODELS
+from mmengine.registry import TRANSFORMS
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import MODELS
+from PIL import Image
+from torch import nn
+
+from evals.openmmlab.backbone import Pyramid, keep_fp32
+from harness.checkpoint import Backbone
+from harness.spec import JobFailed, Recipe
+
+IGNORED = 255
+ANY_MODELS.register_module("HarnessPyramid", module=Pyramid, force=True)
+
+
+class ReadLabels(BaseTransform):  # type: ignore[misc]
+    """`seg_map_path` -> `gt_seg_map` (H, W) uint8 or int32: labels 1..n become 0..n-1, 0 is ignored (255)."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Adds gt_seg_map.
+
+        Raises:
+            JobFailed: no index picture, another size than the image, or a label above the number of classes.
+        """
+        path = results["seg_map_path"]
+        try:
+            with Image.open(path) as picture:
+                labels = np.asarray(picture)
+        except (OSError, SyntaxError) as error:
+            raise JobFailed(f"{path}: cannot be read as a label picture ({error}): mend it or remove it with its image") from error
+        if labels.ndim != 2:
+            raise JobFailed(f"{path}: has {labels.shape[-1]} channels: ADE20K's labels are one-channel PNG files (annotations/ of ADEChallengeData2016)")
+        if labels.shape != tuple(results["ori_shape"]):
+            raise JobFailed(f"{path}: {labels.shape[1]}x{labels.shape[0]} pixels, its image {results['ori_shape'][1]}x{results['ori_shape'][0]}")
+        if labels.max() > self.classes:
+            raise JobFailed(f"{path}: label {labels.max()} is above the number of classes in objectInfo150.txt ({self.classes})")
+        results["gt_seg_map"] = np.where(labels == 0, IGNORED, labels.astype(np.int32) - 1).astype(np.uint8)
+        results["seg_fields"].append("gt_seg_map")
+        return results
+
+
+TRANSFORMS.register_module("HarnessReadLabels", module=ReadLabels, force=True)
+
+
+def train_pipeline(sizes: dict[str, Any], classes: int) -> list[dict[str, Any]]:
+    """BEiT's and MAE's augmentation (recipes A9): resize by 0.5..2, crop with at most 75 % of one class, flip, photometric distortion."""
+    crop, short = sizes["crop"], sizes["short"]
+    return [
+        {"type": "HarnessReadImage"}, {"type": "HarnessReadLabels", "classes": classes},
+        {"type": "RandomResize", "scale": (4 * short, short), "ratio_range": (0.5, 2.0), "keep_ratio": True},
+        {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
+        {"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}, {"type": "PackSegInputs"},
+    ]
+
+
+def test_pipeline(sizes: dict[str, Any], classes: int) -> list[dict[str, Any]]:
+    """Short side to its size, labels at the image's own."""
+    return [
+        {"type": "HarnessReadImage"}, {"type": "Resize", "scale": (4 * sizes["short"], sizes["short"]), "keep_ratio": True},
+        {"type": "HarnessReadLabels", "classes": classes}, {"type": "PackSegInputs"},
+    ]
+
+
+def scenes(folder: Path, split: str, classes: tuple[str, ...], pipeline: list[dict[str, Any]]) -> BaseSegDataset:
+    """Images and labels of a split ("training" or "validation"), in the order of their names."""
+    return BaseSegDataset(
+        data_root=str(folder), data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"}, metainfo={"classes": classes},
+        pipeline=pipeline, test_mode=True,
+    )
+
+
+def build(checkpoint: Backbone, recipe: Recipe, sizes: dict[str, Any], classes: int) -> nn.Module:
+    """UPerHead and an auxiliary FCN head (on the third map, one convolution, 256 channels at the papers' width) on the ViT's pyramid."""
+    width, channels, crop = checkpoint.config.width, sizes["channels"], sizes["crop"]
+    common = {"num_classes": classes, "norm_cfg": {"type": "NearBN", "requires_grad": True}, "align_corners": False, "dropout_ratio": 0.1}
+    loss = {"type": "CrossEntropyLoss", "use_sigmoid": False}
+    auxiliary = {
+        "type": "FCNHead", "in_channels": width, "in_index": 2, "channels": min(256, channels), "num_convs": 1, "concat_input": False,
+        "loss_decode": {**loss, "loss_weight": sizes["auxiliary"]}, **common,
+    }
+    model: nn.Module = MODELS.build(ConfigDict({
+        "type": "EncoderDecoder",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor", "mean": [255 * m for m in checkpoint.mean], "std": [255 * s for s in checkpoint.std],
+            "bgr_to_rgb": True, "pad_val": 0, "seg_pad_val": IGNORED, "size": (crop, crop), "test_cfg": {"size": (crop, crop)},
+        },
+        "backbone": {"type": "HarnessPyramid", "vit": checkpoint.build(drop_path=recipe.drop_path), "taps": sizes["taps"], "scales": sizes["scales"]},
+        "decode_head": {
+            "type": "UPerHead", "in_channels": [width] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2, 3, 6), "channels": channels,
+            "loss_decode": {**loss, "loss_weight": 1.0}, **common,
+        },
+        "auxiliary_head": auxiliary if sizes["auxiliary"] else None,
+        "train_cfg": {}, "test_cfg": {"mode": "slide", "crop_size": (crop, crop), "stride": (sizes["stride"], sizes["stride"])},
+    }))
+    keep_fp32(model, "conv_seg")
+    return model
