@@ -2,7 +2,7 @@
 # PYTHON is the interpreter that makes .venv: 3.11 to 3.13 (requirements.lock was made on 3.11).
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: demo test test-slow lint bench
 .DELETE_ON_ERROR:

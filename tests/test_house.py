@@ -82,3 +82,10 @@ def test_importing_the_core_stays_light(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'submitit'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (found.stdout.strip(), found.returncode) == ("", 0), found.stderr
+
+
+def test_the_readme_gives_each_module_one_line() -> None:
+    listed = re.findall(r"^\| `([^`]+\.py)` \|", (ROOT / "README.md").read_text(), re.M)
+    ours = [place(p) for p in OURS if p.name != "__init__.py"]
+    assert sorted(set(ours) - set(listed)) == [], "add a line to the file map of README.md"
+    assert sorted(name for name in set(listed) if not (ROOT / name).exists()) == [], "the file map of README.md names files that are gone"
