@@ -42,6 +42,8 @@ class ADE20K:
 
     version: ClassVar[int] = 1
     columns: ClassVar[tuple[Metric, ...]] = (Metric("mIoU"),)
+    summary: ClassVar[str] = "semantic segmentation: UperNet on the fine-tuned ViT, mIoU on ADE20K"
+    source: ClassVar[str] = "Xiao et al. 2018 (UperNet); set up as in MAE Table 5 and BEiT's configurations (recipes A9)"
 
     crop: int | None = None
     short: int | None = None
