@@ -216,8 +216,7 @@ def command_list(args: argparse.Namespace) -> int:
         for name, folder in data.locate(None, setting).items():
             print(f"{name:16} {'there' if folder.is_dir() else 'made on first use' if setting.generator else 'missing'}: {folder}")
     else:
-        for name in plugins.installed(args.what):
-            plugin = plugins.load(args.what, name)
+        for name, plugin in plugins.importable(args.what).items():
             print(f"{name:16} {getattr(plugin, 'summary', '')}{source(plugin)}")
             for variant, fields in getattr(plugin, "variants", {}).items():
                 print(f"{name + '@' + variant:16} {', '.join(f'{k}={v}' for k, v in fields.items())}")

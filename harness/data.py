@@ -27,6 +27,11 @@ FOLDERS = {
 }
 
 
+LABEL_FILES = (".json", ".txt", ".csv", ".toml")
+MANY_FILES = 50_000  # from here on a fingerprint is cached
+LABELS_LOOKED_AT = 1000  # annotation pictures that a quick check opens
+
+
 class BadImage(JobFailed):
     """An image file that cannot be read."""
 
@@ -70,7 +75,9 @@ def load_rgb(path: Path) -> Any:
     try:
         with Image.open(path) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image) if image.getexif() else image
+            upright: Any = ImageOps.exif_transpose(image) if image.getexif() else image
+            if upright.mode.startswith("I"):  # 16 bits a channel: PIL would clip at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
             return upright if upright.mode == "RGB" else upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(f"{path}: cannot be read as an image ({error}): mend or remove it, or use --on-bad-image skip") from error
@@ -147,8 +154,12 @@ def missing(names: Iterable[str], folders: Mapping[str, Path]) -> list[str]:
 
 def images_below(folder: Path) -> list[str]:
     """Relative paths of all image files below a folder, nested, hidden ones left out, sorted."""
-    found = []
+    found, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder above
+            folders[:] = []
+            continue
+        seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         base = os.path.relpath(parent, folder)
         found += [f if base == "." else f"{base}/{f}" for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
@@ -294,7 +305,7 @@ def check_layout(name: str, folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: needed for {name}; give its place with --data")
     if name == "ade20k":
-        ade20k_classes(folder)
+        classes = len(ade20k_classes(folder))
         for split in ("training", "validation"):
             images, labels = folder / "images" / split, folder / "annotations" / split
             have = {p.stem for p in images.glob("*.jpg")}
@@ -302,6 +313,9 @@ def check_layout(name: str, folder: Path) -> None:
                 raise UserError(f"{images}: no images: expected the layout of ADEChallengeData2016 (images/{split}/*.jpg)")
             if without := sorted(have - {p.stem for p in labels.glob("*.png")}):
                 raise UserError(f"{images / without[0]}.jpg: has no annotation {labels / without[0]}.png")
+            stems = sorted(have)
+            for stem in stems[:: max(1, len(stems) // LABELS_LOOKED_AT)]:
+                check_labels(labels / f"{stem}.png", classes)
     elif name == "coco":
         for split in ("train2017", "val2017"):
             path = folder / "annotations" / f"instances_{split}.json"
@@ -316,6 +330,21 @@ def check_layout(name: str, folder: Path) -> None:
             for i in (0, len(listed) // 2, len(listed) - 1):
                 if not listed.path(i).is_file():
                     raise UserError(f"{listed.path(i)}: missing: {name}'s list of {split} names it")
+
+
+def check_labels(path: Path, classes: int) -> None:
+    """One annotation picture of ADE20K: a single channel of numbers up to the number of classes. Raises UserError."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as label:
+            mode, highest = label.mode, int(np.asarray(label).max())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}): mend or remove it with its image") from error
+    if mode not in ("L", "P", "I", "I;16"):
+        raise UserError(f"{path}: mode {mode}, expected one channel of class numbers")
+    if highest > classes:
+        raise UserError(f"{path}: label {highest} is above the number of classes ({classes} in objectInfo150.txt)")
 
 
 def check_coco(path: Path, body: Any, images: Path) -> None:
@@ -336,14 +365,12 @@ def check_coco(path: Path, body: Any, images: Path) -> None:
         raise UserError(f"{images / lost[0]}: missing: {path.name} names it ({len(lost)} in all)")
 
 
-LABEL_FILES = (".json", ".txt", ".csv", ".toml")
-MANY_FILES = 50_000
 
 
 def fingerprint(name: str, folder: Path) -> str:
     """sha256 over the sorted relative paths and sizes of a data set and the contents of its label files, 16 hex digits.
 
-    The listing of a large set is cached in the user's cache folder under its path and the times of its upper folders.
+    The listing of a large set is cached in the user's cache folder under its path and the times of its folders.
     """
     entries, label_files = [], []
     stamp = _stamp(folder)
@@ -376,13 +403,20 @@ def fingerprint(name: str, folder: Path) -> str:
         total.update((folder / relative).read_bytes())
     result = total.hexdigest()[:16]
     if len(entries) >= MANY_FILES:
-        from harness.store import write_json
+        from harness.checkpoint import write_atomically
 
-        write_json(cache, {"stamp": stamp, "files": len(entries), "fingerprint": result})
+        body = json.dumps({"stamp": stamp, "files": len(entries), "fingerprint": result}).encode()
+        write_atomically(cache, lambda stream: stream.write(body))
     return result
 
 
 def _stamp(folder: Path) -> str:
-    """Times of the folder and of two levels below it: they change when files are added or removed there."""
-    levels = [folder, *sorted(p for p in folder.glob("*")), *sorted(p for p in folder.glob("*/*") if p.is_dir())]
-    return hashlib.sha256("\n".join(f"{p.name} {p.stat().st_mtime_ns}" for p in levels).encode()).hexdigest()[:16]
+    """Times of all folders (they change when a file is added or removed) and sizes and times of the label files; no image is looked at."""
+    lines = []
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        lines.append(f"{parent} {Path(parent).stat().st_mtime_ns}")
+        for file in sorted(f for f in files if f.endswith(LABEL_FILES)):
+            found = Path(parent, file).stat()
+            lines.append(f"{file} {found.st_size} {found.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -290,7 +290,7 @@ class Planner:
 
     def about(self, method: str, name: str, evaluator: Any, seed: int, eval_seed: int) -> dict[str, Any]:
         """What the table must know of a cell."""
-        shown = "generated data" if self.request.data is None and self.setting.generator else f"data {Path(self.request.data or '').name}"
+        shown = "generated data" if self.request.data is None and self.setting.generator else Path(self.request.data or "").stem
         if self.request.pretrain_data:
             shown += f", pre-trained on {Path(self.request.pretrain_data).name}"
         return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -221,9 +222,18 @@ def build(kind: str, name: str) -> Any:
     return plugin
 
 
+def importable(kind: str) -> dict[str, Any]:
+    """Name -> object of the plugins that can be imported: one that is broken, or lacks an extra, must not take the others down."""
+    found = {}
+    for name in installed(kind):
+        with suppress(UserError):
+            found[name] = load(kind, name)
+    return found
+
+
 def group(kind: str, name: str) -> tuple[str, ...] | None:
     """Members of a group of plugins ("all", or a name in their `groups`), or None when there is no such group."""
-    plain = {n: load(kind, n) for n in installed(kind) if not hasattr(load(kind, n), "from_argument")}
+    plain = {n: cls for n, cls in importable(kind).items() if not hasattr(cls, "from_argument")}
     if name == "all":
         return tuple(plain)
     members = tuple(n for n, cls in plain.items() if name in getattr(cls, "groups", ()))
@@ -232,6 +242,6 @@ def group(kind: str, name: str) -> tuple[str, ...] | None:
 
 def groups(kind: str) -> tuple[str, ...]:
     """Names of the groups of a kind."""
-    names = {g for n in installed(kind) for g in getattr(load(kind, n), "groups", ())}
+    names = {g for cls in importable(kind).values() for g in getattr(cls, "groups", ())}
     return ("all", *sorted(names))
 

@@ -32,7 +32,10 @@ def verify_ade20k(folder: Path, step: Step) -> Iterator[str]:
     """Pairs, sizes and label ranges: 0 is unlabelled, 1..n are classes; after the shift by one they are 0..n-1 and 255."""
     classes = len(ade20k_classes(folder))
     for split in ("training", "validation"):
-        for image in sorted((folder / "images" / split).glob("*.jpg")):
+        images = sorted((folder / "images" / split).glob("*.jpg"))
+        if not images:
+            yield f"{folder / 'images' / split}: no images"
+        for image in images:
             step(1)
             path = folder / "annotations" / split / f"{image.stem}.png"
             if not path.is_file():
@@ -118,7 +121,7 @@ def verify(name: str, folder: Path, step: Step = lambda images: None) -> list[st
     try:
         check_layout(name.partition(":")[0], folder)
     except (UserError, JobFailed) as error:
-        first = [str(error)]
+        first = [" ".join(str(error).split())]
     else:
         first = []
     try:
@@ -130,4 +133,4 @@ def verify(name: str, folder: Path, step: Step = lambda images: None) -> list[st
             found = list(verify_classes(name.partition(":")[0], folder, step))
     except (UserError, KeyError, TypeError, ValueError) as error:
         found = [] if first else [f"{folder}: not in the layout of {name} ({error})"]
-    return found or first  # what the quick look found is among what the long one did, if that could go on
+    return found + [f for f in first if not any(f.startswith(g.partition(": ")[0]) for g in found)]  # each file's problem once
