@@ -130,7 +130,8 @@ class FineTuning:
         saved = tuple(checkpoint.classifier.get("classes", ()))
         if saved != classes:
             raise JobFailed(
-                f"the pre-training's classifier knows other classes than {self.data} ({len(saved)} against {len(classes)}): use --tuning shared to fine-tune"
+                f"the pre-training's classifier knows other classes than {self.data} ({len(saved)} against {len(classes)}): "
+                "use --tuning shared to fine-tune"
             )
         return Classifier.restore(checkpoint.build(), checkpoint.classifier, checkpoint.mean, checkpoint.std)
 

@@ -157,7 +157,8 @@ def train_on_features(probe: Classifier, images: ImageList, transform: Any, reci
         if step % max(1, total // 50) == 0 or step == total - 1:
             metrics.add(step + 1, {"loss": float(loss.detach()), "lr": optimizer.param_groups[0]["lr"]})
     if not torch.isfinite(loss):
-        raise JobFailed(f"linear probe: loss is {float(loss)} after {total} steps (lr {recipe.peak_lr:.3g}): lower lr with --set linear.recipe.lr=...")
+        end = float(loss.detach())
+        raise JobFailed(f"linear probe: loss is {end} after {total} steps (lr {recipe.peak_lr:.3g}): lower lr with --set linear.recipe.lr=...")
     one = torch.zeros(1, 3, *probe.vit.config.size, dtype=torch.uint8, device=session.device)
     counted: dict[str, Any] = {"flops_per_step": None}
     with torch.no_grad(), count_flops(counted):

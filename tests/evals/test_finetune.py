@@ -1,0 +1,192 @@
+"""Fine-tuning evaluators: learn what can be learnt, resume to the same number, score a pre-trained head, name what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evals.finetune import FineTuning, ImageFolder, ImageNet, INat2018, Places365
+from harness.augment import EvalTransform
+from harness.checkpoint import Backbone
+from harness.classifier import Classifier, labelled_images, predict
+from harness.plugins import EvalContext, Session, build, group
+from harness.randomness import seed_all
+from harness.spec import Augment, Interrupted, JobFailed, Overrides, Protocol, Recipe, UserError, ViTConfig, canonical, digest, restore
+from harness.vit import ViT, init_mae
+
+CONFIG = ViTConfig(size=(16, 16), patch=8, width=32, depth=2, heads=2)
+TINY = Protocol("tiny", "smoke", "for tests", {"tiny": CONFIG}, "tiny")
+COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+RECIPE = Recipe(batch=8, lr=5e-3, iterations=20, warmup=2, layer_decay=0.9, augment=Augment(crop_scale=(0.5, 1.0), smoothing=0.1))
+
+
+@pytest.fixture
+def colors(tmp_path: Path) -> Path:
+    """A class folder whose classes are told apart by colour: 3 x 8 training and 3 x 4 validation images."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name, color in COLORS.items():
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(color, 25, (20, 22, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def backbone(config: ViTConfig = CONFIG, classifier: dict | None = None) -> Backbone:
+    """Untrained weights, the same each time."""
+    seed_all("backbone")
+    vit = ViT(config)
+    init_mae(vit)
+    return Backbone(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), vit.state_dict(), classifier)
+
+
+def context(
+    folder: Path, data: Path, stop_after: int | None = None, recipe: Recipe | None = RECIPE, name: str = "imagenet", **more: object
+) -> EvalContext:
+    """A job's context in fp32; with `stop_after` it is asked to stop after so many steps."""
+    looks = [0]
+
+    def should_stop() -> bool:
+        looks[0] += 1
+        return stop_after is not None and looks[0] >= stop_after
+
+    folder.mkdir(exist_ok=True)
+    session = Session(folder, 7, torch.device("cpu"), torch.float32, {name: data}, should_stop=should_stop)
+    return EvalContext(session, TINY, recipe, **more)  # type: ignore[arg-type]
+
+
+def test_learns_what_can_be_learnt(colors: Path, tmp_path: Path) -> None:
+    """Labels out of step with images, or an untrained head, would score a third."""
+    outcome = ImageNet().run(backbone(), context(tmp_path / "job", colors))
+    assert set(outcome.metrics) == {m.name for m in ImageNet.columns} and outcome.metrics["top-1"] > 90
+    with np.load(outcome.outcomes) as saved:
+        assert 100 * saved["correct"].mean() == outcome.metrics["top-1"] and saved["label"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert outcome.facts["images_seen"] == 160 and outcome.facts["flops"] > 0
+
+
+@pytest.mark.parametrize("stop", [1, 9, 21])
+def test_stopped_at_any_moment_ends_with_the_same_number(colors: Path, tmp_path: Path, stop: int) -> None:
+    """Killed in training or while scoring (after step 20): the same outcomes file, byte for byte."""
+    recipe = dataclasses.replace(RECIPE, lr=1e-3, drop_path=0.2, augment=dataclasses.replace(
+        RECIPE.augment, rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0))
+    whole = ImageNet().run(backbone(), context(tmp_path / "whole", colors, recipe=recipe))
+    with pytest.raises(Interrupted):
+        ImageNet().run(backbone(), context(tmp_path / "parts", colors, stop, recipe))
+    assert not (tmp_path / "parts" / "outcomes.npz").exists()
+    resumed = ImageNet().run(backbone(), context(tmp_path / "parts", colors, recipe=recipe))
+    assert resumed.metrics == whole.metrics and resumed.facts["loss"] == whole.facts["loss"]
+    assert resumed.outcomes.read_bytes() == whole.outcomes.read_bytes()
+
+
+def test_shared_relative_bias_becomes_one_per_block(colors: Path, tmp_path: Path) -> None:
+    """BEiT's checkpoints have a shared table; its fine-tuning trains one per block (recipes A7)."""
+    config = dataclasses.replace(CONFIG, relative_bias="shared", key_bias=False, layer_scale=0.1)
+    recipe = dataclasses.replace(RECIPE, iterations=2)
+    ImageNet().run(backbone(config), context(tmp_path / "job", colors, recipe=recipe))
+    state = torch.load(sorted((tmp_path / "job" / "checkpoint" / "train").glob("state-*.pt"))[-1], weights_only=True)
+    assert {"vit.relative_bias.0.table", "vit.relative_bias.1.table"} <= set(state["objective"])
+
+
+def own_head(classes: tuple[str, ...] = tuple(sorted(COLORS))) -> Backbone:
+    """A checkpoint as the supervised method leaves it."""
+    base = backbone()
+    seed_all("head")
+    return dataclasses.replace(base, classifier=Classifier(base.build(), classes, mean=base.mean, std=base.std, pooling="cls").classifier())
+
+
+def test_own_classifier_is_scored_without_training(colors: Path, tmp_path: Path) -> None:
+    """The supervised row of the imagenet column is the pre-training's own accuracy."""
+    checkpoint, place = own_head(), context(tmp_path / "job", colors, recipe=None, overrides=Overrides(use_head=True))
+    outcome = ImageNet().run(checkpoint, place)
+    _, val = labelled_images("imagenet", place.session)
+    model = Classifier.restore(checkpoint.build(), checkpoint.classifier, checkpoint.mean, checkpoint.std)  # type: ignore[arg-type]
+    expected = predict(model, val, EvalTransform((16, 16)), place.session)
+    with np.load(outcome.outcomes) as saved:
+        assert saved["correct"].tolist() == (expected == val.labels).tolist()
+    assert outcome.facts["images_seen"] == 0 and not (tmp_path / "job" / "checkpoint").exists()
+
+
+def test_own_classifier_that_does_not_fit_is_refused(colors: Path, tmp_path: Path) -> None:
+    """Equal numbers of classes in another order would give a plausible, wrong number."""
+    cases = [
+        (own_head(("red", "green", "blue")), ImageNet(), "knows other classes than imagenet"),
+        (backbone(), ImageNet(), "left no classifier"),
+        (own_head(), ImageNet(holdout=0.25), "trained on by the pre-training"),
+    ]
+    for checkpoint, evaluator, message in cases:
+        with pytest.raises(JobFailed, match=message) as error:
+            evaluator.run(checkpoint, context(tmp_path / "job", colors, recipe=None, overrides=Overrides(use_head=True)))
+        assert "\n" not in str(error.value)
+
+
+def test_holdout_is_scored_instead_of_val(colors: Path, tmp_path: Path) -> None:
+    """Tuning must not look at val, not even read it."""
+    for file in (colors / "val").glob("*/*.png"):
+        file.write_bytes(b"never read")
+    outcome = ImageNet(holdout=0.25).run(backbone(), context(tmp_path / "job", colors))
+    assert outcome.facts["scored_images"] == 6
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(UserError, match="holdout"):
+            ImageNet(holdout=wrong)
+
+
+def test_class_folder_of_the_user(colors: Path, tmp_path: Path) -> None:
+    """imagefolder:DIR from the command line's word to a score, with train/ and val/ and without."""
+    evaluator = build("evals", f"imagefolder:{colors}")
+    assert evaluator.datasets(TINY) == (f"imagefolder:{colors}",)
+    job = restore(json.loads(json.dumps(canonical(evaluator))))
+    assert job.run(backbone(), context(tmp_path / "a", colors, name=f"imagefolder:{colors}")).facts["scored_images"] == 12
+    flat = job.run(backbone(), context(tmp_path / "b", colors / "train", name=f"imagefolder:{colors / 'train'}"))
+    assert flat.facts["scored_images"] == 5 and flat.facts["classes"] == 3
+
+
+def test_folder_is_where_and_not_what(colors: Path, tmp_path: Path) -> None:
+    """The same pictures at another place are the same job."""
+    shutil.copytree(colors, tmp_path / "moved")
+    one, other = ImageFolder.from_argument(str(colors)), ImageFolder.from_argument(str(tmp_path / "moved"))
+    assert digest(one) == digest(other) and digest(dataclasses.replace(one, holdout=0.1)) != digest(one)
+    assert dataclasses.replace(one, holdout=0.1).datasets(TINY) == one.datasets(TINY)
+    for wrong in ("", str(tmp_path / "nowhere")):
+        with pytest.raises(UserError, match="no such folder"):
+            ImageFolder.from_argument(wrong)
+
+
+def test_recipes() -> None:
+    """Each protocol's values, their sources, and None where nobody prescribes any."""
+    base = ViTConfig()
+    paper = dataclasses.replace(TINY, family="paper")
+    mae = ImageNet().recipe(paper, base)
+    assert mae is not None and mae.peak_lr == pytest.approx(2e-3) and (mae.layer_decay, mae.epochs, mae.augment.erasing) == (0.65, 100, 0.25)
+    transfer = Places365().recipe(paper, base)
+    assert transfer is not None and transfer.peak_lr == pytest.approx(4e-3) and transfer.layer_decay == 0.75
+    assert transfer == INat2018().recipe(paper, base)
+    assert ImageNet().recipe(paper, dataclasses.replace(base, depth=24)) is None
+    assert ImageNet().recipe(dataclasses.replace(TINY, family="unknown"), base) is None
+    for evaluator in (ImageNet(), INat2018(), Places365(), ImageFolder()):
+        for family in ("demo", "smoke", "paper"):
+            recipe = evaluator.recipe(dataclasses.replace(TINY, family=family), base)
+            assert recipe is not None and recipe.sources
+            assert restore(json.loads(json.dumps(canonical(recipe)))) == recipe
+
+
+def test_groups_and_names() -> None:
+    """`--evals inat` and `--evals places` are promised by the command line."""
+    assert group("evals", "inat") == ("inat2018",) and group("evals", "places") == ("places365",)
+    for cls in (ImageNet, INat2018, Places365, ImageFolder):
+        assert issubclass(cls, FineTuning) and cls.summary and cls.source and cls.data in cls().datasets(TINY)[0]
+
+
+def test_planning_needs_no_torch() -> None:
+    """`list` and `table` would take seconds to start."""
+    code = "import sys, evals.finetune, evals.linear; sys.exit(bool({'torch', 'timm', 'torchvision', 'PIL'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

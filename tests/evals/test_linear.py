@@ -1,0 +1,139 @@
+"""The linear probe: leaves the ViT alone, reads features once where it may, resumes to the same number."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evals.linear import Linear, features, train_on_features
+from harness.augment import EvalTransform
+from harness.checkpoint import Backbone
+from harness.classifier import Classifier, labelled_images
+from harness.plugins import EvalContext, Session
+from harness.randomness import seed_all
+from harness.spec import Augment, Interrupted, JobFailed, Protocol, Recipe, UserError, ViTConfig, canonical, restore
+from harness.vit import ViT, init_mae
+
+CONFIG = ViTConfig(size=(16, 16), patch=8, width=32, depth=2, heads=2)
+TINY = Protocol("tiny", "smoke", "for tests", {"tiny": CONFIG}, "tiny")
+CACHED = Linear().recipe(TINY, CONFIG)
+assert CACHED is not None
+CACHED = dataclasses.replace(CACHED, batch=8, lr=10.0, lr_batch=None, epochs=30)
+AUGMENTED = dataclasses.replace(CACHED, epochs=40, augment=Augment(crop_scale=(0.5, 1.0)))
+
+
+@pytest.fixture
+def colors(tmp_path: Path) -> Path:
+    """ImageNet's layout with classes told apart by colour: 2 x 12 training and 2 x 6 validation images."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for name, color in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(color, 25, (20, 22, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def backbone() -> Backbone:
+    """Untrained weights, the same each time."""
+    seed_all("backbone")
+    vit = ViT(CONFIG)
+    init_mae(vit)
+    return Backbone(CONFIG, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), vit.state_dict())
+
+
+def context(folder: Path, data: Path, recipe: Recipe = CACHED, stop_after: int | None = None, **more: object) -> EvalContext:
+    """A job's context in fp32; with `stop_after` it is asked to stop after so many looks."""
+    looks = [0]
+
+    def should_stop() -> bool:
+        looks[0] += 1
+        return stop_after is not None and looks[0] >= stop_after
+
+    folder.mkdir(exist_ok=True)
+    session = Session(folder, 7, torch.device("cpu"), torch.float32, {"imagenet": data}, should_stop=should_stop, **more)  # type: ignore[arg-type]
+    return EvalContext(session, TINY, recipe)
+
+
+@pytest.mark.parametrize("recipe", [CACHED, AUGMENTED], ids=["cached", "augmented"])
+def test_learns_and_resumes(colors: Path, tmp_path: Path, recipe: Recipe) -> None:
+    """A probe that learns nothing from colours, or another number after a kill."""
+    whole = Linear().run(backbone(), context(tmp_path / "whole", colors, recipe))
+    assert whole.metrics["top-1"] > 90 and whole.facts["flops"] > 0
+    for stop in (1, 2, 3):
+        place = tmp_path / f"parts{stop}"
+        try:
+            Linear().run(backbone(), context(place, colors, recipe, stop))
+        except Interrupted:
+            assert not (place / "outcomes.npz").exists()
+        resumed = Linear().run(backbone(), context(place, colors, recipe))
+        assert resumed.metrics == whole.metrics and resumed.facts["loss"] == whole.facts["loss"]
+        assert resumed.outcomes.read_bytes() == whole.outcomes.read_bytes()
+
+
+def probe() -> Classifier:
+    """A probe on the untrained backbone, the same each time."""
+    base = backbone()
+    seed_all("head")
+    return Classifier(base.build(), ("blue", "red"), mean=base.mean, std=base.std, pooling="cls", probe=True, head_std=0.01)
+
+
+def test_vit_stays_as_it_was(colors: Path, tmp_path: Path) -> None:
+    """A probe scores frozen features: no weight of the ViT may move."""
+    model = probe()
+    session = context(tmp_path / "job", colors).session
+    train, _ = labelled_images("imagenet", session)
+    facts = train_on_features(model, train, EvalTransform((16, 16)), CACHED, session)
+    before = backbone().state
+    assert all(torch.equal(v, before[k]) for k, v in model.vit.state_dict().items())
+    assert facts["steps"] == 90 and facts["images_seen"] == 24
+    lines = [json.loads(line) for line in (session.dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 90 and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_features_are_kept_and_read_again(colors: Path, tmp_path: Path) -> None:
+    """A killed job would compute them twice; another order of rows would mix up labels."""
+    model, session = probe(), context(tmp_path / "job", colors).session
+    train, _ = labelled_images("imagenet", session)
+    x, label = features(model, train, EvalTransform((16, 16)), session)
+    assert x.shape == (24, 32) and label.tolist() == train.labels.tolist()  # type: ignore[union-attr]
+    for file in colors.glob("train/*/*.png"):
+        file.unlink()
+    again, _ = features(model, train, EvalTransform((16, 16)), session)
+    assert torch.equal(x, again)
+
+
+def test_skipped_images_leave_no_gap(colors: Path, tmp_path: Path) -> None:
+    """With --on-bad-image skip the labels must stay beside their features."""
+    (colors / "train" / "blue" / "3.png").write_bytes(b"no image")
+    place = context(tmp_path / "job", colors, on_bad_image="skip")
+    outcome = Linear().run(backbone(), place)
+    assert outcome.metrics["top-1"] > 90 and list(place.session.skipped_images) == ["blue/3.png"] and outcome.facts["images_seen"] == 23
+
+
+def test_diverged_probe_fails_in_one_line(colors: Path, tmp_path: Path) -> None:
+    """A NaN must not become an accuracy."""
+    with pytest.raises(JobFailed, match=r"lower lr with --set linear\.recipe\.lr") as error:
+        Linear().run(backbone(), context(tmp_path / "job", colors, dataclasses.replace(CACHED, lr=1e38, optimizer="sgd", warmup=0.0)))
+    assert "\n" not in str(error.value)
+
+
+def test_recipes() -> None:
+    """Table 10 for ViT-B/16 at 224 pixels: lr 0.1 x 16384 / 256 = 6.4; nothing for others; the ViT frozen everywhere."""
+    paper, base = dataclasses.replace(TINY, family="paper"), ViTConfig()
+    table = Linear().recipe(paper, base)
+    assert table is not None and table.peak_lr == pytest.approx(6.4) and (table.optimizer, table.epochs, table.warmup) == ("lars", 90, 10)
+    assert Linear().recipe(paper, CONFIG) is None and Linear().recipe(dataclasses.replace(TINY, family="unknown"), base) is None
+    for family in ("demo", "smoke", "paper"):
+        recipe = Linear().recipe(dataclasses.replace(TINY, family=family), base)
+        assert recipe is not None and recipe.frozen == ("vit.*",) and recipe.weight_decay == 0 and recipe.sources
+        assert restore(json.loads(json.dumps(canonical(recipe)))) == recipe
+    with pytest.raises(UserError, match="holdout"):
+        Linear(holdout=1.5)
