@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from harness.spec import JobFailed, ViTConfig, canonical, restore
+from harness.canonical import canonical, restore
+from harness.spec import JobFailed, ViTConfig
 
 if TYPE_CHECKING:
     from harness.vit import ViT

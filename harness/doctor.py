@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 
 from harness import plugins
-from harness.data import check_layout, locate, missing
+from harness.data import locate, missing
+from harness.layout import check_layout
 from harness.plan import resolve_precision
-from harness.run import processor, versions
+from harness.provenance import processor, versions
 from harness.spec import UserError
 from harness.store import Store
 

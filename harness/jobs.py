@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.spec import UserError, digest
+from harness.canonical import digest
+from harness.spec import UserError
 
 SCHEMA = 1
 Kind = Literal["asset", "pretrain", "evaluate"]

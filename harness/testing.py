@@ -21,10 +21,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from harness import data, plugins
+from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
 from harness.plugins import EvalContext, Session, TrainContext
 from harness.randomness import generator, seed_all
-from harness.spec import Interrupted, Recipe, ViTConfig, canonical, restore
+from harness.spec import Interrupted, Recipe, ViTConfig
 from harness.train import Samples, fit, stack
 from harness.vit import ViT
 

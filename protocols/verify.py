@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from harness.data import BadImage, ade20k_classes, check_layout, images_below, load_rgb, read_images, read_json_file
+from harness.data import BadImage, ade20k_classes, images_below, load_rgb, read_images, read_json_file
+from harness.layout import check_layout
 from harness.spec import JobFailed, UserError
 
 Step = Callable[[int], None]

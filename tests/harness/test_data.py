@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness import data
+from harness import data, layout
 from harness.data import BadImage, ImageList, load_rgb, read_images
 from harness.spec import Protocol, UserError, ViTConfig
 
@@ -199,16 +199,16 @@ def ade20k(root: Path, label: int = 1) -> Path:
 
 def test_ade20k_without_an_annotation_is_refused(tmp_path: Path) -> None:
     """Found before anything is launched, not after hours of pre-training."""
-    data.check_layout("ade20k", ade20k(tmp_path))
+    layout.check_layout("ade20k", ade20k(tmp_path))
     (tmp_path / "annotations/validation/a.png").unlink()
     with pytest.raises(UserError, match=r"a\.jpg: has no annotation"):
-        data.check_layout("ade20k", tmp_path)
+        layout.check_layout("ade20k", tmp_path)
 
 
 def test_ade20k_label_above_the_classes_is_refused(tmp_path: Path) -> None:
     """A label above the number of classes is bad input: exit 2, nothing started."""
     with pytest.raises(UserError, match="label 9 is above"):
-        data.check_layout("ade20k", ade20k(tmp_path, label=9))
+        layout.check_layout("ade20k", ade20k(tmp_path, label=9))
 
 
 # ------------------------------------------------------------------------------------------------------- fingerprints
@@ -221,44 +221,44 @@ def test_fingerprint_follows_the_data_and_not_the_place(tmp_path: Path) -> None:
     one = _made(tmp_path / "one" / "x").parent
     picture(one / "a/1.jpg")
     (one / "list.txt").write_text("a 0\n")
-    first = data.fingerprint("places365", one)
+    first = layout.fingerprint("places365", one)
     shutil.copytree(one, tmp_path / "two")
     os.utime(tmp_path / "two" / "a/1.jpg", (1, 1))
-    assert data.fingerprint("places365", tmp_path / "two") == first
+    assert layout.fingerprint("places365", tmp_path / "two") == first
     (one / "list.txt").write_text("a 1\n")  # same size
-    second = data.fingerprint("places365", one)
+    second = layout.fingerprint("places365", one)
     (one / "a/1.jpg").rename(one / "a/2.jpg")
-    assert len({first, second, data.fingerprint("places365", one)}) == 3
+    assert len({first, second, layout.fingerprint("places365", one)}) == 3
 
 
 def test_fingerprint_of_a_large_set_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes of 1.3 million images are not asked for at each start. The price, on large sets only: an image rewritten in place is not noticed."""
     image = picture(tmp_path / "train/a/1.jpg")
-    small = data.fingerprint("imagenet", tmp_path)
+    small = layout.fingerprint("imagenet", tmp_path)
     image.write_bytes(image.read_bytes() + b"more")
-    assert data.fingerprint("imagenet", tmp_path) != small
-    monkeypatch.setattr(data, "MANY_FILES", 1)
-    first = data.fingerprint("imagenet", tmp_path)
+    assert layout.fingerprint("imagenet", tmp_path) != small
+    monkeypatch.setattr(layout, "MANY_FILES", 1)
+    first = layout.fingerprint("imagenet", tmp_path)
     image.write_bytes(image.read_bytes() + b"more")
-    assert data.fingerprint("imagenet", tmp_path) == first  # from the cache
+    assert layout.fingerprint("imagenet", tmp_path) == first  # from the cache
     picture(tmp_path / "train/b/1.jpg")
-    assert data.fingerprint("imagenet", tmp_path) != first
+    assert layout.fingerprint("imagenet", tmp_path) != first
 
 
 def test_fingerprint_of_a_large_set_sees_new_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """COCO has 123,000 images: corrected annotations written over the old ones must not reuse the old scores."""
-    monkeypatch.setattr(data, "MANY_FILES", 1)
+    monkeypatch.setattr(layout, "MANY_FILES", 1)
     path = _made(tmp_path / "annotations" / "instances_train2017.json")
     path.write_text("{}")
-    first = data.fingerprint("coco", tmp_path)
+    first = layout.fingerprint("coco", tmp_path)
     path.write_text('{"images": []}')
-    assert data.fingerprint("coco", tmp_path) != first
+    assert layout.fingerprint("coco", tmp_path) != first
 
 
 def test_fingerprint_of_a_large_set_sees_new_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """iNaturalist's images lie in train_val2018/<super>/<class>/."""
-    monkeypatch.setattr(data, "MANY_FILES", 1)
+    monkeypatch.setattr(layout, "MANY_FILES", 1)
     picture(tmp_path / "train_val2018/Aves/4/1.jpg")
-    first = data.fingerprint("inat2018", tmp_path)
+    first = layout.fingerprint("inat2018", tmp_path)
     picture(tmp_path / "train_val2018/Aves/4/2.jpg")
-    assert data.fingerprint("inat2018", tmp_path) != first
+    assert layout.fingerprint("inat2018", tmp_path) != first

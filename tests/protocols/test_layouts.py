@@ -16,7 +16,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from harness.data import FOLDERS, ade20k_classes, check_layout, coco_classes, read_images
+from harness.data import FOLDERS, ade20k_classes, coco_classes, read_images
+from harness.layout import check_layout
 from protocols import layouts
 from protocols.scenes import BACKGROUNDS, SHAPE_NAMES
 
