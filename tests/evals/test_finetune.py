@@ -16,11 +16,12 @@ from PIL import Image
 
 from evals.finetune import FineTuning, ImageFolder, ImageNet, INat2018, Places365
 from harness.augment import EvalTransform
+from harness.canonical import canonical, digest, restore
 from harness.checkpoint import Backbone
 from harness.classifier import Classifier, labelled_images, predict
 from harness.plugins import EvalContext, Session, build, group
 from harness.randomness import seed_all
-from harness.spec import Augment, Interrupted, JobFailed, Overrides, Protocol, Recipe, UserError, ViTConfig, canonical, digest, restore
+from harness.spec import Augment, Interrupted, JobFailed, Overrides, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 
 CONFIG = ViTConfig(size=(16, 16), patch=8, width=32, depth=2, heads=2)

@@ -13,11 +13,12 @@ from PIL import Image
 
 from evals.linear import Linear, features, train_on_features
 from harness.augment import EvalTransform
+from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
 from harness.classifier import Classifier, labelled_images
 from harness.plugins import EvalContext, Session
 from harness.randomness import seed_all
-from harness.spec import Augment, Interrupted, JobFailed, Protocol, Recipe, UserError, ViTConfig, canonical, restore
+from harness.spec import Augment, Interrupted, JobFailed, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 
 CONFIG = ViTConfig(size=(16, 16), patch=8, width=32, depth=2, heads=2)

@@ -1,0 +1,217 @@
+"""The dense evaluators as a user meets them: numbers that survive being killed, images of any size, broken files named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dense_data import make_ade20k, make_coco
+from PIL import Image
+
+from evals.openmmlab.ade20k import ADE20K
+from evals.openmmlab.coco import COCO
+from harness.checkpoint import Backbone
+from harness.plugins import EvalContext, Progress, Session
+from harness.randomness import seed_all
+from harness.spec import Interrupted, JobFailed, Outcome, Protocol, Recipe, UserError, ViTConfig
+from harness.vit import ViT
+
+VIT = ViTConfig(size=(32, 32), patch=8, width=32, depth=4, heads=2)
+SETTING = Protocol(name="smoke", family="smoke", summary="", backbones={"tiny": VIT}, backbone="tiny")
+EVALUATORS = {"ade20k": ADE20K(channels=8), "coco": COCO(side=64)}
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("dense")
+    return {"ade20k": make_ade20k(root / "ADEChallengeData2016"), "coco": make_coco(root / "coco")}
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Backbone:
+    seed_all("tiny")
+    return Backbone(VIT, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), ViT(VIT).state_dict())
+
+
+def recipe_of(name: str, **changes: Any) -> Recipe:
+    recipe = EVALUATORS[name].recipe(SETTING, VIT)
+    assert recipe is not None
+    return dataclasses.replace(recipe, **({"batch": 2, "iterations": 4, "warmup": 1} | changes))
+
+
+def evaluate(
+    name: str, checkpoint: Backbone, folder: Path, sets: dict[str, Path], *, evaluator: Any = None, recipe: Recipe | None = None, **session: Any
+) -> tuple[Outcome, Session]:
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults: dict[str, Any] = {"seed": 3, "device": torch.device("cpu"), "dtype": torch.float32, "folders": sets, "checkpoint_every_s": 0.0}
+    lent = Session(dir=folder, **(defaults | session))
+    return (evaluator or EVALUATORS[name]).run(checkpoint, EvalContext(lent, SETTING, recipe or recipe_of(name))), lent
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(checkpoint: Backbone, sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Outcome, Path]]:
+    done: dict[str, tuple[Outcome, Path]] = {}
+
+    def get(name: str) -> tuple[Outcome, Path]:
+        if name not in done:
+            folder = tmp_path_factory.mktemp(f"{name}-whole")
+            done[name] = evaluate(name, checkpoint, folder, sets)[0], folder
+        return done[name]
+
+    return get
+
+
+def states(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoint" / "train").glob("state-*.pt"))
+
+
+def same_training(a: Path, b: Path) -> bool:
+    left, right = (torch.load(states(f)[-1], weights_only=True)["model"] for f in (a, b))
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_listing_evaluators_does_not_load_openmmlab() -> None:
+    code = "import sys, evals.openmmlab.ade20k, evals.openmmlab.coco; print([m for m in ('mmengine', 'mmcv', 'mmdet', 'mmseg') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_scores_are_the_declared_columns_and_outcomes_stay_small(name: str, uninterrupted: Any) -> None:
+    outcome, folder = uninterrupted(name)
+    assert tuple(outcome.metrics) == tuple(column.name for column in EVALUATORS[name].columns)
+    assert all(0 <= score <= 100 for score in outcome.metrics.values())
+    assert outcome.outcomes == folder / "outcomes.npz" and outcome.outcomes.stat().st_size < 20_000
+    assert outcome.facts["steps"] == 4 and outcome.facts["images_seen"] == 8 and outcome.facts["flops"] > 0
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_stopped_by_a_signal_it_resumes_to_the_same_bits(
+    name: str, checkpoint: Backbone, sets: dict[str, Path], uninterrupted: Any, tmp_path: Path
+) -> None:
+    whole, folder = uninterrupted(name)
+    with pytest.raises(Interrupted, match="iteration 2 of 4"):
+        seen: list[int] = []
+        evaluate(name, checkpoint, tmp_path, sets, should_stop=lambda: len(states(tmp_path)) > 0 or bool(seen.append(1)) or len(seen) > 1)
+    again, _ = evaluate(name, checkpoint, tmp_path, sets)
+    assert again.metrics == whole.metrics and same_training(tmp_path, folder)
+    assert (tmp_path / "outcomes.npz").read_bytes() == (folder / "outcomes.npz").read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_killed_while_scoring_with_a_truncated_state_it_ends_the_same(
+    name: str, checkpoint: Backbone, sets: dict[str, Path], uninterrupted: Any, tmp_path: Path
+) -> None:
+    whole, folder = uninterrupted(name)
+
+    def die(progress: Progress) -> None:
+        if progress.stage == "evaluate":
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        evaluate(name, checkpoint, tmp_path, sets, report=die)
+    newest = states(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="damaged"):
+        again, _ = evaluate(name, checkpoint, tmp_path, sets)
+    assert again.metrics == whole.metrics and same_training(tmp_path, folder)
+
+
+def test_another_seed_trains_on_other_images_and_ends_elsewhere(checkpoint: Backbone, sets: dict[str, Path], uninterrupted: Any, tmp_path: Path) -> None:
+    evaluate("ade20k", checkpoint, tmp_path, sets, seed=4)
+    assert not same_training(tmp_path, uninterrupted("ade20k")[1])
+
+
+def test_loader_workers_do_not_change_the_training(checkpoint: Backbone, sets: dict[str, Path], uninterrupted: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)  # Python's, about fork
+        evaluate("ade20k", checkpoint, tmp_path, sets, workers=2)
+    assert same_training(tmp_path, uninterrupted("ade20k")[1])
+
+
+def test_bf16_reaches_the_backbone_and_not_the_boxes(checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    seen: dict[str, set[torch.dtype]] = {"blocks": set(), "rois": set(), "nms": set()}
+    blocks, align, nms = ViT.run_blocks, torchvision.ops.roi_align, torchvision.ops.nms
+
+    def spy_blocks(self: ViT, *args: Any, **kwargs: Any) -> Any:
+        self.blocks[0].mlp.fc1.register_forward_hook(lambda m, i, o: seen["blocks"].add(o.dtype))
+        return blocks(self, *args, **kwargs)
+
+    def spy_align(features: torch.Tensor, rois: torch.Tensor, *args: Any) -> Any:
+        seen["rois"] |= {features.dtype, rois.dtype}
+        return align(features, rois, *args)
+
+    def spy_nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> Any:
+        seen["nms"] |= {boxes.dtype, scores.dtype}
+        return nms(boxes, scores, threshold)
+
+    monkeypatch.setattr(ViT, "run_blocks", spy_blocks)
+    monkeypatch.setattr(torchvision.ops, "roi_align", spy_align)
+    monkeypatch.setattr(torchvision.ops, "nms", spy_nms)
+    evaluate("coco", checkpoint, tmp_path, sets, dtype=torch.bfloat16, recipe=recipe_of("coco", iterations=1))
+    assert seen == {"blocks": {torch.bfloat16}, "rois": {torch.float32}, "nms": {torch.float32}}
+
+
+def test_batch_of_one_trains(checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path) -> None:
+    outcome, _ = evaluate("ade20k", checkpoint, tmp_path, sets, recipe=recipe_of("ade20k", batch=1, iterations=2))
+    assert 0 <= outcome.metrics["mIoU"] <= 100
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_holdout_scores_training_images_that_are_not_trained_on(name: str, checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path) -> None:
+    evaluator = dataclasses.replace(EVALUATORS[name], holdout=0.34)
+    outcome, _ = evaluate(name, checkpoint, tmp_path, sets, evaluator=evaluator, recipe=recipe_of(name, iterations=1))
+    assert outcome.facts["images_scored"] == 3
+    assert outcome.outcomes is not None
+    with np.load(outcome.outcomes) as saved:
+        numbers = {int(n[4:8]) for n in saved["names"]} if name == "ade20k" else set(saved["images"].tolist())
+    assert len(numbers) == 3 and max(numbers) < 9
+
+
+def broken_copy(sets: dict[str, Path], name: str, tmp_path: Path) -> dict[str, Path]:
+    shutil.copytree(sets[name], tmp_path / "data")
+    return {name: tmp_path / "data"}
+
+
+@pytest.mark.parametrize("name,image", [("ade20k", "images/training/ADE_0001.jpg"), ("coco", "train2017/000000000001.jpg")])
+def test_a_broken_image_fails_by_its_path_or_is_counted(name: str, image: str, checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path) -> None:
+    broken = broken_copy(sets, name, tmp_path)
+    (broken[name] / image).write_bytes(b"no image")
+    recipe = recipe_of(name, iterations=5)
+    with pytest.raises(JobFailed, match=Path(image).name):
+        evaluate(name, checkpoint, tmp_path / "fail", broken, recipe=recipe)
+    _, lent = evaluate(name, checkpoint, tmp_path / "skip", broken, recipe=recipe, on_bad_image="skip")
+    assert [Path(p).name for p in lent.skipped_images] == [Path(image).name]
+
+
+@pytest.mark.parametrize("what,labels", [
+    ("above the number of classes", np.full((64, 48), 9, np.uint8)), ("channels", np.ones((64, 48, 3), np.uint8)),
+    ("pixels, its image", np.ones((10, 10), np.uint8)),
+])
+def test_a_label_picture_that_cannot_be_right_is_named(what: str, labels: np.ndarray, checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path) -> None:
+    broken = broken_copy(sets, "ade20k", tmp_path)
+    for path in (broken["ade20k"] / "annotations" / "training").glob("*.png"):
+        Image.fromarray(labels).save(path)
+    with pytest.raises((JobFailed, UserError), match=rf"ADE_\d+\.png: .*{what}"):
+        evaluate("ade20k", checkpoint, tmp_path / "out", broken)
+
+
+def test_recipes_exist_for_what_the_sources_give() -> None:
+    paper = dataclasses.replace(SETTING, name="paper", family="paper")
+    base = ViTConfig()
+    for evaluator in EVALUATORS.values():
+        assert evaluator.recipe(paper, base) is not None and evaluator.recipe(paper, VIT) is None
+        assert evaluator.skip(VIT) is None and evaluator.skip(dataclasses.replace(VIT, depth=2)) is not None
