@@ -50,6 +50,12 @@ class Work:
         per_epoch = len(self.train) / self.recipe.batch
         return self.recipe.iterations if self.recipe.iterations is not None else max(1, round((self.recipe.epochs or 0) * per_epoch))
 
+    def __post_init__(self) -> None:
+        if self.session.device.type == "cpu" and self.session.dtype == torch.bfloat16:
+            model: Any = self.model
+            for block in model.backbone.vit.blocks:  # the fused attention's backward takes three times as long there (performance.md, item 4)
+                block.attn.fused_attn = False
+
     def autocast(self) -> Any:
         """Mixed precision as the session has it, on CPU as on CUDA (mmengine's AmpOptimWrapper wants a GPU)."""
         dtype = self.session.dtype

@@ -29,7 +29,8 @@ class RoIExtractor(SingleRoIExtractor):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the detector. `channels` of FPN, RPN and masks; `hidden` of the box head; boxes per image; `anchor`: side over stride."""
+    """Sizes of the detector. `channels` of FPN, RPN and masks; `hidden` of the box head; boxes per image; `anchor`: side over stride; `points`
+    squared: RoIAlign's samples of a bin, 0 for as many as the box is large."""
 
     channels: int
     hidden: int
@@ -42,10 +43,11 @@ class Size:
     before_nms: int
     proposals: int
     sampled: int
+    points: int
 
 
-PAPER = Size(256, 1024, rpn_convs=2, box_convs=4, mask_convs=4, anchor=8, finest=56, levels=5, before_nms=2000, proposals=1000, sampled=512)
-SMALL = Size(64, 256, rpn_convs=1, box_convs=0, mask_convs=2, anchor=4, finest=28, levels=4, before_nms=200, proposals=100, sampled=32)
+PAPER = Size(256, 1024, rpn_convs=2, box_convs=4, mask_convs=4, anchor=8, finest=56, levels=5, before_nms=2000, proposals=1000, sampled=512, points=0)
+SMALL = Size(64, 256, rpn_convs=1, box_convs=0, mask_convs=2, anchor=4, finest=28, levels=4, before_nms=200, proposals=100, sampled=32, points=1)
 
 
 def train_pipeline(side: int, jitter: tuple[float, float]) -> list[dict[str, Any]]:
@@ -76,7 +78,7 @@ def build(checkpoint: Backbone, recipe: Recipe, size: Size, side: int, taps: tup
     def regions(output: int) -> dict[str, Any]:
         return {
             "type": "HarnessRoIExtractor", "out_channels": size.channels, "featmap_strides": strides[:4], "finest_scale": size.finest,
-            "roi_layer": {"type": "RoIAlign", "output_size": output, "sampling_ratio": 0 if size is PAPER else 2},
+            "roi_layer": {"type": "RoIAlign", "output_size": output, "sampling_ratio": size.points},
         }
 
     def coder(*stds: float) -> dict[str, Any]:

@@ -116,10 +116,18 @@ def batches(samples: InOrder, session: Session, batch: int, first: int, last: in
     places = [list(range(i * batch, min((i + 1) * batch, end))) for i in range(first, last)]
     if session.workers == 0:
         return (pseudo_collate([samples[p] for p in place]) for place in places)
-    return iter(DataLoader(
+    return _plain_errors(DataLoader(
         samples, batch_sampler=places, num_workers=session.workers, collate_fn=pseudo_collate, worker_init_fn=_one_thread,
         pin_memory=session.device.type == "cuda", multiprocessing_context="spawn" if session.device.type == "cuda" else "fork",
     ))
+
+
+def _plain_errors(loader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches of a loader; a failure in one of its processes in one line, without the traceback that torch wraps around it."""
+    try:
+        yield from loader
+    except JobFailed as error:
+        raise JobFailed(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 def _one_thread(worker: int) -> None:
