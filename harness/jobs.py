@@ -38,6 +38,12 @@ class Node:
         object.__setattr__(self, "key", digest(body))
 
     @property
+    def settings(self) -> str:
+        """The key without the seeds: what results must share to be averaged."""
+        body = {k: v for k, v in self.identity.items() if k not in ("seed", "eval_seed", "parents")}
+        return digest({**body, "parents": {role: p.settings for role, p in self.parents.items()}})
+
+    @property
     def folder(self) -> str:
         """Name of its folder below the runs folder."""
         return f"{self.kind}-{re.sub(r'[^A-Za-z0-9@._+-]+', '_', self.name)[:80]}-{self.key}"

@@ -226,7 +226,9 @@ class Planner:
         }
         about["deviations"] = [*about["deviations"], *notes, *more]
         about["title"] = f"evaluate {name} on {method_name}"
-        return self.node("evaluate", f"{name}-{method_name}", identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
+        node = self.node("evaluate", f"{name}-{method_name}", identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
+        about["settings"] = node.settings
+        return node
 
     def about(self, method: str, name: str, evaluator: Any, seed: int, eval_seed: int) -> dict[str, Any]:
         """What the table must know of a cell."""

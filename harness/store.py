@@ -17,7 +17,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,7 @@ class Result:
     tuning: str = "published"
     key: str = ""
     start: str = ""
+    settings: str = ""
 
 
 def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mapping[str, Any] | None, key: str) -> Result:
@@ -237,6 +238,7 @@ def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mappin
         columns=tuple(Metric(**m) for m in about["columns"]), status=status, reason=reason,
         deviations=(*about.get("deviations", ()), *(record or {}).get("deviations_found", ())),
         caption=about.get("caption", ""), tuning=about.get("tuning", "published"), key=key, start=(record or {}).get("start", ""),
+        settings=about.get("settings", ""),
     )
 
 
@@ -259,5 +261,7 @@ def collect(roots: Iterable[Path]) -> list[Result]:
             if not isinstance(job, dict) or "about" not in job:
                 raise UserError(f"{folder / 'job.json'}: not a readable job: move this folder away, then run again")
             state, record = store.state(folder), read_record(folder)
-            results.append(result_of(job["about"], state.status, state.reason, record, job["key"]))
+            found = result_of(job["about"], state.status, state.reason, record, job["key"])
+            usage = read_json(folder / "usage.json")  # a job without a record has started all the same
+            results.append(found if record or not isinstance(usage, dict) else replace(found, start=usage["start"]))
     return results

@@ -122,17 +122,19 @@ def _metrics(results: Iterable[Result]) -> tuple[Metric, ...]:
 def select(results: Sequence[Result]) -> tuple[list[Result], tuple[str, ...]]:
     """The results of one method and evaluator that count, one for each pair of seeds, and remarks on those that were left out.
 
-    The same job found in several runs folders (equal key) counts once. Of several jobs with equal seeds but other settings (other keys) the
-    newest that has a record counts; without any record, the first.
+    The same job found in several runs folders (equal key) counts once. Seeds are averaged over equal settings only: those of the newest job
+    that has a record (without any record, of the newest job); what was made with other settings is left out.
     """
     by_job: dict[tuple[str, ...], Result] = {}
     for index, result in enumerate(results):
         job = (result.key,) if result.key else ("no key", str(index))
         by_job[job] = max(by_job.get(job, result), result, key=_precedence)
     by_seeds: dict[tuple[int, int], list[Result]] = {}
+    newest = max(by_job.values(), key=_precedence, default=None)
+    counted, left_out = [], [r for r in by_job.values() if newest is not None and r.settings != newest.settings]
     for result in by_job.values():
-        by_seeds.setdefault((result.seed, result.eval_seed), []).append(result)
-    counted, left_out = [], []
+        if newest is not None and result.settings == newest.settings:
+            by_seeds.setdefault((result.seed, result.eval_seed), []).append(result)
     for _, rivals in sorted(by_seeds.items()):
         best = max(rivals, key=_precedence)
         counted.append(best)

@@ -118,3 +118,11 @@ def test_rows_and_columns_keep_the_order_of_the_command_line() -> None:
 def test_an_evaluator_without_declared_columns_still_has_one() -> None:
     (sheet,) = sheets([result(None, columns=(), status="failed", reason="plugin is gone")])
     assert [m.name for _, m in sheet.columns] == ["score"]
+
+
+def test_seeds_of_different_settings_are_not_averaged() -> None:
+    # Seed 0 with the old learning rate and seed 1 with the new one would give a mean that belongs to no recipe.
+    old = [result(10.0, seed=s, key=f"old{s}", start=f"2026-01-0{s + 1}", settings="a") for s in (0, 1)]
+    new = result(20.0, seed=0, key="new0", start="2026-02-01", settings="b")
+    counted, remarks = select([*old, new])
+    assert counted == [new] and remarks == ("older results of other settings left out",)
