@@ -13,6 +13,7 @@ WARNINGS: tuple[tuple[str, type[Warning]], ...] = (  # start of the message, cat
     ("``MultiScaleDeformableAttention`` has been moved", ImportWarning),  # mmcv, about mmcv
     ("__array__ implementation doesn't accept a copy keyword", DeprecationWarning),  # pycocotools, under numpy 2
     ("Default ``avg_non_ignore`` is False", UserWarning),  # mmseg, about its default, which BEiT's and MAE's configs have
+    ("For binary segmentation, we suggest", UserWarning),  # mmseg, at two classes: every number of classes has the same head here
     ("``build_loss`` would be deprecated soon", UserWarning),  # mmseg's heads call their own old function
 )
 
