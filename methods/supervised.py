@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from harness.classifier import Classifier
 from torch import nn
 
 from harness.augment import TrainTransform
+from harness.classifier import Classifier
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 
@@ -36,6 +36,7 @@ class Supervised:
     std: tuple[float, float, float] = IMAGENET_STD
 
     version: ClassVar[int] = 1
+    needs_labels: ClassVar[bool] = True
     summary: ClassVar[str] = "classification with labels from scratch, EMA weights; its imagenet cell is its own accuracy"
     source: ClassVar[str] = "MAE-paper A.2 and Table 11 (recipes A5); MAE issue #28"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mean": {"pooling": "mean"}}

@@ -1,0 +1,145 @@
+"""The networks of DALL-E's discrete VAE (openai/DALL-E @ 5be4b23; recipes A16) at any width, and a trained encoder as a tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.checkpoint import write_atomically
+from harness.spec import JobFailed
+
+FORMAT = 1
+EPS = 0.1
+STRIDE = 8  # pixels per token and side: three poolings
+
+
+def map_pixels(x: Tensor) -> Tensor:
+    """[0, 1] -> [0.1, 0.9], so that the logit of a pixel is finite."""
+    return (1 - 2 * EPS) * x + EPS
+
+
+def unmap_pixels(x: Tensor) -> Tensor:
+    """The inverse of `map_pixels`, cut to [0, 1]."""
+    return ((x - EPS) / (1 - 2 * EPS)).clamp(0, 1)
+
+
+def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+    """Convolution that keeps the size; weights normal with deviation 1 / sqrt(fan-in), bias 0."""
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=(kernel - 1) // 2)
+    nn.init.normal_(layer.weight, std=1 / math.sqrt(inputs * kernel**2))
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """x -> id(x) + gain * branch(x); the branch has four convolutions at a quarter of the width, each after a ReLU.
+
+    Kernels are 3, 3, 3, 1 in the encoder and 1, 3, 3, 3 in the decoder; gain = 1 / (number of blocks)^2.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernels: tuple[int, ...], gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.id_path = conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        hidden = outputs // 4
+        widths = (inputs, hidden, hidden, hidden, outputs)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels):
+            layers[f"relu_{i + 1}"] = nn.ReLU()
+            layers[f"conv_{i + 1}"] = conv(widths[i], widths[i + 1], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def body(first: nn.Conv2d, widths: tuple[int, ...], kernels: tuple[int, ...], blocks: int, between: nn.Module, outputs: int) -> nn.Sequential:
+    """First layer, groups of residual blocks with `between` after each but the last, ReLU, 1x1 convolution."""
+    gain, inputs = 1 / (len(widths) * blocks) ** 2, first.out_channels
+    layers: OrderedDict[str, nn.Module] = OrderedDict(input=first)
+    for g, width in enumerate(widths, start=1):
+        group: OrderedDict[str, nn.Module] = OrderedDict()
+        for b in range(1, blocks + 1):
+            group[f"block_{b}"] = ResidualBlock(inputs, width, kernels, gain)
+            inputs = width
+        if g < len(widths):
+            group["rescale"] = between
+        layers[f"group_{g}"] = nn.Sequential(group)
+    layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(inputs, outputs, 1)))
+    return nn.Sequential(layers)
+
+
+class Encoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) -> logits over the codebook (B, codes, H/8, W/8). The released model has width 256, 8192 codes, 2 blocks a group."""
+
+    def __init__(self, width: int, codes: int, blocks: int = 2) -> None:
+        super().__init__()
+        self.blocks = body(conv(3, width, 7), (width, 2 * width, 4 * width, 8 * width), (3, 3, 3, 1), blocks, nn.MaxPool2d(2), codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class Decoder(nn.Module):
+    """One-hot or relaxed codes (B, codes, h, w) -> (B, 6, 8h, 8w): location and log-scale of the logit of each mapped pixel value.
+
+    `initial` is the width after the first layer (128 at the released width of 256).
+    """
+
+    def __init__(self, width: int, codes: int, blocks: int = 2, initial: int = 128) -> None:
+        super().__init__()
+        grow = nn.Upsample(scale_factor=2, mode="nearest")
+        self.blocks = body(conv(codes, initial, 1), (8 * width, 4 * width, 2 * width, width), (1, 3, 3, 3), blocks, grow, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def logit_laplace(target: Tensor, output: Tensor) -> Tensor:
+    """Negative log-likelihood per value of mapped pixels (B, 3, H, W) under the decoder's output (B, 6, H, W) (DALLE-paper A.3)."""
+    location, log_scale = output.float().chunk(2, dim=1)
+    jacobian = math.log(2) + torch.log(target * (1 - target))
+    return (log_scale + jacobian + (torch.logit(target) - location).abs() * torch.exp(-log_scale)).mean()
+
+
+class Tokenizer(nn.Module):
+    """A trained encoder, frozen. uint8 images (B, 3, 8h, 8w) -> tokens int64 (B, h*w), row by row."""
+
+    def __init__(self, width: int, codes: int, blocks: int) -> None:
+        super().__init__()
+        self.codes = codes
+        self.encoder = Encoder(width, codes, blocks).to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):  # a token must not depend on the precision of the training around it
+            return self.encoder(map_pixels(images.float() / 255)).argmax(dim=1).flatten(1)
+
+
+def save_tokenizer(path: Path, encoder: Encoder, config: dict[str, int]) -> None:
+    """Write an encoder, with the arguments of `Tokenizer` that rebuild it, atomically."""
+    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    write_atomically(path, lambda stream: torch.save({"format": FORMAT, "config": config, "state": state}, stream))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file that `save_tokenizer` wrote.
+
+    Raises:
+        JobFailed: the file is missing, damaged or of another format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] == FORMAT:
+            tokenizer = Tokenizer(**content["config"])
+            tokenizer.encoder.load_state_dict(content["state"], strict=True)
+            return tokenizer
+    except Exception as error:
+        raise JobFailed(f"{path} is no readable tokenizer ({type(error).__name__}): remove its folder and run again") from error
+    raise JobFailed(f"{path} has format {content['format']}, this version reads {FORMAT}")
