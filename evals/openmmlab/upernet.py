@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmcv.transforms import BaseTransform
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as ANY_MODELS
 from mmengine.registry import TRANSFORMS
 from mmseg.datasets import BaseSegDataset
 from mmseg.models.decode_heads import FCNHead, UPerHead
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from PIL import Image
@@ -22,6 +24,7 @@ from harness.checkpoint import Backbone
 from harness.spec import JobFailed, Recipe
 
 IGNORED = 255
+WINDOWS_AT_ONCE = 8
 ANY_MODELS.register_module("HarnessPyramid", module=Pyramid, force=True)
 
 
@@ -77,6 +80,27 @@ class AuxiliaryHead(LossOnly, FCNHead):  # type: ignore[misc]
 TRANSFORMS.register_module("HarnessReadLabels", module=ReadLabels, force=True)
 
 
+@MODELS.register_module("HarnessSegmentor", force=True)
+class Segmentor(EncoderDecoder):  # type: ignore[misc]
+    """EncoderDecoder whose sliding windows go through the network together."""
+
+    def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
+        """Mean of the windows' logits (B, classes, H, W), windows placed as mmseg places them: the last one is moved inside."""
+        (stride_y, stride_x), (crop_y, crop_x) = self.test_cfg.stride, self.test_cfg.crop_size
+        batch, _, height, width = inputs.shape
+        tops = [min(y, height - crop_y) for y in range(0, height - crop_y + stride_y, stride_y)]
+        lefts = [min(x, width - crop_x) for x in range(0, width - crop_x + stride_x, stride_x)]
+        places = [(y, x) for y in tops for x in lefts]
+        windows = torch.cat([inputs[:, :, y : y + crop_y, x : x + crop_x] for y, x in places])
+        metas = [{**batch_img_metas[0], "img_shape": windows.shape[2:]}]
+        logits = torch.cat([self.encode_decode(part, metas) for part in windows.split(WINDOWS_AT_ONCE)])
+        total, count = inputs.new_zeros(batch, logits.shape[1], height, width), inputs.new_zeros(height, width)
+        for (y, x), part in zip(places, logits.split(batch), strict=True):
+            total[:, :, y : y + crop_y, x : x + crop_x] += part
+            count[y : y + crop_y, x : x + crop_x] += 1
+        return total / count
+
+
 def train_pipeline(sizes: dict[str, Any], classes: int) -> list[dict[str, Any]]:
     """BEiT's and MAE's augmentation (recipes A9): resize by 0.5..2, crop with at most 75 % of one class, flip, photometric distortion."""
     crop, short = sizes["crop"], sizes["short"]
@@ -114,7 +138,7 @@ def build(checkpoint: Backbone, recipe: Recipe, sizes: dict[str, Any], classes: 
         "loss_decode": {**loss, "loss_weight": sizes["auxiliary"]}, **common,
     }
     model: nn.Module = MODELS.build(ConfigDict({
-        "type": "EncoderDecoder",
+        "type": "HarnessSegmentor",
         "data_preprocessor": {
             "type": "SegDataPreProcessor", "mean": [255 * m for m in checkpoint.mean], "std": [255 * s for s in checkpoint.std],
             "bgr_to_rgb": True, "pad_val": 0, "seg_pad_val": IGNORED, "size": (crop, crop), "test_cfg": {"size": (crop, crop)},

@@ -33,14 +33,14 @@ def surroundings() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("samples", [0, 1, 2])
 def test_roi_align_of_mmcv_is_torchvisions_forward_and_backward(aligned: bool, samples: int) -> None:
     from mmcv.ops import roi_align
 
     torch.manual_seed(0)
     ours = torch.rand(2, 3, 12, 10, requires_grad=True)
     theirs = ours.detach().clone().requires_grad_()
-    rois = torch.tensor([[0, 1.0, 2.0, 8.0, 9.0], [1, 0.0, 0.0, 19.0, 23.0], [1, 3.2, 4.1, 3.9, 5.0]])
+    rois = torch.tensor([[0, 1.0, 2.0, 8.0, 9.0], [1, 0.0, 0.0, 19.0, 23.0], [1, 3.2, 4.1, 3.9, 5.0], [0, -9.0, 8.0, 30.0, 40.0]])
     got = roi_align(ours, rois, (4, 3), 0.5, samples, "avg", aligned)
     expected = torchvision.ops.roi_align(theirs, rois, (4, 3), 0.5, samples or -1, aligned)
     weight = torch.rand_like(expected)
@@ -258,3 +258,20 @@ def test_nothing_to_train_on_is_said_and_not_divided_by(tmp_path: Path) -> None:
 
     with pytest.raises(JobFailed, match="nothing to train on"):
         InOrder(COCOScenes(make_coco(tmp_path / "coco"), "train2017", CATEGORIES, []), [], 0, False)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 75), (60, 33)])
+def test_windows_are_placed_and_averaged_as_mmseg_does(size: tuple[int, int]) -> None:
+    from mmengine.registry import DefaultScope
+    from mmseg.models.segmentors import EncoderDecoder
+
+    from evals.openmmlab import upernet
+    from evals.openmmlab.ade20k import ADE20K, SMOKE
+    from harness.spec import Protocol
+
+    setting = Protocol(name="smoke", family="smoke", summary="", backbones={"tiny": VIT}, backbone="tiny")
+    saved = Backbone(VIT, (0.5,) * 3, (0.5,) * 3, ViT(VIT).state_dict())
+    with DefaultScope.overwrite_default_scope("mmseg"), torch.no_grad():
+        model: Any = upernet.build(saved, SMOKE, ADE20K(channels=8).sizes(VIT, setting), 3).eval()
+        images, metas = torch.rand(1, 3, *size), [{"ori_shape": size, "img_shape": size}]
+        torch.testing.assert_close(model.slide_inference(images, metas), EncoderDecoder.slide_inference(model, images, metas))
