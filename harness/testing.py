@@ -175,8 +175,8 @@ def test_objective_trains_the_lent_vit(trial: Trial) -> None:
     for _ in range(11):
         seed_all(7, "step")  # masks, crops, dropped paths and teachers are held fixed
         loss = objective(batch, 0.5)["loss"]
-        assert loss.ndim == 0 and math.isfinite(float(loss))
-        losses.append(float(loss))
+        assert loss.ndim == 0 and math.isfinite(loss.item())
+        losses.append(loss.item())
         objective.zero_grad()
         loss.backward()
         without = [n for n, p in objective.vit.named_parameters() if p.requires_grad and p.grad is None]
