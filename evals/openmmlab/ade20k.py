@@ -66,8 +66,6 @@ class ADE20K:
 
     def skip(self, vit: ViTConfig) -> str | None:
         """Reason why UperNet cannot sit on this ViT, or None."""
-        if vit.depth < 4:
-            return f"UperNet takes four blocks of the ViT, this one has {vit.depth}"
         if vit.relative_bias != "none":
             return "relative position bias at another size than pre-training's is not supported yet"
         return None

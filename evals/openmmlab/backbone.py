@@ -16,7 +16,7 @@ DEFAULT_SCALES = {8: (2.0, 1.0, 0.5, 0.25)}
 
 
 def even_taps(depth: int) -> tuple[int, ...]:
-    """Four blocks (0-based) at the ends of the quarters of the depth: 12 -> 2, 5, 8, 11 (Li21's choice, recipes A10)."""
+    """Four blocks (0-based) at the ends of the quarters of the depth: 12 -> 2, 5, 8, 11 (Li21's choice, recipes A10). Fewer than four serve several maps."""
     return tuple(-(-i * depth // 4) - 1 for i in range(1, 5))
 
 

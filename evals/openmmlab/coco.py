@@ -60,8 +60,6 @@ class COCO:
 
     def skip(self, vit: ViTConfig) -> str | None:
         """Reason why Mask R-CNN cannot sit on this ViT, or None."""
-        if vit.depth < 4:
-            return f"the pyramid takes four blocks of the ViT, this one has {vit.depth}"
         if vit.relative_bias != "none":
             return "relative position bias at another size than pre-training's is not supported yet"
         return None

@@ -52,8 +52,11 @@ class QuietRunner(Runner):  # type: ignore[misc]
             test_dataloader=work.test, test_cfg={"type": TestInOrder}, test_evaluator=Evaluator(work.metric), default_scope=scope,
             default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")),
             randomness={"seed": derive(work.session.seed, "runner") % 2**31}, experiment_name=f"{scope}-{next(_numbers)}",
-            env_cfg={"cudnn_benchmark": False, "mp_cfg": {"mp_start_method": None, "opencv_num_threads": 0}},
         )
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        """One process, and nothing set for all of it (mmengine would choose the start method of every later process, and file limits)."""
+        self._rank, self._world_size, self._timestamp = 0, 1, ""
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
         """mmengine's logger with one handler: the job's log."""
