@@ -29,7 +29,7 @@ def seed_all(*parts: int | str) -> None:
 
     seed = derive(*parts)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed queues a stack trace for CUDA at each call until CUDA is used: 4 ms
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it without types
         torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
