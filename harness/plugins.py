@@ -125,7 +125,8 @@ class Trainable(Protocol):
 
 
 class Method(Trainable, Protocol):
-    """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe."""
+    """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe;
+    one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
