@@ -27,7 +27,7 @@ from harness.randomness import generator
 from protocols import scenes
 from protocols.scenes import BACKGROUNDS, SHAPE_NAMES, TEXTURES, Scene
 
-WORLD = "world 1"
+WORLD = "world 2"
 COUNTS = {  # set -> (train, val) images
     "demo": {"imagenet": (4000, 800), "ade20k": (1600, 300), "coco": (1600, 300), "inat2018": (2400, 600), "places365": (2400, 480)},
     "smoke": {"imagenet": (320, 80), "ade20k": (96, 24), "coco": (96, 24), "inat2018": (320, 80), "places365": (240, 60)},
