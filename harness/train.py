@@ -132,6 +132,14 @@ def count_flops(facts: dict[str, Any]) -> Iterator[None]:
     facts["flops_per_step"] = float(counter.get_total_flops())
 
 
+def choose_attention(module: nn.Module, session: Session) -> None:
+    """Explicit attention for bf16 on a CPU, where the backward of the fused kernel is slow: 1.45 times the images/s at 17 and at 65 tokens."""
+    if session.device.type == "cpu" and session.dtype == torch.bfloat16:
+        for part in module.modules():
+            if hasattr(part, "fused_attn"):
+                part.fused_attn = False
+
+
 def fit(
     objective: nn.Module, images: ImageList, transform: Transform, recipe: Recipe, session: Session, *, stage: str = "train"
 ) -> dict[str, Any]:
@@ -153,6 +161,7 @@ def fit(
         raise JobFailed(f"{images.root}: no images to train on")
     per_epoch, total = steps_of(recipe, len(images))
     objective.to(session.device).train()
+    choose_attention(objective, session)
     vit: Any = getattr(objective, "vit", None)
     depth = 0 if vit is None else len(vit.blocks)
     optimizer = build_optimizer(parameter_groups(objective, recipe, depth), recipe)

@@ -7,7 +7,7 @@ CAVEAT = ": not comparable with published numbers"
 
 demo = Protocol(
     name="demo", family="demo", summary="small ViT, generated scenes, minutes on two CPU cores (the default)",
-    backbones={"vit-demo": ViTConfig(size=(64, 64), patch=8, width=192, depth=6, heads=3)}, backbone="vit-demo",
+    backbones={"vit-demo": ViTConfig(size=(64, 64), patch=8, width=128, depth=6, heads=4)}, backbone="vit-demo",
     generator=GENERATOR, data_version="v2", caption="demo protocol, generated data" + CAVEAT, caveat=CAVEAT,
 )
 

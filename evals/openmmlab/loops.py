@@ -26,7 +26,7 @@ from harness.optim import apply_schedule, build_optimizer, clip_gradients, param
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
 from harness.spec import Interrupted, JobFailed, Recipe
-from harness.train import Metrics, count_flops
+from harness.train import Metrics, choose_attention, count_flops
 
 LOG_EVERY_S = 1.0
 
@@ -51,10 +51,7 @@ class Work:
         return self.recipe.iterations if self.recipe.iterations is not None else max(1, round((self.recipe.epochs or 0) * per_epoch))
 
     def __post_init__(self) -> None:
-        if self.session.device.type == "cpu" and self.session.dtype == torch.bfloat16:
-            model: Any = self.model
-            for block in model.backbone.vit.blocks:  # the fused attention's backward takes three times as long there (performance.md, item 4)
-                block.attn.fused_attn = False
+        choose_attention(self.model, self.session)
 
     def autocast(self) -> Any:
         """Mixed precision as the session has it, on CPU as on CUDA (mmengine's AmpOptimWrapper wants a GPU)."""
