@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from harness.augment import TrainTransform
 from harness.spec import Augment, JobFailed, Recipe, ViTConfig
+from methods.codebook import start_from_images
 from methods.dalle import STRIDE, Decoder, Encoder, logit_laplace, map_pixels, save_tokenizer, unmap_pixels
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class DVAE:
         temperature_start, temperature, temperature_span: of the Gumbel-softmax at the start and at the end, and the fraction of training between.
         usage_weight: weight of the divergence of the codes' *average* distribution over a batch from the uniform (ours; 0 in DALL-E). It
             keeps codes alive without asking each position to be undecided, which the KL term does.
-        spread: deviation of each code's logit over the first batch (see `DVAEObjective.start_codes`); 0 keeps DALL-E's initialisation.
+        spread: deviation of each code's logit over the first batch (see `methods.codebook`); 0 keeps DALL-E's initialisation.
         holdout: fraction of the images kept from training, for `check`.
     """
 
@@ -73,7 +74,7 @@ class DVAE:
         if protocol.family == "demo":
             return Recipe(batch=8, lr=3e-3, iterations=800, warmup=20, **shared)
         if protocol.family == "smoke":
-            return Recipe(batch=8, lr=1e-3, iterations=90, warmup=5, **shared)
+            return Recipe(batch=8, lr=1.5e-3, iterations=110, warmup=5, **shared)
         return None
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
@@ -90,7 +91,7 @@ def for_grid(protocol: Protocol, vit: ViTConfig) -> DVAE:
     if protocol.family == "demo":
         return DVAE(size, codes=256, width=16, blocks=1, initial=64, kl_weight=0.0, usage_weight=30.0, spread=8.0)
     if protocol.family == "smoke":
-        return DVAE(size, codes=128, width=8, blocks=1, initial=64, kl_weight=0.0, usage_weight=40.0, spread=15.0, temperature_start=0.5)
+        return DVAE(size, codes=128, width=8, blocks=1, initial=64, kl_weight=0.0, usage_weight=40.0, spread=15.0, temperature_start=0.5, holdout=0.1)
     return DVAE(size)
 
 
@@ -111,7 +112,7 @@ class DVAEObjective(nn.Module):
         """{"image": uint8 (B, 3, 8h, 8w)} -> loss; recon, kl, unused, perplexity (of the batch's arg-max codes) and temperature to log."""
         maker, pixels = self.maker, map_pixels(batch["image"].float() / 255)
         if progress == 0.0 and maker.spread > 0:
-            self.start_codes(pixels)
+            start_from_images(self.encoder, self.decoder, pixels, maker.spread)
         temperature = anneal(maker.temperature_start, maker.temperature, progress / maker.temperature_span)
         weight = anneal(0.0, maker.kl_weight, progress / maker.kl_span)
         logits = self.encoder(pixels).float()  # (B, V, h, w)
@@ -126,38 +127,6 @@ class DVAEObjective(nn.Module):
             "loss": recon + weight * kl + maker.usage_weight * unused, "recon": recon.detach(), "kl": kl.detach(), "unused": unused.detach(),
             "perplexity": perplexity(counts), "temperature": torch.tensor(temperature),
         }
-
-    @torch.no_grad()
-    def start_codes(self, pixels: Tensor) -> None:
-        """Start the codebook from a batch of mapped pixels (B, 3, H, W), as is usual for vector quantisers.
-
-        Codes are coarse contents (2 x 2 colours) of random positions, logits minus squared distances to them, read linearly from the encoder's
-        features and scaled to the deviation `spread`; the decoder starts from a random projection of the codes and ends in the least-squares
-        fit to the pixels. Ours: as DALL-E initialises, one code wins everywhere and codes hardly differ for the decoder. A run of a minute
-        never gets out of that; DALL-E has three million updates for it.
-        """
-        encoder: Any = self.encoder.blocks
-        decoder: Any = self.decoder.blocks
-        logit, half = torch.logit(pixels), STRIDE // 2
-        coarse = F.pixel_unshuffle(F.avg_pool2d(logit, half), 2)  # (B, 12, h, w)
-        fit = least_squares(F.relu(encoder[:-1](pixels)), coarse)  # (12, C + 1)
-        features = F.relu(encoder[:-1](pixels)).permute(0, 2, 3, 1).flatten(0, 2)
-        points = features @ fit[:, :-1].T + fit[:, -1]  # (positions, 12)
-        pick = torch.randperm(len(points), device=points.device).repeat(-(-self.maker.codes // len(points)))[: self.maker.codes]
-        codes = points[pick]  # (V, 12)
-        gain = self.maker.spread / (points @ codes.T - codes.pow(2).sum(dim=1) / 2).std(dim=0).mean().clamp(min=1e-6)
-        encoder.output.conv.weight.copy_((gain * codes @ fit[:, :-1])[:, :, None, None])
-        encoder.output.conv.bias.copy_(gain * (codes @ fit[:, -1] - codes.pow(2).sum(dim=1) / 2))
-        projection = torch.randn(decoder.input.out_channels, codes.shape[1], device=codes.device) / codes.norm(dim=1).mean()
-        decoder.input.weight.copy_((projection @ codes.T)[:, :, None, None])
-        tokens = F.one_hot(self.encoder(pixels).argmax(dim=1), self.maker.codes).permute(0, 3, 1, 2).float()
-        final = F.relu(decoder[:-1](tokens))
-        fit = least_squares(final, logit)  # (3, width + 1)
-        decoder.output.conv.weight.zero_()
-        decoder.output.conv.weight[:3].copy_(fit[:, :-1, None, None])
-        decoder.output.conv.bias[:3].copy_(fit[:, -1])
-        error = decoder.output.conv(final)[:, :3] - logit
-        decoder.output.conv.bias[3:].copy_(error.abs().mean(dim=(0, 2, 3)).log())
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,16 +176,6 @@ class DVAEObjective(nn.Module):
     def save_asset(self, path: Path) -> None:
         """Write the tokenizer's file, the encoder only; `methods.dalle.load_tokenizer` reads it."""
         save_tokenizer(path, self.encoder, {"width": self.maker.width, "codes": self.maker.codes, "blocks": self.maker.blocks})
-
-
-def least_squares(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Weights (T, C + 1), the last column a bias, that best give maps (B, T, h, w) from maps (B, C, h, w) place by place; a light ridge."""
-    x = inputs.permute(0, 2, 3, 1).flatten(0, 2).double()
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    y = targets.permute(0, 2, 3, 1).flatten(0, 2).double()
-    square = x.T @ x
-    ridge = 1e-4 * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
-    return torch.linalg.solve(square + ridge, x.T @ y).T.float()
 
 
 def perplexity(counts: Tensor) -> Tensor:
