@@ -87,7 +87,7 @@ class BEiT:
         sources = (("batch, lr, length, warmup, drop_path, crop_scale", "ours, scaled down"), ("betas, weight_decay, no_decay, clip, jitter", table))
         shared["augment"] = Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4))
         if protocol.family == "demo":
-            return Recipe(batch=64, lr=1.5e-3, iterations=180 if self.target == "tokens" else 150, warmup=20, sources=sources, **shared)
+            return Recipe(batch=64, lr=2e-3, iterations=900, warmup=60, sources=sources, **shared)
         if protocol.family == "smoke":
             return Recipe(batch=32, lr=1e-3, iterations=40, warmup=5, sources=sources, **shared)
         return None

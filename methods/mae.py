@@ -87,7 +87,7 @@ class MAE:
         taken = ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)")
         if protocol.family == "demo":
             return Recipe(
-                batch=64, lr=2e-3, iterations=700, warmup=50, betas=(0.9, 0.95), frozen=frozen, augment=augment, sources=(scaled_down, taken)
+                batch=64, lr=2e-3, iterations=1200, warmup=80, betas=(0.9, 0.95), frozen=frozen, augment=augment, sources=(scaled_down, taken)
             )
         if protocol.family == "smoke":
             return Recipe(
