@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from harness.jobs import Node
 from harness.run import BUSY, execute, stop_on_signal
-from harness.store import State, Store, is_locked, read_json, write_json
+from harness.store import State, Store, read_json, write_json
 
 POLL_S = 0.2
 LINE_EVERY_S = 15.0
@@ -69,27 +69,24 @@ class Local:
         """See `Launcher`."""
         slots, threads = room()
         todo, status = list(nodes), {n.key: store.state(store.folder(n)).status for n in nodes}
-        waiting: dict[str, float] = {}
         try:
             with stop_on_signal() as asked:
-                while (todo or self.running) and not asked():
+                while todo and not asked():
                     self.reap(nodes, store, status)
                     for node in list(todo):
+                        if node.key in self.running:
+                            continue
                         if status[node.key] in ENDED:
                             todo.remove(node)
                         elif any(status[p.key] in ENDED and status[p.key] != "done" for p in node.parents.values()):
                             status[node.key] = "blocked"
                         elif all(status[p.key] == "done" for p in node.parents.values()) and len(self.running) < slots:
-                            if is_locked(store.folder(node)):  # another harness has it: wait for its result
-                                waiting[node.key] = time.monotonic()
-                                continue
-                            if node.key in waiting:
-                                status[node.key] = store.state(store.folder(node)).status
-                                del waiting[node.key]
+                            state = store.state(store.folder(node)).status
+                            if state in ("done", "failed", "running"):  # running: another harness has it, its result is waited for
+                                status[node.key] = state
                                 continue
                             self.start(node, store, threads, slots)
                             status[node.key] = "running"
-                            todo.remove(node)
                     show(status)
                     time.sleep(POLL_S)
                 interrupted = asked()
@@ -125,7 +122,7 @@ class Local:
                 continue
             del self.running[key]
             folder = store.folder(by_key[key])
-            if code == BUSY:
+            if code == BUSY:  # another harness was quicker: it stays to do, and is waited for
                 status[key] = "missing"
                 continue
             state = store.state(folder).status
@@ -170,7 +167,8 @@ class Debug:
                     continue
                 status[node.key] = "running"
                 show(status)
-                code = execute(write_job(node, store), asked)
+                while (code := execute(write_job(node, store), asked)) == BUSY and not asked():
+                    time.sleep(1.0)
                 status[node.key] = store.state(store.folder(node)).status
                 if code == 130 or asked():
                     return True
