@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--backbone", help="a backbone of the protocol (see `list backbones`)")
     run.add_argument("--seeds", default="0", help="pre-training seeds, by commas (default: 0)")
     run.add_argument("--eval-seeds", default="0", help="fine-tuning seeds on each pre-training (default: 0)")
-    run.add_argument("--data", default=os.environ.get("HARNESS_DATA_ROOT"), help="folder of data sets, or a TOML name -> folder (default: generated)")
+    run.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
     run.add_argument("--pretrain-data", help="pre-train on this folder of images instead, nested, no labels needed")
     run.add_argument("--runs", default="runs", help="folder for results (default: runs)")
     run.add_argument("--launcher", default="local", help="local, debug (this process), or another one installed")
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     status.set_defaults(go=command_status)
 
     doctor = commands.add_parser("doctor", help="versions, devices, data: what works, what does not, the remedy")
-    doctor.add_argument("--data", default=os.environ.get("HARNESS_DATA_ROOT"))
+    doctor.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
     doctor.add_argument("--runs", default="runs")
     doctor.set_defaults(go=command_doctor)
 
@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 def command_run(args: argparse.Namespace) -> int:
     """`harness run`."""
     from harness import plugins
-    from harness.launch import Display, room
+    from harness.launch import Display, cores, write_job
     from harness.plan import Planner, Request
     from harness.store import Store
 
@@ -130,19 +130,14 @@ def command_run(args: argparse.Namespace) -> int:
     launcher = plugins.load("launchers", args.launcher, "--launcher")()
     store = Store(Path(args.runs))
     planner = Planner(request)
-    missing = planner.missing()
-    if not args.dry_run:
-        store.prepare()
-    else:
-        store.check_version()
-    if missing:
-        if args.dry_run:
-            print(f"would generate: {', '.join(missing)}")
-            return 0
-        planner.generate(missing, room()[0])
     plan = planner.plan()
+    store.check_version()
     if args.dry_run:
-        return dry_run(plan, store)
+        return dry_run(plan, store, planner.pending, args.force)
+    store.prepare()
+    if planner.pending:
+        planner.generate(cores())
+        plan = Planner(request).plan()
     for node in plan.nodes:
         folder = store.folder(node)
         state = store.state(folder).status
@@ -156,6 +151,9 @@ def command_run(args: argparse.Namespace) -> int:
             (folder / "failure.json").unlink(missing_ok=True)
     todo = [n for n in plan.nodes if store.state(store.folder(n)).status != "done"]
     interrupted = False
+    for node in todo:  # also of those that will wait for a parent which fails: `table` and `status` then know of them
+        if not (store.folder(node) / "job.json").exists():
+            write_job(node, store)
     if todo:
         print(f"{len(plan.nodes)} nodes, {len(plan.nodes) - len(todo)} done before, {len(todo)} to do in {store.root}", file=sys.stderr)
         display = Display(plan.nodes, store)
@@ -172,26 +170,24 @@ def print_table(plan: Plan, store: Store) -> int:
     from dataclasses import replace
 
     from harness.plugins import load
-    from harness.store import State, read_record
+    from harness.store import read_record
 
-    states = {n.key: store.state(store.folder(n)) for n in plan.nodes}
-    for node in plan.nodes:  # a cell whose ancestor failed says which and why
-        for role, parent in node.parents.items():
-            state = states[parent.key]
-            if state.status != "done" and states[node.key].status != "done":
-                states[node.key] = State("failed", state.reason if state.reason.startswith("its ") else f"its {role} {state.status}: {state.reason}")
+    states = {n.key: store.explain(store.folder(n)) for n in plan.nodes}
     records = {n.key: r for n in plan.nodes if (r := read_record(store.folder(n))) is not None}
     results = [replace(r, status="failed") if r.status in ("interrupted", "missing") else r for r in plan.results(states, records)]
     print(load("commands", "table")().render(results))
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
-def dry_run(plan: Plan, store: Store) -> int:
+def dry_run(plan: Plan, store: Store, pending: Collection[str], force: bool) -> int:
     """The graph and what is cached."""
+    if pending:
+        print(f"data to be generated first (keys are not final): {', '.join(sorted(pending))}")
     for number, node in enumerate(plan.nodes, start=1):
-        state = store.state(store.folder(node))
+        status = store.state(store.folder(node)).status
+        shown = {"done": "to be done again" if force else "cached"}.get(status, status)
         after = ", ".join(f"{role} {p.key[:8]}" for role, p in node.parents.items())
-        print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {'cached' if state.status == 'done' else state.status}"
+        print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {shown}"
               + (f" (after {after})" if after else ""))
     for cell in plan.cells:
         if cell.node is None:
@@ -235,6 +231,7 @@ def command_status(args: argparse.Namespace) -> int:
     """`harness status`."""
     import json
 
+    from harness.jobs import read_job
     from harness.store import Store, read_json, read_record
 
     store = Store(Path(args.runs))
@@ -244,10 +241,13 @@ def command_status(args: argparse.Namespace) -> int:
     folders = store.folders()
     if args.run is None:
         for folder in folders:
-            state, job = store.state(folder), read_json(folder / "job.json") or {"key": "?", "name": folder.name}
+            try:
+                state, job, record = store.explain(folder), read_job(folder / "job.json"), read_record(folder)
+            except UserError as error:
+                print(f"{'damaged':12} {folder.name}: {error}")
+                continue
             about = job.get("about", {})
             progress = read_json(folder / "progress.json") if state.status == "running" else None
-            record = read_record(folder)
             detail = ", ".join(f"{k} {v:.2f}" for k, v in record["metrics"].items()) if record else state.reason
             if progress:
                 detail = f"step {progress['step']}/{progress['steps']}, {progress['images_per_s']:.0f} images/s, {progress['seconds_left'] or 0:.0f} s left"

@@ -77,7 +77,7 @@ def load_rgb(path: Path) -> Any:
                 upright = upright.convert("RGBA")
             return upright if upright.mode == "RGB" else upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: cannot be read as an image ({error}): mend or remove it, or use --on-bad-image skip") from error
+        raise BadImage(f"{path}: cannot be read as an image ({error}): mend or remove it, or add --retry --on-bad-image skip") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- places

@@ -50,7 +50,11 @@ def examine(data: str | None, runs: Path) -> int:
         setting = plugins.build("protocols", "demo")
         folders = locate(data, setting)
         absent = missing(list(folders), folders)
+        plain = [p for kind in ("methods", "evals") for p in plugins.importable(kind).values() if not hasattr(p, "from_argument")]
+        used = {s for p in plain for s in p().datasets(setting)}
         for name, folder in folders.items():
+            if name in absent and name not in used:
+                continue
             if name in absent:
                 say(None, f"data {name}", "made on first use" if data is None else f"not in {folder}")
                 continue

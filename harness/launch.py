@@ -38,6 +38,8 @@ def cores() -> int:
 
 def gpus() -> int:
     """CUDA devices, counted without importing torch where possible."""
+    if os.environ.get("HARNESS_CPU"):
+        return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
@@ -156,6 +158,7 @@ class Debug:
     def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> bool:
         """See `Launcher`."""
         status: dict[str, str] = {}
+        os.environ.setdefault("HARNESS_THREADS", str(room()[1]))  # as many as under `local`: the number of threads can change the last bits
         with stop_on_signal() as asked:
             for node in nodes:
                 state: State = store.state(store.folder(node))

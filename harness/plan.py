@@ -6,13 +6,14 @@ Nothing is started here, and everything that can be wrong with the request is fo
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import data, layout, plugins
-from harness.canonical import canonical
+from harness.canonical import canonical, digest
 from harness.jobs import Node, ordered
 from harness.settings import Settings
 from harness.spec import JobFailed, Overrides, Recipe, UserError, suggest
@@ -94,14 +95,14 @@ def resolve_precision() -> str:
     """What `auto` means on this machine, for all rows of a table alike: bf16 where there is hardware for it."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU"):
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if cpu() else "fp32"
 
 
 class Planner:
-    """Builds a Plan from a Request; `fingerprints` is filled as data sets are met."""
+    """Builds a Plan from a Request."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -115,20 +116,11 @@ class Planner:
         self.folders: dict[str, Path] = dict(data.locate(request.data, self.setting))
         if request.pretrain_data is not None:
             self.folders["folder"] = Path(request.pretrain_data)
+            if not self.folders["folder"].is_dir():
+                raise UserError(f"--pretrain-data {request.pretrain_data}: no such folder: name a folder of images")
+        self.pending: set[str] = set()
         self._fingerprints: dict[str, str] = {}
         self._nodes: dict[str, Node] = {}
-
-    def needed(self, methods: Sequence[tuple[str, Any]], evaluators: Sequence[tuple[str, Any]]) -> list[str]:
-        """Names of all data sets that the request reads."""
-        found: dict[str, None] = {}
-        for _, method in methods:
-            while method is not None:
-                for maker in [method, *(a.maker for a in method.assets(self.setting, self.vit).values() if a.maker is not None)]:
-                    found.update(dict.fromkeys(self.train_sets(maker)))
-                method = method.parent
-        for _, evaluator in evaluators:
-            found.update(dict.fromkeys(evaluator.datasets(self.setting)))
-        return list(found)
 
     def train_sets(self, trainable: Any) -> tuple[str, ...]:
         """Data sets of a method or maker; --pretrain-data takes the place of one that reads no labels."""
@@ -144,6 +136,9 @@ class Planner:
         if name not in self._fingerprints:
             kind = name.partition(":")[0]
             folder = data.folder_of(name, self.folders)
+            if self.setting.generator and self.request.data is None and data.missing([name], self.folders):
+                self.pending.add(name)
+                return "to be generated"
             layout.check_layout(kind, folder)
             self._fingerprints[name] = layout.fingerprint(kind, folder)
         return self._fingerprints[name]
@@ -159,11 +154,12 @@ class Planner:
         """What lies where, for a node that reads these sets."""
         return {"folders": {s: str(data.folder_of(s, self.folders).resolve()) for s in sets}, "on_bad_image": self.request.on_bad_image}
 
-    def node(self, kind: Any, name: str, identity: dict[str, Any], parents: dict[str, Node], about: dict[str, Any], sets: Sequence[str]) -> Node:
+    def node(self, kind: Any, name: str, identity: dict[str, Any], parents: dict[str, Node], about: dict[str, Any], sets: Sequence[str],
+             files: Mapping[str, str] | None = None) -> Node:
         """A node, the same object for the same key."""
         prints = {s.partition(":")[0]: self.fingerprint(s) for s in sets}  # a folder's path is where it lies, not what it is
         identity = {**identity, "data": prints, "family": self.setting.family}
-        node = Node(kind, name, identity, parents, about, self.where(sets))
+        node = Node(kind, name, identity, parents, about, {**self.where(sets), "files": dict(files or {})})
         return self._nodes.setdefault(node.key, node)
 
     def asset(self, role: str, maker: Any, seed: int) -> tuple[Node, tuple[str, ...]]:
@@ -184,7 +180,7 @@ class Planner:
         """The node that pre-trains a method, with its assets and parent. Raises JobFailed with the reason when it cannot run here."""
         if (reason := method.skip(self.vit)) is not None:
             raise JobFailed(reason)
-        method, notes = self.settings.apply(name, method)
+        notes: tuple[str, ...] = ()
         recipe = method.recipe(self.setting, self.vit)
         trains = getattr(method, "trains", True)
         if recipe is None and trains:
@@ -201,12 +197,13 @@ class Planner:
             parents["parent"], more = self.pretrain(name, method.parent, seed)
             notes = (*notes, *more)
         sets = self.train_sets(method) if trains else ()
+        files = {role: a for role, a in method.assets(self.setting, self.vit).items() if a.maker is None}
         identity = {
             "plugin": canonical(method), "version": method.version, "recipe": canonical(recipe), "vit": canonical(self.vit), "seed": seed,
-            "files": {role: a.sha256 for role, a in method.assets(self.setting, self.vit).items() if a.maker is None},
+            "files": {role: a.sha256 for role, a in files.items()},
         }
         about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name, "backbone": self.backbone}
-        return self.node("pretrain", name, identity, parents, about, sets), notes
+        return self.node("pretrain", name, identity, parents, about, sets, {role: str(a.file) for role, a in files.items()}), notes
 
     def evaluate(self, name: str, evaluator: Any, method_name: str, method: Any, parent: Node, eval_seed: int, about: dict[str, Any]) -> Node:
         """The node that scores a checkpoint. Raises JobFailed with the reason when it cannot run here."""
@@ -215,16 +212,22 @@ class Planner:
         recipe = evaluator.recipe(self.setting, self.vit)
         if recipe is None:
             raise JobFailed(f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}")
-        evaluator, notes = self.settings.apply(name, evaluator)
         overrides: Overrides = method.transfer(name, self.setting) if self.request.tuning == "published" else Overrides()
+        base, own = recipe, None
         if overrides.recipe:
             recipe = dataclasses.replace(recipe, **overrides.recipe)
-        recipe, more = self.recipe(recipe, name)
+        recipe, notes = self.recipe(recipe, name)
+        if overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
+            eval_seed, notes = 0, ()
+        else:
+            own = recipe
         identity = {
-            "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(recipe), "use_head": overrides.use_head,
+            "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(own), "use_head": overrides.use_head,
             "seed": about["seed"], "eval_seed": eval_seed,
         }
-        about["deviations"] = [*about["deviations"], *notes, *more]
+        about["deviations"] = [*about["deviations"], *notes]
+        prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]
+        about["ground"] = digest([identity["plugin"], evaluator.version, canonical(base), prints])
         about["title"] = f"evaluate {name} on {method_name}"
         node = self.node("evaluate", f"{name}-{method_name}", identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
         about["settings"] = node.settings
@@ -232,61 +235,58 @@ class Planner:
 
     def about(self, method: str, name: str, evaluator: Any, seed: int, eval_seed: int) -> dict[str, Any]:
         """What the table must know of a cell."""
-        shown = "generated data" if self.request.data is None and self.setting.generator else Path(self.request.data or "").stem
+        generated = self.request.data is None and self.setting.generator is not None
+        shown = "generated data" if generated else Path(self.request.data or "").resolve().stem
         if self.request.pretrain_data:
             shown += f", pre-trained on {Path(self.request.pretrain_data).name}"
         return {
             "method": method, "eval": name, "protocol": self.setting.name, "backbone": self.backbone, "data": shown, "seed": seed, "eval_seed": eval_seed,
             "columns": [{"name": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better} for m in evaluator.columns],
-            "caption": self.setting.caption if shown.startswith("generated") else f"{self.setting.name} protocol, {shown}{self.setting.caveat}",
+            "caption": self.setting.caption if generated else f"{self.setting.name} protocol, {shown}{self.setting.caveat}",
             "tuning": self.request.tuning, "deviations": [],
         }
 
-    def generate(self, missing: Sequence[str], workers: int) -> None:
-        """Make the data sets that the protocol generates and that are not there yet."""
+    def generate(self, workers: int) -> None:
+        """Make the data sets that `plan` found missing."""
         assert self.setting.generator is not None
-        plugins.load("protocols", self.setting.generator)(data.generated_root(self.setting), missing, self.setting.family, workers)
+        plugins.load("protocols", self.setting.generator)(data.generated_root(self.setting), sorted(self.pending), self.setting.family, workers)
 
     def plan(self) -> Plan:
-        """The whole graph; reads every data set that it names (see `missing`)."""
-        methods = [(n, plugins.build("methods", n)) for n, _ in names("methods", self.request.methods)]
-        evaluators = [(n, plugins.build("evals", n), explicit) for n, explicit in names("evals", self.request.evals)]
+        """The whole graph, every name, value and data set in it looked at.
+
+        Sets that the protocol generates and that are not there yet are named in `pending` and stand in the keys by a placeholder: make
+        them with `generate` and plan again with a new Planner.
+        """
+        methods = [(n, *self.settings.apply(n, plugins.build("methods", n))) for n, _ in names("methods", self.request.methods)]
+        evaluators = [(n, *self.settings.apply(n, plugins.build("evals", n)), explicit) for n, explicit in names("evals", self.request.evals)]
         cells, tops = [], []
         for seed in self.request.seeds:
-            for method_name, method in methods:
+            for method_name, method, method_notes in methods:
                 try:
                     parent, notes = self.pretrain(method_name, method, seed)
                     skipped = ""
                 except JobFailed as error:
                     parent, notes, skipped = None, (), str(error)
-                for name, evaluator, explicit in evaluators:
+                for name, evaluator, eval_notes, explicit in evaluators:
                     for eval_seed in self.request.eval_seeds:
                         about = self.about(method_name, name, evaluator, seed, eval_seed)
+                        about["deviations"] = [*method_notes, *notes, *eval_notes]
                         if parent is None:
                             cells.append(Cell(about, None, skipped))
                             continue
-                        about["deviations"] = list(notes)
                         try:
                             node = self.evaluate(name, evaluator, method_name, method, parent, eval_seed, about)
-                        except JobFailed as error:
-                            cells.append(Cell(about, None, str(error)))
-                            continue
-                        except UserError as error:
-                            if explicit:
+                        except (JobFailed, UserError) as error:
+                            if explicit and isinstance(error, UserError):
                                 raise
                             cells.append(Cell(about, None, str(error)))
                             continue
                         cells.append(Cell(about, node))
                         tops.append(node)
-        if unused := self.settings.unused():
-            known = [n for n, _ in methods] + [n for n, _, _ in evaluators]
-            raise UserError(f"--set {unused[0]}: no such method or evaluator in this run: {suggest(unused[0].split('.')[0], known)}")
+        for key in self.settings.unused():
+            name = key.split(".")[0]
+            known = [n for n, _, _ in methods] + [n for n, _, _, _ in evaluators]
+            if key.rsplit(".", 1)[0].removesuffix(".augment").removesuffix(".recipe") in known:
+                raise UserError(f"--set {key}: {name} has no recipe here, nothing of it is trained: leave it out")
+            raise UserError(f"--set {key}: no such method or evaluator in this run: {suggest(name, known)}")
         return Plan(tuple(ordered(tops)), tuple(cells), self.setting)
-
-    def missing(self) -> list[str]:
-        """Data sets that this protocol would generate and that are not there yet."""
-        if self.setting.generator is None or self.request.data is not None:
-            return []
-        methods = [(n, plugins.build("methods", n)) for n, _ in names("methods", self.request.methods)]
-        evaluators = [(n, plugins.build("evals", n)) for n, _ in names("evals", self.request.evals)]
-        return list(data.missing(self.needed(methods, evaluators), self.folders))

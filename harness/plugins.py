@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from harness.checkpoint import Backbone
     from harness.vit import ViT
 
+FLAGS = {"protocols": "--protocol", "launchers": "--launcher"}  # others are called as their kind
 KINDS = ("methods", "evals", "launchers", "protocols", "commands")
 
 
@@ -178,7 +179,7 @@ def load(kind: str, name: str, flag: str | None = None) -> Any:
     Raises:
         UserError: no such plugin (names the close ones), or it cannot be imported.
     """
-    flag = flag or f"--{kind}"
+    flag = flag or FLAGS.get(kind, f"--{kind}")
     found = installed(kind)
     if name in found:
         try:
@@ -202,23 +203,23 @@ def build(kind: str, name: str) -> Any:
     Raises:
         UserError: unknown name, variant or argument.
     """
-    found = installed(kind)
+    found, flag = installed(kind), FLAGS.get(kind, f"--{kind}")
     base, _, variant = name.partition("@")
     head, colon, argument = base.partition(":")
     if colon and head in found:
-        cls = load(kind, head)
+        cls = load(kind, head, flag)
         if not hasattr(cls, "from_argument"):
-            raise UserError(f"--{kind}: {head} takes no argument ({name!r})")
+            raise UserError(f"{flag}: {head} takes no argument ({name!r})")
         plugin = cls.from_argument(argument)
     else:
-        cls = load(kind, base)
+        cls = load(kind, base, flag)
         if hasattr(cls, "from_argument"):
-            raise UserError(f"--{kind}: {base} needs an argument, as in {base}:PATH")
+            raise UserError(f"{flag}: {base} needs an argument, as in {base}:PATH")
         plugin = cls() if isinstance(cls, type) else cls
     if variant:
         variants = getattr(plugin, "variants", {})
         if variant not in variants:
-            raise UserError(f"--{kind}: {base} has no variant {variant!r}: {suggest(variant, variants)}")
+            raise UserError(f"{flag}: {base} has no variant {variant!r}: {suggest(variant, variants)}")
         plugin = dataclasses.replace(plugin, **variants[variant])
     return plugin
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -95,6 +97,7 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
         if "parent" in parents:
             vit = Backbone.load(parents["parent"] / "checkpoint" / "backbone.pt").build(config, recipe.drop_path if recipe is not None else 0.0)
     assets = {role: path / "checkpoint" / "asset.pt" for role, path in parents.items() if role != "parent"}
+    assets |= {role: check_file(Path(path), identity["files"][role]) for role, path in job["where"].get("files", {}).items()}
     total = steps_of(recipe, len(images))[1] if recipe is not None and images is not None else 0
     context = TrainContext(config, recipe, total, assets, images.classes if images is not None and images.labels is not None else ())
     objective = plugin.objective(vit, context)
@@ -121,11 +124,20 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
             raise JobFailed(f"{job['name']}: exports other keys than the lent ViT's")
         classifier = objective.classifier() if objective is not None and hasattr(objective, "classifier") else None
         Backbone(exported.config, plugin.mean, plugin.std, state, classifier, {"method": job["name"]}).save(folder / "checkpoint" / "backbone.pt")
-    if recipe is not None:
-        from harness.checkpoint import States
-
-        States(folder / "checkpoint" / "train").clear()
     return {"metrics": metrics, "outcomes": None, "facts": facts}
+
+
+def check_file(path: Path, sha256: str) -> Path:
+    """A file asset, if it is the one that the method names. Raises JobFailed."""
+    import hashlib
+
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise JobFailed(f"{path}: cannot be read ({error.strerror}): put the file there") from error
+    if found != sha256:
+        raise JobFailed(f"{path}: its sha256 is {found[:12]}..., expected {sha256[:12]}...: download it again")
+    return path
 
 
 def save_picture(path: Path, pixels: Any) -> None:
@@ -139,8 +151,6 @@ def save_picture(path: Path, pixels: Any) -> None:
 
 def run_evaluation(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:
     """Do an evaluate job. Returns parts of the record."""
-    import shutil
-
     from harness.canonical import restore
     from harness.checkpoint import Backbone
     from harness.plugins import EvalContext, load
@@ -155,7 +165,8 @@ def run_evaluation(job: dict[str, Any], folder: Path, session: Any) -> dict[str,
     declared = {m.name for m in evaluator.columns}
     if set(outcome.metrics) != declared:
         raise JobFailed(f"{job['name']}: returned the metrics {sorted(outcome.metrics)}, declared are {sorted(declared)}")
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # the score is the product; training states are not needed any more
+    if wrong := [k for k, v in outcome.metrics.items() if not math.isfinite(v)]:
+        raise JobFailed(f"{job['name']}: {wrong[0]} is {outcome.metrics[wrong[0]]}, not a score")
     return {
         "metrics": {k: float(v) for k, v in outcome.metrics.items()}, "facts": dict(outcome.facts),
         "outcomes": None if outcome.outcomes is None else outcome.outcomes.relative_to(folder).as_posix(),
@@ -193,6 +204,8 @@ def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callab
         record_validator().validate(record)
         write_json(folder / "record.json", record)
         (folder / "progress.json").unlink(missing_ok=True)
+        for states in (folder / "checkpoint").glob("*/"):  # the result is safe: training states are not needed any more
+            shutil.rmtree(states, ignore_errors=True)
         log(f"done: {record['metrics']}")
         return 0
     except (Interrupted, KeyboardInterrupt) as error:

@@ -51,6 +51,8 @@ class Settings:
             except ValueError as error:
                 raise UserError(f"--set {key}={text}: not a value of type {type_name(types[path[-1]])} ({error})") from error
             old = getattr(chain[-1], path[-1])
+            if value != old:
+                notes.append(f"{key}={text} (recipe: {old})")
             try:
                 for owner, part in zip(reversed(chain), reversed(path), strict=True):
                     value = dataclasses.replace(owner, **{part: value})
@@ -58,8 +60,6 @@ class Settings:
                 raise UserError(f"--set {key}={text}: {error}") from error
             target = value
             self.used.add(key)
-            if str(old) != text:
-                notes.append(f"{key}={text} (recipe: {old})")
         return target, tuple(notes)
 
     def unused(self) -> list[str]:

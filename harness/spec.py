@@ -181,7 +181,7 @@ class Asset:
 class Protocol:
     """Scale, data, backbones and default variants of a comparison. Plugins choose their recipe by `family`.
 
-    `generator`: "module:function" that makes the data, called with (folder, names, workers); None for data that the user brings.
+    `generator`: "module:function" that makes the data, called with (folder, names, family, workers); None for data that the user brings.
     `caption` stands over a table of the protocol's own data, `caveat` behind the name of other data.
     """
 
@@ -205,7 +205,7 @@ def fields_of_type(value: Any) -> Mapping[str, Any]:
 
 
 def suggest(word: str, valid: Iterable[str]) -> str:
-    """' - did you mean X? (valid: ...)' for an error message about an unknown name."""
+    """"did you mean X? valid: ...", for an error message about an unknown name."""
     names: Sequence[str] = sorted(valid)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""

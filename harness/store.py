@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import write_atomically
-from harness.jobs import Node
+from harness.jobs import Node, read_job
 from harness.spec import Metric, UserError
 
 LAYOUT = 1
@@ -63,12 +64,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     record = read_json(path)
     if not isinstance(record, dict):
-        raise UserError(f"{path}: not a readable record: move this folder away, then run again")
+        raise UserError(f"{path}: not a readable record: move its folder away, then run again")
     if record.get("schema") != RECORD_SCHEMA:
         raise UserError(
             f"{path}: record of schema version {record.get('schema')}, this harness reads {RECORD_SCHEMA}: "
             f"use the version that wrote it, or another --runs"
         )
+    if lost := sorted(set(record_validator().schema["required"]) - set(record)):
+        raise UserError(f"{path}: {', '.join(lost[:3])} missing: a damaged record; move its folder away, then run again")
     return record
 
 
@@ -89,11 +92,16 @@ def lock(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.seek(0)
-            raise Locked(stream.read().strip() or "an unknown process") from error
+        for attempt in range(10):  # somebody who only looks holds it for an instant
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                stream.seek(0)
+                owner = stream.read().strip()
+                if attempt == 9:
+                    raise Locked(owner or "an unknown process") from error
+                time.sleep(0.05)
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now().isoformat(timespec='seconds')}\n")
         stream.flush()
@@ -164,7 +172,9 @@ class Store:
         except OSError as error:
             raise UserError(f"--runs {self.root}: cannot be read ({error.strerror}): choose another folder or mend its permissions") from error
         if exists:
-            layout = (read_json(self.root / ".harness.json") or {}).get("layout")
+            body = read_json(self.root / ".harness.json")
+            if not isinstance(body, dict) or not isinstance(layout := body.get("layout"), int):
+                raise UserError(f"--runs {self.root}: .harness.json is damaged: restore it as {{\"layout\": {LAYOUT}}}, or choose another folder")
             if layout != LAYOUT:
                 raise UserError(
                     f"--runs {self.root}: made by a newer version of the harness (layout {layout}, this one knows {LAYOUT}): "
@@ -183,10 +193,20 @@ class Store:
             return State("running", (folder / "lock").read_text().strip())
         failure = read_json(folder / "failure.json")
         if failure is not None:
-            return State("failed", str(failure.get("message", "failed")))
-        if (folder / "job.json").exists():
+            return State("failed", str(failure.get("message", "failed")) if isinstance(failure, dict) else "failed")
+        if (folder / "usage.json").exists():
             return State("interrupted", "not finished: run the same line again to go on")
         return State("missing", "not run")
+
+    def explain(self, folder: Path) -> State:
+        """State of a node's folder; one that waits for a parent which failed says which and why."""
+        state = self.state(folder)
+        if state.status in ("missing", "interrupted"):
+            for role, parent in ((read_json(folder / "job.json") or {}).get("parents") or {}).items():
+                above = self.explain(self.root / parent["folder"])
+                if above.status in ("failed", "interrupted"):
+                    return State("failed", above.reason if above.reason.startswith("its ") else f"its {role} {above.status}: {above.reason}")
+        return state
 
     def set_aside(self, folder: Path) -> Path | None:
         """Move a node's folder out of the way (--force); nothing is ever deleted."""
@@ -209,7 +229,10 @@ class Store:
 
 @dataclass(frozen=True)
 class Result:
-    """One (method, evaluator, seeds) cell before averaging. `status`: done, failed, running, interrupted, missing or skipped."""
+    """One (method, evaluator, seeds) cell before averaging. `status`: done, failed, running, interrupted, missing or skipped.
+
+    `settings` is what seeds must share to be averaged, `ground` what the rows of a column must share to be compared (evaluator and data).
+    """
 
     method: str
     eval: str
@@ -228,6 +251,7 @@ class Result:
     key: str = ""
     start: str = ""
     settings: str = ""
+    ground: str = ""
 
 
 def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mapping[str, Any] | None, key: str) -> Result:
@@ -238,7 +262,7 @@ def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mappin
         columns=tuple(Metric(**m) for m in about["columns"]), status=status, reason=reason,
         deviations=(*about.get("deviations", ()), *(record or {}).get("deviations_found", ())),
         caption=about.get("caption", ""), tuning=about.get("tuning", "published"), key=key, start=(record or {}).get("start", ""),
-        settings=about.get("settings", ""),
+        settings=about.get("settings", ""), ground=about.get("ground", ""),
     )
 
 
@@ -257,11 +281,12 @@ def collect(roots: Iterable[Path]) -> list[Result]:
         for folder in store.folders():
             if not folder.name.startswith("evaluate-"):
                 continue
-            job = read_json(folder / "job.json")
-            if not isinstance(job, dict) or "about" not in job:
-                raise UserError(f"{folder / 'job.json'}: not a readable job: move this folder away, then run again")
-            state, record = store.state(folder), read_record(folder)
-            found = result_of(job["about"], state.status, state.reason, record, job["key"])
+            job = read_job(folder / "job.json")
+            state, record = store.explain(folder), read_record(folder)
+            try:
+                found = result_of(job["about"], state.status, state.reason, record, job["key"])
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{folder / 'job.json'}: {error} missing: a damaged job; move its folder away, then run again") from error
             usage = read_json(folder / "usage.json")  # a job without a record has started all the same
             results.append(found if record or not isinstance(usage, dict) else replace(found, start=usage["start"]))
     return results

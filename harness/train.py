@@ -82,7 +82,7 @@ def loader(samples: Dataset[dict[str, Tensor]], batches: Any, workers: int, pin:
         return (stack([samples[i] for i in batch]) for batch in batches)
     return iter(DataLoader(
         samples, batch_sampler=batches, num_workers=workers, collate_fn=stack, pin_memory=pin, worker_init_fn=_one_thread,
-        multiprocessing_context="spawn" if pin else "fork",
+        multiprocessing_context="fork",  # workers never touch CUDA, and a transform may be a closure
     ))
 
 
@@ -228,6 +228,8 @@ def fit(
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
         stop = session.should_stop()
         if step < total and (stop or now - saved > session.checkpoint_every_s):
+            if not math.isfinite(loss := float(output["loss"].detach())):
+                raise JobFailed(f"{stage}: loss {loss} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
             save()
             saved = time.monotonic()
             if stop:

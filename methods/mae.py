@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from harness.augment import Normalize, crop_resize, random_resized_crop_box, to_tensor
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, ViTConfig
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae, sincos_positions
 from methods.masking import normalise_patches, patch_pixels, pick, shuffle_by
 
@@ -44,6 +44,10 @@ class MAE:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"mask_ratio must be between 0 and 1, not {self.mask_ratio}")
+
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "masked autoencoder: the ViT sees 25 % of the patches, a light decoder predicts the pixels of the others"
     source: ClassVar[str] = "arXiv 2111.06377; facebookresearch/mae @ efb2a80 (recipes A1)"
@@ -65,6 +69,9 @@ class MAE:
     def skip(self, vit: ViTConfig) -> str | None:
         if int(vit.patches * (1 - self.mask_ratio)) < 1:
             return f"a grid of {vit.grid[0]}x{vit.grid[1]} patches leaves none visible at mask ratio {self.mask_ratio}"
+        width, _, heads = self.decoder(vit)
+        if width % heads or width % 4:
+            return f"a decoder of width {width} cannot have {heads} heads: the width must be a multiple of the heads and of 4"
         return None
 
     def decoder(self, vit: ViTConfig) -> tuple[int, int, int]:

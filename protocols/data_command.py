@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -20,7 +19,7 @@ class Data:
         parser.add_argument("what", choices=("prepare", "verify"))
         parser.add_argument("names", nargs="*", metavar="NAME", help="data sets (default: all that are there); imagefolder:DIR and folder:DIR too")
         parser.add_argument("--protocol", default="demo", help="whose generated data (default: demo)")
-        parser.add_argument("--data", default=os.environ.get("HARNESS_DATA_ROOT"), help="folder of data sets, or a TOML name -> folder (default: generated)")
+        parser.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
 
     def run(self, args: argparse.Namespace) -> int:
         """0 when all is well, 1 when a problem was found."""

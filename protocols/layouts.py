@@ -24,6 +24,7 @@ from PIL import Image
 
 from harness.data import FOLDERS
 from harness.randomness import generator
+from harness.spec import UserError
 from protocols import scenes
 from protocols.scenes import BACKGROUNDS, SHAPE_NAMES, TEXTURES, Scene
 
@@ -259,6 +260,8 @@ def make(name: str, place: Path, scale: str, pool: ProcessPoolExecutor) -> None:
 
 def generate(folder: Path, names: Sequence[str], scale: str, workers: int) -> None:
     """Make the sets `names` below `folder` that are not there yet. Another process that makes them at the same time is waited for."""
+    if unknown := [n for n in names if n not in COUNTS[scale]]:
+        raise UserError(f"{unknown[0]}: not among the sets that are generated ({', '.join(COUNTS[scale])}): give its place with --data")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

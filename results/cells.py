@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.spec import Metric
@@ -90,13 +90,21 @@ def _sheet(key: SheetKey, results: Sequence[Result], first_methods: Sequence[str
     methods = _ordered((r.method for r in results), first_methods)
     evals = _ordered((r.eval for r in results), first_evals)
     columns = tuple((name, metric) for name in evals for metric in _metrics(r for r in results if r.eval == name))
-    cells = {}
+    cells, counted_by = {}, dict[tuple[str, str], list[Result]]()
     for method in methods:
         for name in evals:
             counted, remarks = select([r for r in results if (r.method, r.eval) == (method, name)])
+            counted_by[method, name] = counted
             for metric in (m for e, m in columns if e == name):
                 blank = Cell(method, name, metric, protocol, backbone, data, tuning, remarks=remarks)
                 cells[method, name, metric.name] = _filled(blank, counted) if counted else blank
+    for name in evals:  # rows of a column must stand on the same evaluator and data
+        column = [r for method in methods for r in counted_by[method, name] if r.status == "done"]
+        newest = max(column, key=_precedence, default=None)
+        other = {r.method for r in column if newest is not None and r.ground != newest.ground}
+        for (method, evaluator, metric), cell in list(cells.items()):
+            if evaluator == name and method in other:
+                cells[method, evaluator, metric] = replace(cell, remarks=(*cell.remarks, "another evaluator setting or data than the rest of the column"))
     return Sheet(protocol, backbone, data, tuning, methods, columns, cells, tuple(dict.fromkeys(r.caption for r in results if r.caption)))
 
 

@@ -9,7 +9,7 @@ import pytest
 import results.table
 from harness.jobs import Node
 from harness.spec import Metric, UserError
-from harness.store import RECORD_SCHEMA, Result, Store, write_json
+from harness.store import RECORD_SCHEMA, Result, Store, record_validator, write_json
 from results.table import Table
 
 
@@ -88,7 +88,8 @@ def test_records_on_disk_become_cells(tmp_path: Path, capsys: pytest.CaptureFixt
             if score is None:
                 write_json(folder / "failure.json", {"message": "loss is not finite"})
             else:
-                write_json(folder / "record.json", {"schema": RECORD_SCHEMA, "metrics": {"mIoU": score}, "start": f"2026-01-0{seed + 1}"})
+                whole = dict.fromkeys(record_validator().schema["required"])
+                write_json(folder / "record.json", {**whole, "schema": RECORD_SCHEMA, "metrics": {"mIoU": score}, "start": f"2026-01-0{seed + 1}"})
     assert run("--format", "json", "--runs", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["value"], row["n"], row["status"], row["reason"]) == (15.0, 2, "failed", "seed 2: loss is not finite")
