@@ -88,7 +88,7 @@ def test_records_on_disk_become_cells(tmp_path: Path, capsys: pytest.CaptureFixt
             if score is None:
                 write_json(folder / "failure.json", {"message": "loss is not finite"})
             else:
-                whole = dict.fromkeys(record_validator().schema["required"])
+                whole = dict.fromkeys(record_validator().schema["required"]) | {"deviations_found": []}
                 write_json(folder / "record.json", {**whole, "schema": RECORD_SCHEMA, "metrics": {"mIoU": score}, "start": f"2026-01-0{seed + 1}"})
     assert run("--format", "json", "--runs", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     (row,) = json.loads(capsys.readouterr().out)
