@@ -44,7 +44,7 @@ def scaled_down(family: str) -> Recipe | None:
     )
     if family == "demo":
         return Recipe(
-            batch=32, lr=1e-3, iterations=80, warmup=8, min_lr=1e-6, weight_decay=0.05, no_decay=NO_DECAY, layer_decay=0.75,
+            batch=32, lr=3e-3, iterations=80, warmup=8, min_lr=1e-6, weight_decay=0.05, no_decay=NO_DECAY, layer_decay=0.9,
             augment=Augment(crop_scale=(0.4, 1.0), smoothing=0.1), sources=sources,
         )
     if family == "smoke":
