@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("smoke_data")
 WORDS = {
     "unknown method": ((*run(methods="rotatio"),), "did you mean rotation"),
     "unknown evaluator": ((*run(evals="ade20"),), "did you mean ade20k"),
-    "unknown protocol": ((*run(protocol="smoek"),), "did you mean smoke"),
+    "unknown protocol": ((*run(protocol="smoek"),), "--protocol: unknown name 'smoek': did you mean smoke"),
     "unknown backbone": ((*run(), "--backbone", "vit-smok"), "did you mean vit-smoke"),
     "unknown variant": ((*run(methods="rotation@tow"),), "did you mean two"),
     "unknown launcher": ((*run(), "--launcher", "slrm"), "--launcher"),
@@ -41,6 +41,9 @@ WORDS = {
     "eval seed no integer": ((*run(), "--eval-seeds", "1.5"), "--eval-seeds 1.5"),
     "no methods": (("run", "--evals", "nearest-mean"), "--methods"),
     "unknown command": (("rnu",), "invalid choice"),
+    "pretrain data missing": ((*run(), "--pretrain-data", "no/such"), "--pretrain-data no/such"),
+    "a field out of its range": ((*run(methods="mae"), "--set", "mae.mask_ratio=5"), "mask_ratio must be between 0 and 1"),
+    "a recipe of what trains nothing": ((*run(methods="scratch"), "--set", "scratch.recipe.lr=1"), "scratch has no recipe here"),
     "data missing": ((*run(), "--data", "no/such"), "--data no/such"),
     "imagefolder without argument": ((*run(evals="imagefolder"),), "imagefolder:PATH"),
 }
@@ -182,6 +185,18 @@ def test_record_of_another_schema(harness: Call, tmp_path: Path) -> None:
     check(harness(*line), "record of schema version 0", tmp_path)
     check(harness("table", "--runs", "old"), "record of schema version 0", tmp_path)
     assert path.read_text() == body
+
+
+def test_damaged_files_in_runs(harness: Call, tmp_path: Path) -> None:
+    """`table` names the damaged file; `status`, which is there to find such things, goes on and shows it."""
+    line = (*run(), "--set", "rotation.recipe.iterations=1", "--set", "nearest-mean.images=5")
+    assert harness(*line).returncode == 0
+    record = next((tmp_path / "runs").glob("evaluate-*/record.json"))
+    record.write_text('{"schema": 1}')
+    done = harness("table")
+    assert done.returncode == 2 and "a damaged record" in done.stderr and done.stderr.count("\n") == 1
+    status = harness("status")
+    assert status.returncode == 0 and status.stdout.count("damaged") >= 1 and status.stdout.count("done") == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only folder and a small file system are made by mounting, which root alone may")
