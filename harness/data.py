@@ -91,7 +91,7 @@ def generated_root(setting: Setting) -> Path:
     return Path(base) / f"{setting.name}-{setting.data_version}"
 
 
-def folders_below(root: Path, setting: Setting | None = None) -> dict[str, Path]:
+def folders_below(root: Path) -> dict[str, Path]:
     """Name -> folder of every data set in the layout of one root."""
     return {name: root / folder for name, folder in FOLDERS.items()}
 

@@ -194,8 +194,6 @@ class Protocol:
     data_version: str = ""
     caption: str = ""
     caveat: str = ""
-    variants: Mapping[str, str] = field(default_factory=dict)
-    group_members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def fields_of_type(value: Any) -> Mapping[str, Any]:

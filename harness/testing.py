@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(setting: Any, name: str) -> Path:
         if setting.generator is None:
             pytest.skip(f"protocol {setting.name} makes no data")
-        folders = data.folders_below(root / setting.name, setting)
+        folders = data.folders_below(root / setting.name)
         if name not in folders:
             pytest.skip(f"protocol {setting.name} makes no {name}")
         if data.missing([name], folders):
