@@ -88,7 +88,6 @@ def check_coco(path: Path, body: Any, images: Path) -> None:
 
 
 
-
 def fingerprint(name: str, folder: Path) -> str:
     """sha256 over the sorted relative paths and sizes of a data set and the contents of its label files, 16 hex digits.
 

@@ -68,7 +68,7 @@ class Supervised:
         augment = Augment(crop_scale=(0.2, 1.0), smoothing=0.1)
         if protocol.family == "demo":
             return Recipe(
-                batch=64, lr=1e-3, iterations=125, warmup=15, betas=(0.9, 0.95), weight_decay=0.05, ema=0.97, frozen=frozen, augment=augment,
+                batch=32, lr=2e-3, iterations=900, warmup=60, betas=(0.9, 0.95), weight_decay=0.05, ema=0.99, frozen=frozen, augment=augment,
                 sources=sources,
             )
         if protocol.family == "smoke":

@@ -14,7 +14,7 @@ from harness.plugins import EvalContext
 from harness.spec import Metric, Outcome, Protocol, Recipe, ViTConfig
 
 DEMO = Recipe(
-    batch=16, lr=2e-3, iterations=260, warmup=20, schedule="poly", weight_decay=0.05, layer_decay=0.9, drop_path=0.05,
+    batch=16, lr=4e-3, iterations=260, warmup=20, schedule="poly", weight_decay=0.05, layer_decay=0.9, drop_path=0.05,
     no_decay=("*.cls_token", "*.pos_embed"), sources=(
         ("schedule", "recipes A9: poly, power 1, linear warm-up"), ("weight_decay", "recipes A9"), ("batch, iterations, lr, layer_decay, drop_path", "ours"),
     ),
