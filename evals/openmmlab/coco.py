@@ -14,7 +14,7 @@ from harness.plugins import EvalContext
 from harness.spec import Metric, Outcome, Protocol, Recipe, ViTConfig
 
 DEMO = Recipe(
-    batch=8, lr=1.5e-3, iterations=240, warmup=24, schedule="cosine", weight_decay=0.1, layer_decay=0.9, drop_path=0.05, clip=10.0,
+    batch=8, lr=1.5e-3, iterations=400, warmup=40, schedule="cosine", weight_decay=0.1, layer_decay=0.9, drop_path=0.05, clip=10.0,
     no_decay=("*.cls_token", "*.pos_embed"), sources=(
         ("schedule, weight_decay", "recipes A10: Li21"), ("batch, iterations, lr, layer_decay, drop_path, warmup, clip", "ours"),
     ),
