@@ -38,13 +38,14 @@ def test_logits_and_tokens_are_dalles(case: str, precision: torch.dtype) -> None
     """Stage by stage. Otherwise DALL-E's weights would give other tokens here."""
     encoder, found = Encoder(WIDTH, CODES, int(case.removeprefix("encoder_blocks"))), {}
     load(encoder, case, precision)
-    for name in names(ARRAYS, f"{case}/stage_names"):
+    stages = names(ARRAYS, f"{case}/stage_names")
+    for name in stages:
         encoder.blocks.get_submodule(name).register_forward_hook(lambda module, given, output, name=name: found.update({name: output}))
     pixels = torch.from_numpy(ARRAYS["pixels"]).to(precision)
     np.testing.assert_allclose(map_pixels(pixels).numpy(), ARRAYS["mapped"], atol=1e-6)
     with torch.no_grad():
         logits = encoder(torch.from_numpy(ARRAYS["mapped"]).to(precision))
-    for name, mean, shape in zip(found, ARRAYS[f"{case}/mean_abs_after_stage"], ARRAYS[f"{case}/stage_shapes"].tolist(), strict=True):
+    for name, mean, shape in zip(stages, ARRAYS[f"{case}/mean_abs_after_stage"], ARRAYS[f"{case}/stage_shapes"].tolist(), strict=True):
         assert list(found[name].shape) == shape and found[name].abs().mean().item() == pytest.approx(mean, rel=1e-5), name
     check_values(logits, ARRAYS, f"{case}/logits")
     np.testing.assert_array_equal(logits.argmax(dim=1).numpy(), ARRAYS[f"{case}/tokens"])
