@@ -23,6 +23,11 @@ FINE_TUNE_STD = 2e-5  # MAE: trunc_normal std 2e-5 (recipes A2); BEiT: std 0.02 
 PROBE_STD = 0.01  # MAE's linear probe (A3)
 
 
+def single(x: Tensor) -> Tensor:
+    """At least single precision: what was computed in half precision is scored and summed in float32, a model in float64 stays there."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Classifier(nn.Module):
     """A ViT with a linear read-out. Images are uint8 or float (B, 3, H, W) with values 0..255 and are normalised inside.
 
@@ -86,12 +91,12 @@ class Classifier(nn.Module):
         grid = (images.shape[-2] // self.vit.config.patch, images.shape[-1] // self.vit.config.patch)
         x = self.vit.run_blocks(self.vit.place(self.vit.patches(images), grid=grid), grid=grid)[-1]  # (B, 1 + N, D)
         pooled: Tensor = self.vit.norm(x[:, 0]) if self.pooling == "cls" else self.fc_norm(x[:, 1:].mean(dim=1))
-        return pooled.float()
+        return single(pooled)
 
     def read(self, features: Tensor) -> Tensor:
         """Class scores (B, classes), float, of features (B, D)."""
         scores: Tensor = self.head(self.batch_norm(features))
-        return scores.float()
+        return single(scores)
 
     def logits(self, images: Tensor) -> Tensor:
         """Class scores (B, classes) of images with values 0..255."""

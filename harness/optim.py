@@ -113,7 +113,11 @@ def lr_at(recipe: Recipe, step: int, total_steps: int) -> float:
     """Learning rate of step `step` (from 0), before layer decay: linear warm-up from `warmup_lr`, then the schedule down to `min_lr`.
 
     Cosine and poly run from the end of warm-up to the last step; `steps` (a tenth of the lr at each) are in the recipe's own unit.
+    cosine-stepwise is BEiT's and DINO's `cosine_scheduler`: the warm-up's last step has the full rate already, the cosine starts from it
+    once more and stops one step short of `min_lr`.
     """
+    if recipe.schedule == "cosine-stepwise":
+        return _stepwise(recipe, step, total_steps)
     length = recipe.epochs if recipe.epochs is not None else float(recipe.iterations or 1)
     now = step / max(1, total_steps) * length  # in epochs or iterations, fractional
     peak = recipe.peak_lr
@@ -127,6 +131,15 @@ def lr_at(recipe: Recipe, step: int, total_steps: int) -> float:
     if recipe.schedule == "step":
         return max(recipe.min_lr, peak * math.pow(0.1, sum(now >= s for s in recipe.steps)))
     return peak
+
+
+def _stepwise(recipe: Recipe, step: int, total_steps: int) -> float:
+    """`lr_at` of cosine-stepwise: whole steps of warm-up, both ends included, then whole steps of cosine."""
+    warmup = round(recipe.warmup / (recipe.epochs or recipe.iterations or 1) * total_steps)
+    if step < warmup:
+        return recipe.warmup_lr + (recipe.peak_lr - recipe.warmup_lr) * step / max(1, warmup - 1)
+    done = (step - warmup) / max(1, total_steps - warmup)
+    return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def weight_decay_at(recipe: Recipe, step: int, total_steps: int) -> float:

@@ -35,10 +35,10 @@ class Interrupted(Exception):
 class ViTConfig:
     """Architecture of the shared backbone, and nothing else (training values belong to a Recipe).
 
-    `size` is (height, width) of the input in pixels, `patch` the side of a patch in pixels. `positions`: learned, or fixed
-    sine-cosine in the layout of MAE (column first) or of MoCo v3 (row first). `relative_bias`: none, one table shared by all
-    blocks (BEiT pre-training) or one per block (BEiT fine-tuning). `layer_scale`: initial value, None for no LayerScale.
-    `key_bias` False keeps the k part of the fused qkv bias at zero, as BEiT has it.
+    `size` is (height, width) of the input in pixels, `patch` the side of a patch in pixels. `positions`: learned, fixed
+    sine-cosine in the layout of MAE (column first) or of MoCo v3 (row first), or none (BEiT with a relative bias). `relative_bias`:
+    none, one table shared by all blocks (BEiT pre-training) or one per block (BEiT fine-tuning). `layer_scale`: initial value, None
+    for no LayerScale. `key_bias` False keeps the k part of the fused qkv bias at zero, as BEiT has it.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -47,7 +47,7 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
-    positions: Literal["learned", "sincos-mae", "sincos-moco"] = "learned"
+    positions: Literal["learned", "sincos-mae", "sincos-moco", "none"] = "learned"
     relative_bias: Literal["none", "shared", "block"] = "none"
     layer_scale: float | None = None
     key_bias: bool = True
@@ -92,7 +92,7 @@ class Augment:
 class Recipe:
     """How something is trained. Exactly one of `epochs` and `iterations` is set; `warmup` is in the same unit.
 
-    `lr` is multiplied by batch / `lr_batch` (None: absolute). `batch` is the global batch. `no_decay` and `frozen` are
+    `lr` is multiplied by batch / `lr_batch` (None: absolute). `batch` is the global batch. `schedule`: see `harness.optim.lr_at`. `no_decay` and `frozen` are
     fnmatch patterns over parameter names; parameters with one dimension are exempt from weight decay when `decay_vectors` is False.
     `sources` names for each value the table and row it comes from, or "ours".
     """
@@ -104,7 +104,7 @@ class Recipe:
     lr_batch: int | None = None
     warmup: float = 0.0
     warmup_lr: float = 0.0
-    schedule: Literal["cosine", "poly", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "cosine-stepwise", "poly", "step", "constant"] = "cosine"
     min_lr: float = 0.0
     poly_power: float = 1.0
     steps: tuple[float, ...] = ()

@@ -35,11 +35,13 @@ class Samples(Dataset[dict[str, Tensor]]):
     """Images in the order of training: item `position` is a place in the run, not a file, and brings its own randomness.
 
     Within each epoch the files are permuted by (seed, epoch); an epoch has steps x batch positions, the rest is dropped as the
-    originals do (a set smaller than one batch is repeated to fill it).
+    originals do (a set smaller than one batch is repeated to fill it). With `repeats` K each file takes K places in a row, every one with
+    crops of its own, so that an epoch is as long and sees 1/K of the files (repeated augmentation: DeiT-repo samplers.py).
     """
 
-    def __init__(self, images: ImageList, transform: Transform, seed: int, per_epoch: int, skip_bad: bool) -> None:
+    def __init__(self, images: ImageList, transform: Transform, seed: int, per_epoch: int, skip_bad: bool, repeats: int = 1) -> None:
         self.images, self.transform, self.seed, self.per_epoch, self.skip_bad = images, transform, seed, per_epoch, skip_bad
+        self.repeats = repeats
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def file_at(self, position: int) -> int:
@@ -47,7 +49,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         epoch, place = divmod(position, self.per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, generator(self.seed, "order", epoch).permutation(len(self.images)))
-        return int(self._order[1][place % len(self.images)])
+        return int(self._order[1][place // self.repeats % len(self.images)])
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         index = self.file_at(position)
@@ -186,7 +188,7 @@ def fit(
             "facts": {**facts, "seconds": facts["seconds"] + time.monotonic() - started}, "skipped": dict(session.skipped_images),
         })
 
-    samples = Samples(images, transform, session.seed, per_epoch * recipe.batch, session.on_bad_image == "skip")
+    samples = Samples(images, transform, session.seed, per_epoch * recipe.batch, session.on_bad_image == "skip", recipe.augment.repeats)
     metrics = Metrics(session.dir / "metrics.jsonl", stage, step)
     batches = [range(s * recipe.batch, (s + 1) * recipe.batch) for s in range(step, total)]
     cuda = session.device.type == "cuda"

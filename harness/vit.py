@@ -10,59 +10,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from harness.positions import EXTRA, offsets, relative_index, resize_bias, resize_positions, sincos_positions
 from harness.spec import ViTConfig
-
-
-def sincos_positions(width: int, grid: tuple[int, int], layout: str = "sincos-mae") -> Tensor:
-    """Fixed sine-cosine table (1, 1 + N, D) with a zero row for the class token.
-
-    Half of D encodes each axis as [sin, cos] with frequencies 10000^(-k/(D/4)). MAE's layout puts the column (x) first, MoCo v3's
-    the row (y) first (recipes A1: the two are transposed). Computed in float64 as the original does.
-    """
-    if width % 4:
-        raise ValueError(f"sine-cosine positions need a width divisible by 4, got {width}")
-    omega = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
-    rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-
-    def encode(axis: np.ndarray) -> np.ndarray:
-        angle = axis.reshape(-1, 1).astype(np.float64) * omega[None]
-        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-
-    first, second = (cols, rows) if layout == "sincos-mae" else (rows, cols)
-    table = np.concatenate([encode(first), encode(second)], axis=1)
-    table = np.concatenate([np.zeros((1, width)), table], axis=0)
-    return torch.from_numpy(table).float()[None]
-
-
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation of a position table (1, 1 + N, D) from one grid to another; the class row is kept."""
-    if old == new:
-        return table
-    head, body = table[:, :1], table[:, 1:]
-    body = body.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
-    body = F.interpolate(body, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([head, body.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(head.dtype)], dim=1)
-
-
-def relative_index(grid: tuple[int, int]) -> Tensor:
-    """Row of the bias table for each pair of tokens, (1 + N, 1 + N), in BEiT's order: (2H-1)(2W-1) offsets, then cls->patch, patch->cls, cls->cls."""
-    h, w = grid
-    coords = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)  # (2, N)
-    offset = coords[:, :, None] - coords[:, None, :]  # (2, N, N)
-    body = (offset[0] + h - 1) * (2 * w - 1) + offset[1] + w - 1
-    count = (2 * h - 1) * (2 * w - 1)
-    index = torch.empty(h * w + 1, h * w + 1, dtype=torch.long)
-    index[1:, 1:] = body
-    index[0, :] = count
-    index[:, 0] = count + 1
-    index[0, 0] = count + 2
-    return index
 
 
 class RelativeBias(nn.Module):
@@ -71,7 +25,7 @@ class RelativeBias(nn.Module):
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
         self.grid = grid
-        self.table = nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads))
+        self.table = nn.Parameter(torch.zeros(math.prod(offsets(grid)) + EXTRA, heads))
         self.register_buffer("index", relative_index(grid), persistent=False)
 
     def forward(self, keep: Tensor | None = None) -> Tensor:
@@ -102,11 +56,12 @@ class ViT(VisionTransformer):
         super().__init__(
             img_size=config.size, patch_size=config.patch, num_classes=0, global_pool="token", embed_dim=config.width,
             depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio, init_values=config.layer_scale,
-            drop_path_rate=drop_path,
+            drop_path_rate=drop_path, pos_embed="none" if config.positions == "none" else "learn",
         )
         self.config = config
-        if config.positions != "learned":
-            with torch.no_grad():
+        with torch.no_grad():
+            self.cls_token.mul_(0.02 / 1e-6)  # timm of today starts it at 1e-6; timm 0.3.2, with which MAE, BEiT and DeiT were trained, at 0.02
+            if config.positions.startswith("sincos"):
                 self.pos_embed.copy_(sincos_positions(config.width, config.grid, config.positions))
         shared = config.relative_bias == "shared"
         count = {"none": 0, "shared": 1, "block": config.depth}[config.relative_bias]
@@ -133,10 +88,10 @@ class ViT(VisionTransformer):
         pixels = pixels.gather(1, keep[:, :, None].expand(-1, -1, pixels.shape[-1]))
         return F.linear(pixels, proj.weight.reshape(proj.weight.shape[0], -1), proj.bias)
 
-    def positions(self, grid: tuple[int, int] | None = None) -> Tensor:
-        """Position table (1, 1 + N, D) for a grid; another grid than the configured one is interpolated (bicubic)."""
-        table: Tensor = self.pos_embed
-        if grid is None or grid == self.config.grid:
+    def positions(self, grid: tuple[int, int] | None = None) -> Tensor | None:
+        """Position table (1, 1 + N, D) for a grid, None if there is none; another grid than the configured one is interpolated (bicubic)."""
+        table: Tensor | None = self.pos_embed
+        if table is None or grid is None or grid == self.config.grid:
             return table
         if self.config.positions != "learned" and not table.requires_grad:
             return sincos_positions(self.config.width, grid, self.config.positions).to(table)
@@ -145,6 +100,8 @@ class ViT(VisionTransformer):
     def place(self, x: Tensor, keep: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Add positions to patch embeddings (B, N or K, D) and put the class token in front: (B, 1 + N or K, D)."""
         table = self.positions(grid)
+        if table is None:
+            return torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         body = table[:, 1:]
         if keep is not None:
             body = body.expand(x.shape[0], -1, -1).gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))
@@ -218,14 +175,19 @@ def init_mae(vit: nn.Module) -> None:
             nn.init.normal_(vit.pos_embed, std=0.02)
 
 
-def init_beit(vit: ViT, std: float = 0.02) -> None:
-    """BEiT's initialisation (recipes A6): normal 0.02 cut at one standard deviation, output projections of block l divided by sqrt(2 l)."""
+def init_beit(vit: ViT, std: float = 0.02, transfer: bool = False) -> None:
+    """BEiT's initialisation (recipes A6): normal 0.02 cut at one standard deviation, output projections of block l divided by sqrt(2 l).
+
+    With `transfer`, as its fine-tuning model starts before a checkpoint is loaded: cut at 2.0, which cuts nothing, and the patch projection
+    as torch has it.
+    """
+    cut = 2.0 if transfer else std
 
     def draw(parameter: Tensor) -> None:
-        nn.init.trunc_normal_(parameter, std=std, a=-std, b=std)
+        nn.init.trunc_normal_(parameter, std=std, a=-cut, b=cut)
 
     for module in vit.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and not transfer):
             draw(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -246,8 +208,8 @@ def load_backbone(state: dict[str, Any], config: ViTConfig, target: ViTConfig | 
 
     Args:
         state, config: weights and the architecture that they were trained with.
-        target: architecture wanted; may differ from `config` in `size` (positions are interpolated) and in `relative_bias`
-            none -> block (added at transfer, zero) or shared -> block (the table is copied into every block).
+        target: architecture wanted; may differ from `config` in `size` (positions and relative biases are interpolated) and in
+            `relative_bias`, none -> block (added at transfer, zero) or shared -> block (the table is copied into every block).
         drop_path: stochastic depth of the new model.
 
     Raises:
@@ -256,15 +218,16 @@ def load_backbone(state: dict[str, Any], config: ViTConfig, target: ViTConfig | 
     target = target or config
     vit, state = ViT(target, drop_path), dict(state)
     fixed = ("patch", "width", "depth", "heads", "mlp_ratio", "layer_scale")
-    if different := [f for f in fixed if getattr(config, f) != getattr(target, f)]:
-        raise ValueError(f"the checkpoint's ViT has another {', '.join(different)} than the one wanted")
-    state["pos_embed"] = resize_positions(state["pos_embed"], config.grid, target.grid)
+    different = [f for f in fixed if getattr(config, f) != getattr(target, f)]
+    if different or (config.positions == "none") != (target.positions == "none"):
+        raise ValueError(f"the checkpoint's ViT has another {', '.join(different or ['positions'])} than the one wanted")
+    if config.positions != "none":
+        state["pos_embed"] = resize_positions(state["pos_embed"], config.grid, target.grid)
+    tables = {key: resize_bias(state.pop(key), config.grid, target.grid) for key in list(state) if key.startswith("relative_bias.")}
     if target.relative_bias != config.relative_bias:
-        pairs = {("none", "block"), ("shared", "block")}
-        if (config.relative_bias, target.relative_bias) not in pairs or (config.relative_bias == "shared" and config.grid != target.grid):
+        if (config.relative_bias, target.relative_bias) not in {("none", "block"), ("shared", "block")}:
             raise ValueError(f"relative bias {config.relative_bias} cannot become {target.relative_bias}")
-        table = state.pop("relative_bias.0.table", None)
-        for i, module in enumerate(vit.relative_bias or ()):
-            state[f"relative_bias.{i}.table"] = module.table.data if table is None else table.clone()
-    vit.load_state_dict(state, strict=True)
+        own = {key: value for key, value in vit.state_dict().items() if key.startswith("relative_bias.")}
+        tables = {key: tables.get("relative_bias.0.table", value).clone() for key, value in own.items()}
+    vit.load_state_dict({**state, **tables}, strict=True)
     return vit

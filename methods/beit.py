@@ -79,7 +79,7 @@ class BEiT:
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """Pre-training values. paper: recipes A6 (BEiT-paper Table 12, IN-1K, ViT-B or ViT-L); demo, smoke: ours, scaled down."""
-        frozen = () if vit.positions == "learned" else ("vit.pos_embed",)
+        frozen = ("vit.pos_embed",) if vit.positions.startswith("sincos") else ()
         shared: dict[str, Any] = {
             "no_decay": ("vit.pos_embed", "vit.cls_token"), "frozen": frozen, "clip": 3.0 if vit.width <= 768 else 1.0,
             "augment": Augment(crop_scale=(0.08, 1.0), color_jitter=(0.4, 0.4, 0.4)),

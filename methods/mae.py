@@ -82,7 +82,7 @@ class MAE:
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """Pre-training values. paper: recipes A1 (MAE-paper Table 8), 800 epochs as its ablations; demo, smoke: ours, scaled down."""
-        frozen = () if vit.positions == "learned" else ("vit.pos_embed",)
+        frozen = ("vit.pos_embed",) if vit.positions.startswith("sincos") else ()
         augment = Augment(crop_scale=(0.2, 1.0))
         if protocol.family == "paper" and vit.size == (224, 224):
             table = "MAE-paper Table 8 (recipes A1)"

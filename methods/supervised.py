@@ -53,7 +53,7 @@ class Supervised:
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """paper: recipes A5 (MAE-paper Table 11, ViT-B). demo, smoke: the same kind of recipe scaled down (ours)."""
-        frozen = (() if vit.positions == "learned" else ("vit.pos_embed",)) + (("vit.norm.*",) if self.pooling == "mean" else ())
+        frozen = (("vit.pos_embed",) if vit.positions.startswith("sincos") else ()) + (("vit.norm.*",) if self.pooling == "mean" else ())
         if protocol.family == "paper" and vit.size == (224, 224):
             augment = Augment(crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1)
             return Recipe(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from known_answers import cases, golden
 from torch import nn
 
 from harness.optim import LARS, Ema, apply_schedule, build_optimizer, clip_gradients, layer_of, lr_at, parameter_groups, weight_decay_at
 from harness.spec import Recipe, UserError, ViTConfig
 from harness.vit import ViT
 
+MAE, BEIT = golden("mae_finetune"), golden("beit_finetune")
 RECIPE = Recipe(batch=1024, lr=5e-4, lr_batch=256, epochs=100, warmup=5, min_lr=1e-6, layer_decay=0.65, no_decay=("vit.pos_embed", "vit.cls_token"))
 
 
@@ -81,6 +84,37 @@ def test_cosine_with_warm_up() -> None:
     assert lr_at(RECIPE, 50, total) == pytest.approx(2e-3)
     assert lr_at(RECIPE, 525, total) == pytest.approx(1e-6 + (2e-3 - 1e-6) / 2)
     assert lr_at(RECIPE, total, total) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("case", cases(MAE, "lr_sched/"))
+def test_cosine_is_maes(case: str) -> None:
+    """At whole steps of an epoch so finely divided that the recorded epochs are steps; of a plain group and of one with a scale."""
+    peak, low, warmup, epochs = MAE[f"lr_sched/{case}/config_lr_min_warmup_epochs"].tolist()
+    at = [Fraction(e).limit_denominator(100_000) for e in MAE[f"lr_sched/{case}/epoch"].tolist()]
+    per_epoch = math.lcm(*(e.denominator for e in at), Fraction(epochs).denominator)
+    recipe, total = Recipe(batch=1, lr=peak, min_lr=low, warmup=warmup, epochs=epochs), round(epochs * per_epoch)
+    scaled = {key: float(key.rpartition("_")[2]) for key in MAE if key.startswith(f"lr_sched/{case}/lr_of_group_with_scale_")}
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr_scale": s, "decays": False} for s in (1.0, *scaled.values())], lr=1.0)
+    for i, epoch in enumerate(at):
+        apply_schedule(optimizer, recipe, int(epoch * per_epoch), total)
+        for key, group in zip((f"lr_sched/{case}/lr", *scaled), optimizer.param_groups, strict=True):
+            assert math.isclose(group["lr"], MAE[key][i], rel_tol=1e-12, abs_tol=1e-15 * peak), f"epoch {epoch}: {group['lr']!r}, {MAE[key][i]!r}"
+
+
+@pytest.mark.parametrize("case", cases(BEIT, "cosine_scheduler/"))
+def test_stepwise_cosine_is_beits(case: str) -> None:
+    """Step by step, and the sum over all: warm-up with both ends, a cosine that never reaches its end; weight decay by the same rule."""
+    recorded = {key.rpartition("/")[2]: value for key, value in BEIT.items() if key.startswith(f"cosine_scheduler/{case}/")}
+    base, final, epochs, iterations, warmup, start, steps = recorded["config_base_final_epochs_iters_warmupepochs_start_warmupsteps"].tolist()
+    total = int(recorded["length"])
+    assert total == epochs * iterations
+    length = {"iterations": total, "warmup": steps} if steps > 0 else {"epochs": epochs, "warmup": warmup}
+    recipe = Recipe(batch=1, lr=base, min_lr=final, warmup_lr=start, schedule="cosine-stepwise", weight_decay=base, weight_decay_end=final, **length)
+    for step, value in zip(recorded["index"].tolist(), recorded["value"].tolist(), strict=True):
+        assert math.isclose(lr_at(recipe, step, total), value, rel_tol=1e-12), step
+        if length["warmup"] == 0:
+            assert math.isclose(weight_decay_at(recipe, step, total), value, rel_tol=1e-12), step
+    assert math.isclose(math.fsum(lr_at(recipe, step, total) for step in range(total)), float(recorded["sum"]), rel_tol=1e-10)
 
 
 def test_other_schedules() -> None:

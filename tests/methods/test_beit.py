@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from known_answers import check_gradients, check_initial_values, config, golden, section
+from known_answers import (
+    PRECISIONS,
+    cases,
+    check_gradients,
+    check_groups,
+    check_initial_values,
+    check_loss,
+    check_values,
+    config,
+    golden,
+    initial,
+    initial_vit,
+    names,
+    original_parts,
+    section,
+    translate,
+    vit_config,
+    vit_name,
+)
 from PIL import Image
 from protocols_for_tests import family
 from torch import Tensor, nn
@@ -22,7 +41,7 @@ from methods.beit import BEiT, BEiTObjective, BEiTPixel, Pixels, Tokens
 from methods.dvae import DVAE, DVAEObjective
 
 ARRAYS = golden("beit_pretrain")
-RUNS = sorted({k.split("/")[0] for k in ARRAYS if k.endswith("/state_names")})
+RUNS = cases(ARRAYS, holds="state_names")
 SMALL = ViTConfig(size=(32, 48), patch=8, width=32, depth=2, heads=2)
 
 
@@ -36,120 +55,69 @@ class Recorded(Tokens):
         return self.tokens.gather(1, index)
 
 
-def build(run: str) -> tuple[BEiTObjective, dict[str, str]]:
-    """The recorded model in our modules, and original names of our parameters."""
-    names = {str(n) for n in ARRAYS[f"{run}/state_names"]}
-    state = {k: v for k, v in section(ARRAYS, "state").items() if k in names}
-    size, width = int(config(ARRAYS, "img")), int(config(ARRAYS, "dim"))
-    scaled, shared = "blocks.0.gamma_1" in names, "rel_pos_bias.relative_position_bias_table" in names
-    vit = ViT(ViTConfig(
-        size=(size, size), patch=int(config(ARRAYS, "p")), width=width, depth=int(config(ARRAYS, "depth")), heads=int(config(ARRAYS, "heads")),
-        layer_scale=0.1 if scaled else None, relative_bias="shared" if shared else "none", key_bias=False,
-    ))
-    objective = BEiTObjective(vit, Recorded(torch.from_numpy(ARRAYS["token_ids"]), int(config(ARRAYS, "vocab"))), vit.config.patches, nn.Identity())
-    state.pop("rel_pos_bias.relative_position_index", None)
-    q = {k: state.pop(k) for k in list(state) if k.endswith("q_bias")}
-    for key, value in q.items():
-        v = state.pop(key.replace("q_bias", "v_bias"))
-        state[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v])
-    state.setdefault("pos_embed", torch.zeros_like(vit.pos_embed))
-    heads = {"lm_head.weight": "head.weight", "lm_head.bias": "head.bias", "mask_token": "mask_token"}
-    inner = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "rel_pos_bias.relative_position_bias_table": "relative_bias.0.table"}
-    ours = {}
-    for key in state:
-        name = heads.get(key, f"vit.{key}")
-        for old, new in inner.items():
-            name = name.replace(old, new)
-        ours[name] = key
-    objective.load_state_dict({name: state[key] for name, key in ours.items()}, strict=True)
-    vit.pos_embed.requires_grad_("pos_embed" in names)
-    return objective, ours
+def ours(original: str) -> str:
+    """Our name of a parameter of the original."""
+    return original.replace("lm_head", "head") if original.startswith(("lm_head", "mask_token")) else f"vit.{vit_name(original)}"
 
 
-def batch() -> dict[str, Tensor]:
-    return {"image": torch.from_numpy(ARRAYS["images"]), "mask": torch.from_numpy(ARRAYS["bool_masked_pos"]).bool()}
+def build(run: str, precision: torch.dtype = torch.float32) -> BEiTObjective:
+    """The recorded model in our modules."""
+    used = set(names(ARRAYS, f"{run}/state_names"))
+    state = {key: value for key, value in section(ARRAYS, "state").items() if key in used}
+    vit = ViT(vit_config(ARRAYS, state, "images"))
+    targets = Recorded(torch.from_numpy(ARRAYS["token_ids"]), config(ARRAYS, "vocab"))
+    objective = BEiTObjective(vit, targets, vit.config.patches, nn.Identity())
+    objective.load_state_dict(translate(state, ours), strict=True)
+    return objective.to(precision)
 
 
+def batch(precision: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {"image": torch.from_numpy(ARRAYS["images"]).to(precision), "mask": torch.from_numpy(ARRAYS["bool_masked_pos"]).bool()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("run", RUNS)
-def test_logits_and_loss_are_the_originals(run: str) -> None:
+def test_logits_and_loss_are_the_originals(run: str, precision: torch.dtype) -> None:
     """Plain (the paper's tables) and with relative bias and LayerScale (the released weights)."""
-    objective, _ = build(run)
-    given = batch()
+    objective, given = build(run, precision), batch(precision)
     with torch.no_grad():
         logits = objective.head(objective.encode(given["image"], given["mask"]))
-    np.testing.assert_allclose(logits.numpy(), ARRAYS[f"{run}/logits_all"], atol=2e-5, rtol=1e-5)
-    np.testing.assert_allclose(logits[given["mask"]].numpy(), ARRAYS[f"{run}/logits_masked"], atol=2e-5, rtol=1e-5)
-    result = objective(given)
-    torch.testing.assert_close(result["loss"].detach(), torch.from_numpy(ARRAYS[f"{run}/loss"]), rtol=2e-6, atol=0)
-    assert result["accuracy"].item() == pytest.approx(float(ARRAYS[f"{run}/accuracy"]))
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_loss_in_double_precision(run: str) -> None:
-    """The sharpest test: single precision would hide a small slip."""
-    objective, _ = build(run)
-    given = batch()
-    loss = objective.double()({**given, "image": given["image"].double()})["loss"]
-    assert loss.item() == pytest.approx(float(ARRAYS[f"{run}/loss_float64"]), rel=1e-10)
+        result = objective(given)
+    check_values(logits, ARRAYS, f"{run}/logits_all")
+    check_values(logits[given["mask"]], ARRAYS, f"{run}/logits_masked")
+    check_loss(result["loss"], ARRAYS, f"{run}/loss")
+    assert result["accuracy"].item() == pytest.approx(float(ARRAYS[f"{run}/accuracy"]), rel=1e-6)
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_gradients_are_the_originals(run: str) -> None:
     """The fused bias is compared in its q and v parts; its k part must not move."""
-    objective, names = build(run)
+    objective = build(run)
     objective(batch())["loss"].backward()
-    width = objective.vit.config.width
-    split = nn.Module()
-    for name, p in objective.named_parameters():
-        if p.grad is None:
-            continue
-        parts = {names[name]: p.grad}
-        if name.endswith("qkv.bias"):
-            assert not p.grad[width : 2 * width].any()
-            parts = {names[name].replace("qkv.bias", "q_bias"): p.grad[:width], names[name].replace("qkv.bias", "v_bias"): p.grad[2 * width :]}
-        for original, grad in parts.items():
-            held = nn.Parameter(torch.zeros_like(grad))
-            held.grad = grad
-            split.register_parameter(original.replace(".", "/"), held)
-    check_gradients(split, ARRAYS, run, {n: n.replace("/", ".") for n, _ in split.named_parameters()})
+    check_gradients(objective, ARRAYS, run, ours)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_weight_decay_is_the_originals(run: str) -> None:
-    """mask_token and the bias table are decayed, class token and positions are not."""
-    objective, names = build(run)
-    recipe = BEiT().recipe(family("paper"), ViTConfig())
+def test_parameters_and_weight_decay_are_the_originals(run: str) -> None:
+    """Nothing more and nothing less is trained; mask_token and the bias table are decayed, class token and positions are not."""
+    objective, recipe = build(run), BEiT().recipe(family("paper"), ViTConfig())
     assert recipe is not None
-    ours: dict[str, float] = {}
-    for group in parameter_groups(objective, recipe, objective.vit.config.depth):
-        ours.update({names[n]: group["weight_decay"] for n in group["names"]})
-    for name, value in zip(ARRAYS[f"{run}/wd_names"], ARRAYS[f"{run}/wd_values"], strict=True):
-        name = str(name).replace("q_bias", "qkv.bias").replace("v_bias", "qkv.bias")
-        assert ours[name] == value, name
+    decays = dict(zip(names(ARRAYS, f"{run}/wd_names"), ARRAYS[f"{run}/wd_values"].tolist(), strict=True))
+    groups = parameter_groups(objective, dataclasses.replace(recipe, weight_decay=max(decays.values())), len(objective.vit.blocks))
+    check_groups(groups, {name: (decay, 1.0) for name, decay in decays.items()}, ours)
+    without_k = sum(p.numel() for p in objective.parameters()) - len(objective.vit.blocks) * objective.vit.config.width
+    assert without_k == int(ARRAYS[f"{run}/num_parameters"])
 
 
-@pytest.mark.parametrize("family_", ["beit_pretrain_abs", "beit_pretrain_rel"])
+@pytest.mark.parametrize("family_", [f for f in cases(golden("init_statistics")) if f.startswith("beit_pretrain")])
 def test_initial_values_are_the_originals(family_: str) -> None:
     """Cut at one standard deviation, output projections scaled down with depth."""
+    table = initial(family_)
     seed_all(0, "init")
-    plain = family_.endswith("abs")
-    vit = ViT(ViTConfig(
-        size=(64, 64), patch=16, width=192, depth=4, heads=4, layer_scale=None if plain else 0.1, relative_bias="none" if plain else "shared",
-        key_bias=False,
-    ))
-    objective = BEiTObjective(vit, Recorded(torch.zeros(1, 16, dtype=torch.long), 512), 16, nn.Identity())
-    recorded = {str(n) for n in golden("init_statistics")[f"{family_}/names"]}
-    names = {}
-    for name, _ in objective.named_parameters():
-        original = name.removeprefix("vit.").replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2").replace("head.", "lm_head.")
-        names[name] = original.replace("relative_bias.0.table", "rel_pos_bias.relative_position_bias_table").replace("qkv.bias", "q_bias")
-    for name in [n for n, original in names.items() if original not in recorded]:
-        assert name == "vit.pos_embed" or (".blocks." in name and int(name.split(".")[2]) >= 2), name  # blocks that the recorded model has not
-    kept = nn.Module()
-    for name, p in objective.named_parameters():
-        if names[name] in recorded:
-            kept.register_parameter(names[name].replace(".", "/"), p)
-    check_initial_values(kept, family_, {n: n.replace("/", ".") for n, _ in kept.named_parameters()})
+    vit = ViT(initial_vit(table))
+    objective = BEiTObjective(vit, Recorded(torch.zeros(1, 1, dtype=torch.long), table["lm_head.weight"]["shape"][0]), None, nn.Identity())
+    check_initial_values(original_parts(dict(objective.named_parameters()), list(table), ours), table)
+    assert {ours(name) for name in table} == {name for name, p in objective.named_parameters() if p.requires_grad}
 
 
 def tokenizer_file(path: Path, size: tuple[int, int]) -> Path:

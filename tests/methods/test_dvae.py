@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from known_answers import check_initial_values, golden, section
+from known_answers import PRECISIONS, cases, check_initial_values, check_values, golden, initial, names, section
 from protocols_for_tests import family
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.randomness import seed_all
 from harness.spec import JobFailed, ViTConfig
@@ -19,51 +19,71 @@ from methods.dvae import DVAE, DVAEObjective, anneal, for_grid, perplexity
 
 ARRAYS = golden("dalle_encoder")
 WIDTH, CODES, INITIAL = (int(v) for v in ARRAYS["config/n_hid_vocab_n_init"])
-ENCODERS = sorted({k.split("/")[0] for k in ARRAYS if k.startswith("encoder_blocks")})
-DECODERS = sorted({k.split("/")[0] for k in ARRAYS if k.startswith("decoder_blocks")})
+ENCODERS, DECODERS = cases(ARRAYS, holds="logits"), cases(ARRAYS, holds="reconstruction")
 
 
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def ours(original: str) -> str:
     """DALL-E calls weights and biases w and b."""
-    return {k[:-1] + {"w": "weight", "b": "bias"}[k[-1]]: v for k, v in state.items()}
+    return original[:-1] + {"w": "weight", "b": "bias"}[original[-1]]
 
 
+def load(module: nn.Module, case: str, precision: torch.dtype) -> None:
+    module.load_state_dict({ours(key): value for key, value in section(ARRAYS, f"{case}/state").items()}, strict=True)
+    module.to(precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", ENCODERS)
-def test_logits_and_tokens_are_dalles(case: str) -> None:
-    """Otherwise DALL-E's weights would give other tokens here."""
-    encoder = Encoder(WIDTH, CODES, int(case.removeprefix("encoder_blocks")))
-    encoder.load_state_dict(renamed(section(ARRAYS, f"{case}/state")), strict=True)
-    pixels = torch.from_numpy(ARRAYS["pixels"])
+def test_logits_and_tokens_are_dalles(case: str, precision: torch.dtype) -> None:
+    """Stage by stage. Otherwise DALL-E's weights would give other tokens here."""
+    encoder, found = Encoder(WIDTH, CODES, int(case.removeprefix("encoder_blocks"))), {}
+    load(encoder, case, precision)
+    stages = names(ARRAYS, f"{case}/stage_names")
+    for name in stages:
+        encoder.blocks.get_submodule(name).register_forward_hook(lambda module, given, output, name=name: found.update({name: output}))
+    pixels = torch.from_numpy(ARRAYS["pixels"]).to(precision)
     np.testing.assert_allclose(map_pixels(pixels).numpy(), ARRAYS["mapped"], atol=1e-6)
     with torch.no_grad():
-        logits = encoder(map_pixels(pixels))
-    np.testing.assert_allclose(logits.numpy(), ARRAYS[f"{case}/logits"], atol=2e-5)
+        logits = encoder(torch.from_numpy(ARRAYS["mapped"]).to(precision))
+    for name, mean, shape in zip(stages, ARRAYS[f"{case}/mean_abs_after_stage"], ARRAYS[f"{case}/stage_shapes"].tolist(), strict=True):
+        assert list(found[name].shape) == shape and found[name].abs().mean().item() == pytest.approx(mean, rel=1e-5), name
+    check_values(logits, ARRAYS, f"{case}/logits")
     np.testing.assert_array_equal(logits.argmax(dim=1).numpy(), ARRAYS[f"{case}/tokens"])
-    assert encoder.blocks.group_1.block_1.gain == pytest.approx(float(ARRAYS[f"{case}/post_gain"]))
+    best = logits.topk(2, dim=1).values
+    assert (best[:, 0] - best[:, 1]).min().item() == pytest.approx(float(ARRAYS[f"{case}/min_top2_margin"]), abs=4e-5)
+    assert encoder.blocks.group_1.block_1.gain == pytest.approx(float(ARRAYS[f"{case}/post_gain"]), rel=1e-12)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", DECODERS)
-def test_reconstruction_is_dalles(case: str) -> None:
+def test_reconstruction_is_dalles(case: str, precision: torch.dtype) -> None:
     decoder = Decoder(WIDTH, CODES, int(case.removeprefix("decoder_blocks")), INITIAL)
-    decoder.load_state_dict(renamed(section(ARRAYS, f"{case}/state")), strict=True)
+    load(decoder, case, precision)
     tokens = torch.from_numpy(ARRAYS[f"{case}/input_tokens"])
     with torch.no_grad():
-        output = decoder(torch.nn.functional.one_hot(tokens, CODES).permute(0, 3, 1, 2).float())
-    np.testing.assert_allclose(output.numpy(), ARRAYS[f"{case}/output"], atol=2e-5)
-    np.testing.assert_allclose(unmap_pixels(torch.sigmoid(output[:, :3])).numpy(), ARRAYS[f"{case}/reconstruction"], atol=2e-5)
+        output = decoder(nn.functional.one_hot(tokens, CODES).permute(0, 3, 1, 2).to(precision))
+    check_values(output, ARRAYS, f"{case}/output")
+    check_values(unmap_pixels(torch.sigmoid(output[:, :3])), ARRAYS, f"{case}/reconstruction")
 
 
-def test_pixel_maps_are_dalles() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_pixel_maps_are_dalles(precision: torch.dtype) -> None:
+    """Both on a ramp that leaves [0, 1]."""
+    ramp = torch.from_numpy(ARRAYS["unmap/input"]).to(precision)
     for name, function in (("map", map_pixels), ("unmap", unmap_pixels)):
-        ramp = torch.from_numpy(ARRAYS["unmap/input"])
         np.testing.assert_allclose(function(ramp).numpy(), ARRAYS[f"{name}/output"], atol=1e-6)
 
 
-def test_initial_values_are_dalles() -> None:
+@pytest.mark.parametrize("case", [f for f in cases(golden("init_statistics")) if f.startswith("dalle")])
+def test_initial_values_are_dalles(case: str) -> None:
+    table = initial(case)
+    blocks = len({name.split(".")[2] for name in table if name.startswith("blocks.group_1.")})
+    first, last = table["blocks.input.w"]["shape"], table["blocks.output.conv.w"]["shape"]
     seed_all(0, "init")
-    for module, case in ((Encoder(24, 256, 2), "dalle_encoder"), (Decoder(24, 256, 2, 16), "dalle_decoder")):
-        names = {n: n.replace("weight", "w").replace("bias", "b") for n, _ in module.named_parameters()}
-        check_initial_values(module, case, names)
+    module = Encoder(first[0], last[0], blocks) if case == "dalle_encoder" else Decoder(last[1], first[1], blocks, first[0])
+    values = dict(module.named_parameters())
+    assert len(values) == len(table) and all(row["trainable"] for row in table.values())
+    check_initial_values({name: values[ours(name)] for name in table}, table)
 
 
 def colours(count: int, size: int = 32) -> Tensor:

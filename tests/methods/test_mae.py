@@ -2,97 +2,148 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from known_answers import check_gradients, check_initial_values, config, golden, section
+from known_answers import (
+    PRECISIONS,
+    cases,
+    check_gradients,
+    check_groups,
+    check_initial_values,
+    check_loss,
+    check_values,
+    config,
+    golden,
+    initial,
+    initial_vit,
+    names,
+    section,
+    translate,
+    vit_config,
+    vit_name,
+)
 from PIL import Image
-from torch import nn
+from protocols_for_tests import family
+from torch import Tensor, nn
 
+from harness.optim import parameter_groups
 from harness.randomness import generator, seed_all
 from harness.spec import ViTConfig
 from harness.vit import ViT
 from methods.mae import MAE, MAEObjective
 
+ARRAYS, GROUPS = golden("mae_pretrain"), golden("mae_pretrain_groups")
+RUNS = cases(ARRAYS, holds="loss")
 
-def build(arrays: dict[str, np.ndarray], normalised: bool) -> MAEObjective:
+
+def ours(original: str) -> str:
+    """Our name of a parameter of the original."""
+    return original if original.startswith(("decoder", "mask_token")) else f"vit.{vit_name(original)}"
+
+
+def build(run: str, precision: torch.dtype = torch.float32) -> MAEObjective:
     """The recorded model in our modules."""
-    size, patch = int(config(arrays, "img")), int(config(arrays, "p"))
-    vit = ViT(ViTConfig(
-        size=(size, size), patch=patch, width=int(config(arrays, "dim")), depth=int(config(arrays, "depth")), heads=int(config(arrays, "heads")),
-        positions="sincos-mae",
-    ))
-    decoder = (int(config(arrays, "ddim")), int(config(arrays, "ddepth")), int(config(arrays, "dheads")))
-    objective = MAEObjective(vit, float(config(arrays, "ratio")), decoder, normalised, nn.Identity())
-    state = section(arrays, "state")
-    torch.testing.assert_close(objective.decoder_positions, state.pop("decoder_pos_embed"), atol=1e-6, rtol=0)
-    ours = {k if k.startswith(("decoder", "mask_token")) else f"vit.{k}": v for k, v in state.items()}
-    objective.load_state_dict(ours, strict=True)
-    vit.pos_embed.requires_grad_(False)
-    return objective
+    state = section(ARRAYS, "state")
+    vit = ViT(dataclasses.replace(vit_config(ARRAYS, state, "imgs"), positions="sincos-mae"))
+    decoder = tuple(config(ARRAYS, key) for key in ("ddim", "ddepth", "dheads"))
+    objective = MAEObjective(vit, config(ARRAYS, "ratio"), decoder, run == "norm", nn.Identity())
+    objective.decoder_positions.copy_(state.pop("decoder_pos_embed"))
+    objective.load_state_dict(translate(state, ours), strict=True)
+    recipe = MAE().recipe(family("paper"), ViTConfig(positions="sincos-mae"))
+    assert recipe is not None
+    parameter_groups(objective, recipe, len(vit.blocks))  # freezes what the recipe freezes
+    return objective.to(precision)
 
 
-NAMES = {name: name.removeprefix("vit.") for name, _ in build(golden("mae_pretrain"), True).named_parameters()}
+def given(precision: torch.dtype) -> dict[str, Tensor]:
+    return {"image": torch.from_numpy(ARRAYS["imgs"]).to(precision), "noise": torch.from_numpy(ARRAYS["noise"]).to(precision)}
 
 
-@pytest.mark.parametrize("run", ["plain", "norm"])
-def test_loss_and_gradients_are_the_originals(run: str) -> None:
-    """Otherwise a row called MAE is not MAE."""
-    arrays = golden("mae_pretrain")
-    objective = build(arrays, run == "norm")
-    batch = {"image": torch.from_numpy(arrays["imgs"]), "noise": torch.from_numpy(arrays["noise"])}
-    loss = objective(batch)["loss"]
-    torch.testing.assert_close(loss.detach(), torch.from_numpy(arrays[f"{run}/loss"]), rtol=2e-6, atol=0)
-    loss.backward()
-    check_gradients(objective, arrays, run, NAMES)
-    assert {NAMES[n] for n, p in objective.named_parameters() if p.grad is not None} == {str(n) for n in arrays["trainable_names"]}
-    objective = build(arrays, run == "norm").double()
-    batch = {key: value.double() for key, value in batch.items()}
-    assert objective(batch)["loss"].item() == pytest.approx(float(arrays[f"{run}/loss_float64"]), rel=1e-10)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("run", RUNS)
+def test_loss_is_the_originals(run: str, precision: torch.dtype) -> None:
+    """With plain and with normalised pixels. Otherwise a row called MAE is not MAE."""
+    check_loss(build(run, precision)(given(precision))["loss"], ARRAYS, f"{run}/loss")
 
 
-def test_mask_latent_and_prediction_are_the_originals() -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_are_the_originals(run: str) -> None:
+    """Of every parameter, and of no frozen one."""
+    objective = build(run)
+    objective(given(torch.float32))["loss"].backward()
+    check_gradients(objective, ARRAYS, run, ours)
+    trained = {name for name, p in objective.named_parameters() if p.requires_grad}
+    assert trained == {ours(name) for name in names(ARRAYS, "trainable_names")}
+    assert not trained & {ours(name) for name in names(ARRAYS, "frozen_names")}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_mask_latent_and_prediction_are_the_originals(precision: torch.dtype) -> None:
     """The mask is that of the noise, visible tokens keep its order, predictions come row by row."""
-    arrays = golden("mae_pretrain")
-    objective = build(arrays, True)
-    images, noise = torch.from_numpy(arrays["imgs"]), torch.from_numpy(arrays["noise"])
-    order = torch.argsort(noise, dim=1)
-    assert objective.kept == int(arrays["len_keep"])
-    np.testing.assert_array_equal(torch.argsort(order, dim=1).numpy(), arrays["ids_restore"])
+    objective, batch = build(RUNS[0], precision), given(precision)
+    order = torch.argsort(batch["noise"], dim=1)
+    assert objective.kept == int(ARRAYS["len_keep"])
+    np.testing.assert_array_equal(torch.argsort(order, dim=1).numpy(), ARRAYS["ids_restore"])
     with torch.no_grad():
-        latent = objective.encode(images, order[:, : objective.kept])
-        prediction, mask = objective.predict(images, noise)
-        exact = build(arrays, True).double().encode(images.double(), order[:, : objective.kept])
-    np.testing.assert_array_equal(mask.numpy(), arrays["mask"])
-    np.testing.assert_allclose(latent.numpy(), arrays["latent"], atol=2e-5, rtol=1e-5)
-    np.testing.assert_allclose(prediction.numpy(), arrays["pred"], atol=2e-5, rtol=1e-5)
-    np.testing.assert_allclose(exact.numpy(), arrays["latent_float64"], rtol=1e-9)
+        latent = objective.encode(batch["image"], order[:, : objective.kept])
+        prediction, mask = objective.predict(batch["image"], batch["noise"])
+    np.testing.assert_array_equal(mask.numpy(), ARRAYS["mask"])
+    check_values(latent, ARRAYS, "latent")
+    check_values(prediction, ARRAYS, "pred")
 
 
-@pytest.mark.parametrize(("normalised", "key"), [(False, "target_first_patches"), (True, "target_norm_first_patches")])
-def test_targets_are_the_originals(normalised: bool, key: str) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("run", "key"), [("plain", "target_first_patches"), ("norm", "target_norm_first_patches")])
+def test_targets_are_the_originals(run: str, key: str, precision: torch.dtype) -> None:
     """Order of pixels within a patch and the unbiased variance."""
-    arrays = golden("mae_pretrain")
-    expected = arrays[key]
-    index = torch.arange(expected.shape[1]).expand(expected.shape[0], -1)
-    target = build(arrays, normalised).targets(torch.from_numpy(arrays["imgs"]), index)
-    np.testing.assert_allclose(target.numpy(), expected, atol=2e-5, rtol=1e-5)
+    index = torch.arange(ARRAYS[key].shape[1]).expand(ARRAYS[key].shape[0], -1)
+    check_values(build(run, precision).targets(given(precision)["image"], index), ARRAYS, key)
+
+
+def test_position_tables_are_the_originals() -> None:
+    """Both tables as the model makes them, before any state is loaded."""
+    state = section(ARRAYS, "state")
+    architecture = dataclasses.replace(vit_config(ARRAYS, state, "imgs"), positions="sincos-mae")
+    objective = MAEObjective(ViT(architecture), 0.5, tuple(config(ARRAYS, key) for key in ("ddim", "ddepth", "dheads")), True, nn.Identity())
+    torch.testing.assert_close(objective.vit.pos_embed.data, state["pos_embed"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(objective.decoder_positions, state["decoder_pos_embed"], rtol=0, atol=1e-6)
+
+
+def test_weight_decay_is_the_originals() -> None:
+    """Vectors and biases are not decayed; class and mask token are; the position tables are not trained at all."""
+    depth, decoder_depth, decay = GROUPS["config_depth_decoderdepth_wd"].tolist()
+    vit = ViT(ViTConfig(size=(16, 16), patch=8, width=8, depth=int(depth), heads=2, positions="sincos-mae"))
+    objective = MAEObjective(vit, 0.5, (8, int(decoder_depth), 2), True, nn.Identity())
+    recipe = MAE().recipe(family("paper"), ViTConfig(positions="sincos-mae"))
+    assert recipe is not None
+    groups = parameter_groups(objective, dataclasses.replace(recipe, weight_decay=decay), int(depth))
+    rows = list(zip(names(GROUPS, "names"), *(GROUPS[key].tolist() for key in ("group", "trainable", "ndim", "weight_decay")), strict=True))
+    assert all((group >= 0) == bool(trainable) for _, group, trainable, _, _ in rows)
+    check_groups(groups, {name: (value, 1.0) for name, group, _, _, value in rows if group >= 0}, ours)
+    for group in groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            assert p.ndim == next(ndim for original, _, _, ndim, _ in rows if ours(original) == name)
 
 
 def test_initial_values_are_the_originals() -> None:
     """A different initialisation is a different method at short budgets."""
+    table = initial("mae_pretrain")
     seed_all(0, "init")
-    vit = ViT(ViTConfig(size=(64, 64), patch=16, width=192, depth=2, heads=4, positions="sincos-mae"))
-    objective = MAEObjective(vit, 0.75, (96, 2, 4), True, nn.Identity())
-    names = {name: name.removeprefix("vit.") for name, _ in objective.named_parameters()}
-    check_initial_values(objective, "mae_pretrain", names)
+    vit = ViT(dataclasses.replace(initial_vit(table), positions="sincos-mae"))
+    depth = len({name.split(".")[1] for name in table if name.startswith("decoder_blocks.")})
+    objective = MAEObjective(vit, 0.5, (table["mask_token"]["shape"][-1], depth, 1), True, nn.Identity())
+    values = {**dict(objective.named_parameters()), "decoder_pos_embed": objective.decoder_positions}
+    assert {name for name, row in table.items() if not row["trainable"]} == {"pos_embed", "decoder_pos_embed"}
+    check_initial_values({name: values[ours(name)] for name in table}, table)
+    assert len(values) == len(table)
 
 
 def test_sample_depends_on_its_generator_only() -> None:
     """A resumed run must draw the same crops and masks."""
     vit = ViTConfig(size=(32, 48), patch=8, width=32, depth=2, heads=2)
-    from protocols_for_tests import family
-
     recipe = MAE().recipe(family("demo"), vit)
     assert recipe is not None
     transform = MAE().transform(vit, recipe)

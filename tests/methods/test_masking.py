@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from known_answers import golden
+from known_answers import cases, golden
 
 from methods.masking import BlockMask, block_mask, masked_indices, random_mask, scaled
 
 ARRAYS = golden("beit_masking")
-CASES = sorted({key.split("/")[0] for key in ARRAYS})
+CASES = cases(ARRAYS)
 
 
 def generator_of(case: str) -> BlockMask:
@@ -34,15 +34,21 @@ def test_masks_are_the_originals_number_by_number(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_masks_of_a_sample_have_the_originals_distribution(case: str) -> None:
-    """Drawn from the sample's own numpy generator: mean count and probability of each patch within what the counts allow."""
+    """Drawn from the sample's own numpy generator: number hidden, how often it stops early, the map, and how much hangs together."""
     make, n, rng = generator_of(case), 1500, np.random.default_rng(1)
-    masks = np.stack([block_mask(rng, make) for _ in range(n)])
-    mean, deviation = ARRAYS[f"{case}/stat/count_mean_std"]
-    recorded = int(ARRAYS[f"{case}/stat/number_of_masks"])
-    assert abs(masks.sum(1).mean() - mean) < 4 * deviation * (1 / n + 1 / recorded) ** 0.5
-    p = ARRAYS[f"{case}/stat/probability_map"].reshape(-1)
-    assert (np.abs(masks.mean(0) - p) <= 5 * np.sqrt(p * (1 - p) * (1 / n + 1 / recorded)) + 1e-12).all()
-    assert masks.sum(1).max() <= make.target
+    masks = np.stack([block_mask(rng, make) for _ in range(n)]).reshape(n, make.height, make.width)
+    stat = {key.removeprefix(f"{case}/stat/"): value for key, value in ARRAYS.items() if key.startswith(f"{case}/stat/")}
+    both = 1 / n + 1 / int(stat["number_of_masks"])  # two samples, each with its own error
+    hidden = masks.sum(axis=(1, 2))
+    pairs = {"horizontal": masks[:, :, 1:] & masks[:, :, :-1], "vertical": masks[:, 1:] & masks[:, :-1]}
+    means = {"count": hidden, **{f"{way}_pairs": pair.sum(axis=(1, 2)) for way, pair in pairs.items()}}
+    for name, counts in means.items():
+        mean, deviation = stat[f"{name}_mean_std"]
+        assert abs(counts.mean() - mean) <= 4 * deviation * both**0.5, f"{name}: {counts.mean()}, the original's {mean}"
+    histogram = stat["count_histogram"] / stat["count_histogram"].sum()
+    for name, found, p in (("map", masks.mean(axis=0), stat["probability_map"]), ("counts", np.bincount(hidden, minlength=len(histogram)) / n, histogram)):
+        assert (np.abs(found - p) <= 5 * np.sqrt(p * (1 - p) * both) + 3 / n).all(), name
+    assert hidden.max() <= make.target and (hidden < make.target).mean() == pytest.approx(1 - histogram[make.target], abs=5 * (0.25 * both) ** 0.5)
 
 
 def test_counts_scale_with_the_grid() -> None:
