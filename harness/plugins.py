@@ -127,7 +127,9 @@ class Trainable(Protocol):
 
 class Method(Trainable, Protocol):
     """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe;
-    one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it."""
+    one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it. Optional are `architecture(vit, published)`
+    -> ViTConfig (the ViT that it gets in place of a protocol's backbone; `published`: the protocol wants each method as published), and
+    beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row)."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -139,7 +141,9 @@ class Method(Trainable, Protocol):
 
     def assets(self, protocol: Setting, vit: ViTConfig) -> Mapping[str, Asset]: ...
 
-    def transfer(self, evaluator: str, protocol: Setting) -> Overrides: ...
+    def transfer(self, evaluator: str, protocol: Setting, vit: ViTConfig) -> Overrides:
+        """What its paper sets for one evaluator (NAME or NAME@VARIANT)."""
+        ...
 
     def skip(self, vit: ViTConfig) -> str | None:
         """Why it cannot run on this ViT, or None."""
@@ -222,6 +226,15 @@ def build(kind: str, name: str) -> Any:
             raise UserError(f"{flag}: {base} has no variant {variant!r}: {suggest(variant, variants)}")
         plugin = dataclasses.replace(plugin, **variants[variant])
     return plugin
+
+
+def name_of(kind: str, plugin: Any) -> str:
+    """NAME or NAME@VARIANT under which a plugin is installed; its class's name when it is none of these."""
+    for name, cls in importable(kind).items():
+        if cls is type(plugin):
+            same = [v for v, fields in getattr(cls, "variants", {}).items() if dataclasses.replace(cls(), **fields) == plugin]
+            return name if not same or plugin == cls() else f"{name}@{same[0]}"
+    return type(plugin).__name__
 
 
 def importable(kind: str) -> dict[str, Any]:

@@ -105,7 +105,9 @@ class ViT(VisionTransformer):
             drop_path_rate=drop_path,
         )
         self.config = config
-        if config.positions != "learned":
+        if config.positions == "none":
+            self.pos_embed = nn.Parameter(torch.zeros_like(self.pos_embed), requires_grad=False)
+        elif config.positions != "learned":
             with torch.no_grad():
                 self.pos_embed.copy_(sincos_positions(config.width, config.grid, config.positions))
         shared = config.relative_bias == "shared"
@@ -138,7 +140,7 @@ class ViT(VisionTransformer):
         table: Tensor = self.pos_embed
         if grid is None or grid == self.config.grid:
             return table
-        if self.config.positions != "learned" and not table.requires_grad:
+        if self.config.positions.startswith("sincos") and not table.requires_grad:
             return sincos_positions(self.config.width, grid, self.config.positions).to(table)
         return resize_positions(table, self.config.grid, grid)
 
