@@ -51,6 +51,7 @@ class Session:
 
     `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
     `dtype` is the autocast type (torch.float32: none). `workers` are loader processes (0: load in this process).
+    `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple the images of a batch.
     `folders` maps the names of the job's data sets to folders.
     """
 
@@ -62,6 +63,8 @@ class Session:
     workers: int = 0
     on_bad_image: Literal["fail", "skip"] = "fail"
     checkpoint_every_s: float = 30.0
+    micro_batch: int | None = None
+    force_accumulation: bool = False
     report: Callable[[Progress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
     skipped_images: dict[str, str] = field(default_factory=dict)
@@ -93,6 +96,9 @@ class EvalContext:
 class Objective(Protocol):
     """A torch module that holds the lent ViT as `vit` and computes a loss. What it may add is optional (see `harness.train.fit`):
 
+    "weight" beside "loss": what the loss is a mean over, when that is not images (the number of masked tokens): parts of a batch are weighed by it.
+    batch_coupled = True: the loss couples the images of a batch, which must not be split into parts on one device.
+    prepare(batch): before the first step, with up to 256 samples (what is learned from images rather than trained, e.g. a PCA).
     after_step(progress): after each optimiser step (momentum teacher, centring).
     export() -> ViT: the module to keep, by default the ViT that was lent.
     classifier() -> dict: the trained read-out, kept beside the ViT (see `harness.classifier`).
