@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +17,8 @@ from harness import __version__
 from harness.spec import UserError, suggest
 
 if TYPE_CHECKING:
-    from harness.plan import Plan
+    from harness.plan import Planner
+    from harness.request import Plan
     from harness.store import Store
 
 LISTS = ("methods", "evals", "protocols", "backbones", "datasets", "runs")
@@ -82,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--runs", default="runs", help="folder for results (default: runs)")
     run.add_argument("--launcher", default="local", help="local, debug (this process), or another one installed")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: mae.mask_ratio=0.6, ade20k.recipe.lr=1e-3")
-    run.add_argument("--tuning", choices=("shared", "published"), default="published", help="fine-tuning: one recipe for all, or each method's paper's")
+    run.add_argument("--tuning", choices=("shared", "published"),
+                     help="fine-tuning: one recipe for all, or each method's paper's (default: the protocol's)")
     run.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help="an unreadable image ends the job, or is skipped and counted")
     run.add_argument("--dry-run", action="store_true", help="print the graph and what is cached; start nothing")
     run.add_argument("--retry", action="store_true", help="start failed jobs again, from their last state")
@@ -119,7 +121,8 @@ def command_run(args: argparse.Namespace) -> int:
     """`harness run`."""
     from harness import plugins
     from harness.launch import Display, cores, write_job
-    from harness.plan import Planner, Request
+    from harness.plan import Planner
+    from harness.request import Request
     from harness.store import Store
 
     request = Request(
@@ -133,7 +136,9 @@ def command_run(args: argparse.Namespace) -> int:
     plan = planner.plan()
     store.check_version()
     if args.dry_run:
-        return dry_run(plan, store, planner.pending, args.force)
+        return dry_run(plan, store, planner, args.force)
+    if planner.missing:
+        raise UserError(next(iter(planner.missing.values())))
     store.prepare()
     if planner.pending:
         planner.generate(cores())
@@ -179,10 +184,12 @@ def print_table(plan: Plan, store: Store) -> int:
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
-def dry_run(plan: Plan, store: Store, pending: Collection[str], force: bool) -> int:
+def dry_run(plan: Plan, store: Store, planner: Planner, force: bool) -> int:
     """The graph and what is cached."""
-    if pending:
-        print(f"data to be generated first (keys are not final): {', '.join(sorted(pending))}")
+    if planner.pending:
+        print(f"data to be generated first (keys are not final): {', '.join(sorted(planner.pending))}")
+    for reason in planner.missing.values():
+        print(f"missing (keys are not final): {reason}")
     for number, node in enumerate(plan.nodes, start=1):
         status = store.state(store.folder(node)).status
         shown = {"done": "to be done again" if force else "cached"}.get(status, status)
@@ -215,7 +222,8 @@ def command_list(args: argparse.Namespace) -> int:
         for name, plugin in plugins.importable(args.what).items():
             print(f"{name:16} {getattr(plugin, 'summary', '')}{source(plugin)}")
             for variant, fields in getattr(plugin, "variants", {}).items():
-                print(f"{name + '@' + variant:16} {', '.join(f'{k}={v}' for k, v in fields.items())}")
+                origin = getattr(plugin, "variant_sources", {}).get(variant, "")
+                print(f"{name + '@' + variant:16} {', '.join(f'{k}={v}' for k, v in fields.items())}{f' [{origin}]' if origin else ''}")
         if args.what in ("methods", "evals"):
             print(f"groups: {', '.join(plugins.groups(args.what))}")
     return 0

@@ -11,8 +11,8 @@ from pathlib import Path
 from harness import plugins
 from harness.data import locate, missing
 from harness.layout import check_layout
-from harness.plan import resolve_precision
 from harness.provenance import processor, versions
+from harness.request import resolve_precision
 from harness.spec import UserError
 from harness.store import Store
 

@@ -6,99 +6,18 @@ Nothing is started here, and everything that can be wrong with the request is fo
 from __future__ import annotations
 
 import dataclasses
-import os
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import data, layout, plugins
 from harness.canonical import canonical, digest
 from harness.jobs import Node, ordered
+from harness.request import Cell, Plan, Request, names, resolve_precision
 from harness.settings import Settings
-from harness.spec import JobFailed, Overrides, Recipe, UserError, suggest
+from harness.spec import Asset, JobFailed, Overrides, Recipe, UserError, ViTConfig, suggest
 from harness.spec import Protocol as Setting
-from harness.store import Result, result_of
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for, as on the command line."""
-
-    methods: tuple[str, ...]
-    evals: tuple[str, ...]
-    protocol: str = "demo"
-    backbone: str | None = None
-    seeds: tuple[int, ...] = (0,)
-    eval_seeds: tuple[int, ...] = (0,)
-    data: str | None = None
-    pretrain_data: str | None = None
-    settings: tuple[str, ...] = ()
-    tuning: str = "published"
-    on_bad_image: str = "fail"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the table: a node, or the reason why there is none."""
-
-    about: Mapping[str, Any]
-    node: Node | None
-    skipped: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The nodes in an order that respects dependencies, the cells that they fill, and data sets to generate first."""
-
-    nodes: tuple[Node, ...]
-    cells: tuple[Cell, ...]
-    protocol: Setting
-
-    def results(self, states: Mapping[str, Any], records: Mapping[str, Any]) -> list[Result]:
-        """Cells with what became of them: states and records by key."""
-        out = []
-        for cell in self.cells:
-            if cell.node is None:
-                out.append(result_of(cell.about, "skipped", cell.skipped, None, ""))
-            else:
-                state = states[cell.node.key]
-                out.append(result_of(cell.about, state.status, state.reason, records.get(cell.node.key), cell.node.key))
-        return out
-
-
-def names(kind: str, words: Sequence[str]) -> list[tuple[str, bool]]:
-    """Words of --methods or --evals, groups expanded: (name, named explicitly).
-
-    Raises:
-        UserError: empty list, or a name twice.
-    """
-    flag, found = f"--{kind}", []
-    for word in words:
-        known = word in plugins.installed(kind) or any(c in word for c in "@:")
-        members = None if known else plugins.group(kind, word)
-        if not known and members is None:
-            raise UserError(f"{flag}: unknown name {word!r}: {suggest(word, [*plugins.installed(kind), *plugins.groups(kind)])}")
-        found += [(word, True)] if known else [(m, False) for m in members or ()]
-    if not found:
-        raise UserError(f"{flag}: the list is empty: name at least one of {', '.join(plugins.installed(kind))}")
-    explicit = [n for n, named in found if named]
-    if twice := sorted({n for n in explicit if explicit.count(n) > 1}):
-        raise UserError(f"{flag}: {', '.join(twice)} is named twice: name each once")
-    unique: dict[str, bool] = {}
-    for name, named in found:
-        unique[name] = unique.get(name, False) or named
-    return list(unique.items())
-
-
-def resolve_precision() -> str:
-    """What `auto` means on this machine, for all rows of a table alike: bf16 where there is hardware for it."""
-    import torch
-
-    if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if cpu() else "fp32"
 
 
 class Planner:
@@ -111,6 +30,8 @@ class Planner:
         if name not in self.setting.backbones:
             raise UserError(f"--backbone: {request.protocol} has no {name!r}: {suggest(name, self.setting.backbones)}")
         self.backbone, self.vit = name, self.setting.backbones[name]
+        self.tuning = request.tuning or self.setting.tuning
+        self.missing: dict[str, str] = {}
         self.settings = Settings(request.settings)
         self.precision = resolve_precision()
         self.folders: dict[str, Path] = dict(data.locate(request.data, self.setting))
@@ -150,6 +71,40 @@ class Planner:
             recipe = dataclasses.replace(recipe, precision=self.precision)  # type: ignore[arg-type]
         return recipe, notes
 
+    def architecture(self, method: Any, vit: ViTConfig) -> ViTConfig:
+        """The ViT that a method gets for a backbone: the protocol's, or that which the method says."""
+        chosen: ViTConfig = method.architecture(vit, self.setting.architecture == "published") if hasattr(method, "architecture") else vit
+        return chosen
+
+    def recipe_of(self, name: str, plugin: Any, vit: ViTConfig) -> Recipe:
+        """A plugin's recipe.
+
+        Raises:
+            UserError: it has one for another backbone of this protocol only.
+            JobFailed: it has none for this protocol.
+        """
+        recipe: Recipe | None = plugin.recipe(self.setting, vit)
+        if recipe is None:
+            known = [n for n, v in self.setting.backbones.items() if plugin.recipe(self.setting, self.architecture(plugin, v)) is not None]
+            reason = f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}"
+            if known:
+                raise UserError(f"--backbone: {reason}: no source gives one; there is one for {', '.join(known)}")
+            raise JobFailed(reason)
+        return recipe
+
+    def file(self, role: str, asset: Asset) -> tuple[str, str]:
+        """(path, sha256) of an asset that is a file; one that is not there is noted in `missing`."""
+        path = Path(asset.file or "")
+        if not path.is_absolute():
+            root = Path(self.request.data or ".")
+            path = (root if root.is_dir() else root.parent) / path
+        if asset.sha256 is not None:
+            return str(path.resolve()), asset.sha256
+        if not path.is_file():
+            self.missing[str(path)] = f"{path}: no such file: needed as {role}; {asset.origin or 'put it there'}"
+            return str(path), "not there yet"
+        return str(path.resolve()), hashlib.sha256(path.read_bytes()).hexdigest()
+
     def where(self, sets: Sequence[str]) -> dict[str, Any]:
         """What lies where, for a node that reads these sets."""
         return {"folders": {s: str(data.folder_of(s, self.folders).resolve()) for s in sets}, "on_bad_image": self.request.on_bad_image}
@@ -166,10 +121,7 @@ class Planner:
         """The node that makes an asset."""
         name = maker.name
         maker, notes = self.settings.apply(name, maker)
-        recipe = maker.recipe(self.setting, self.vit)
-        if recipe is None:
-            raise JobFailed(f"{name} has no recipe for protocol {self.setting.name}")
-        recipe, more = self.recipe(recipe, name)
+        recipe, more = self.recipe(self.recipe_of(name, maker, self.vit), name)
         sets = self.train_sets(maker)
         identity = {"plugin": canonical(maker), "version": maker.version, "recipe": canonical(recipe), "seed": seed}
         notes = (*notes, *more)
@@ -178,41 +130,43 @@ class Planner:
 
     def pretrain(self, name: str, method: Any, seed: int) -> tuple[Node, tuple[str, ...]]:
         """The node that pre-trains a method, with its assets and parent. Raises JobFailed with the reason when it cannot run here."""
-        if (reason := method.skip(self.vit)) is not None:
+        vit = self.architecture(method, self.vit)
+        if (reason := method.skip(vit)) is not None:
             raise JobFailed(reason)
         notes: tuple[str, ...] = ()
-        recipe = method.recipe(self.setting, self.vit)
-        trains = getattr(method, "trains", True)
-        if recipe is None and trains:
-            raise JobFailed(f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}")
-        if recipe is not None:
-            recipe, more = self.recipe(recipe, name)
-            notes = (*notes, *more)
+        recipe, trains = None, getattr(method, "trains", True)
+        if trains:
+            recipe, notes = self.recipe(self.recipe_of(name, method, vit), name)
+        if vit != self.vit and self.setting.architecture == "shared":
+            changed = [f.name for f in dataclasses.fields(vit) if getattr(vit, f.name) != getattr(self.vit, f.name)]
+            notes = (*notes, f"{name} has a ViT of its own ({', '.join(f'{c} {getattr(vit, c)}' for c in changed)})")
         parents: dict[str, Node] = {}
-        for role, asset in method.assets(self.setting, self.vit).items():
-            if asset.maker is not None:
+        files: dict[str, tuple[str, str]] = {}
+        for role, asset in method.assets(self.setting, vit).items():
+            if asset.maker is None:
+                files[role] = self.file(role, asset)
+            else:
                 parents[role], more = self.asset(role, asset.maker, seed)
                 notes = (*notes, *more)
         if method.parent is not None:
-            parents["parent"], more = self.pretrain(name, method.parent, seed)
+            parent_name = plugins.name_of("methods", method.parent)
+            parents["parent"], more = self.pretrain(parent_name, self.settings.apply(parent_name, method.parent)[0], seed)
             notes = (*notes, *more)
         sets = self.train_sets(method) if trains else ()
-        files = {role: a for role, a in method.assets(self.setting, self.vit).items() if a.maker is None}
         identity = {
-            "plugin": canonical(method), "version": method.version, "recipe": canonical(recipe), "vit": canonical(self.vit), "seed": seed,
-            "files": {role: a.sha256 for role, a in files.items()},
+            "plugin": canonical(method), "version": method.version, "recipe": canonical(recipe), "vit": canonical(vit), "seed": seed,
+            "files": {role: sha256 for role, (_, sha256) in files.items()},
         }
         about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name, "backbone": self.backbone}
-        return self.node("pretrain", name, identity, parents, about, sets, {role: str(a.file) for role, a in files.items()}), notes
+        return self.node("pretrain", name, identity, parents, about, sets, {role: path for role, (path, _) in files.items()}), notes
 
     def evaluate(self, name: str, evaluator: Any, method_name: str, method: Any, parent: Node, eval_seed: int, about: dict[str, Any]) -> Node:
         """The node that scores a checkpoint. Raises JobFailed with the reason when it cannot run here."""
-        if (reason := evaluator.skip(self.vit)) is not None:
+        vit = self.architecture(method, self.vit)
+        if (reason := evaluator.skip(vit)) is not None:
             raise JobFailed(reason)
-        recipe = evaluator.recipe(self.setting, self.vit)
-        if recipe is None:
-            raise JobFailed(f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}")
-        overrides: Overrides = method.transfer(name, self.setting) if self.request.tuning == "published" else Overrides()
+        recipe = self.recipe_of(name, evaluator, vit)
+        overrides: Overrides = method.transfer(name, self.setting, vit) if self.tuning == "published" else Overrides()
         base, own = recipe, None
         if overrides.recipe:
             recipe = dataclasses.replace(recipe, **overrides.recipe)
@@ -243,7 +197,7 @@ class Planner:
             "method": method, "eval": name, "protocol": self.setting.name, "backbone": self.backbone, "data": shown, "seed": seed, "eval_seed": eval_seed,
             "columns": [{"name": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better} for m in evaluator.columns],
             "caption": self.setting.caption if generated else f"{self.setting.name} protocol, {shown}{self.setting.caveat}",
-            "tuning": self.request.tuning, "deviations": [],
+            "tuning": self.tuning, "deviations": [],
         }
 
     def generate(self, workers: int) -> None:
@@ -257,15 +211,17 @@ class Planner:
         Sets that the protocol generates and that are not there yet are named in `pending` and stand in the keys by a placeholder: make
         them with `generate` and plan again with a new Planner.
         """
-        methods = [(n, *self.settings.apply(n, plugins.build("methods", n))) for n, _ in names("methods", self.request.methods)]
+        methods = [(n, *self.settings.apply(n, plugins.build("methods", n)), named) for n, named in names("methods", self.request.methods)]
         evaluators = [(n, *self.settings.apply(n, plugins.build("evals", n)), explicit) for n, explicit in names("evals", self.request.evals)]
         cells, tops = [], []
         for seed in self.request.seeds:
-            for method_name, method, method_notes in methods:
+            for method_name, method, method_notes, named in methods:
                 try:
                     parent, notes = self.pretrain(method_name, method, seed)
                     skipped = ""
-                except JobFailed as error:
+                except (JobFailed, UserError) as error:
+                    if named and isinstance(error, UserError):
+                        raise
                     parent, notes, skipped = None, (), str(error)
                 for name, evaluator, eval_notes, explicit in evaluators:
                     for eval_seed in self.request.eval_seeds:
@@ -285,7 +241,7 @@ class Planner:
                         tops.append(node)
         for key in self.settings.unused():
             name = key.split(".")[0]
-            known = [n for n, _, _ in methods] + [n for n, _, _, _ in evaluators]
+            known = [n for n, *_ in methods] + [n for n, _, _, _ in evaluators]
             if key.rsplit(".", 1)[0].removesuffix(".augment").removesuffix(".recipe") in known:
                 raise UserError(f"--set {key}: {name} has no recipe here, nothing of it is trained: leave it out")
             raise UserError(f"--set {key}: no such method or evaluator in this run: {suggest(name, known)}")

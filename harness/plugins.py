@@ -51,6 +51,7 @@ class Session:
 
     `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
     `dtype` is the autocast type (torch.float32: none). `workers` are loader processes (0: load in this process).
+    `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple the images of a batch.
     `folders` maps the names of the job's data sets to folders.
     """
 
@@ -62,6 +63,8 @@ class Session:
     workers: int = 0
     on_bad_image: Literal["fail", "skip"] = "fail"
     checkpoint_every_s: float = 30.0
+    micro_batch: int | None = None
+    force_accumulation: bool = False
     report: Callable[[Progress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
     skipped_images: dict[str, str] = field(default_factory=dict)
@@ -93,6 +96,9 @@ class EvalContext:
 class Objective(Protocol):
     """A torch module that holds the lent ViT as `vit` and computes a loss. What it may add is optional (see `harness.train.fit`):
 
+    "weight" beside "loss": what the loss is a mean over, when that is not images (the number of masked tokens): parts of a batch are weighed by it.
+    batch_coupled = True: the loss couples the images of a batch, which must not be split into parts on one device.
+    prepare(batch): before the first step, with up to 256 samples (what is learned from images rather than trained, e.g. a PCA).
     after_step(progress): after each optimiser step (momentum teacher, centring).
     export() -> ViT: the module to keep, by default the ViT that was lent.
     classifier() -> dict: the trained read-out, kept beside the ViT (see `harness.classifier`).
@@ -127,7 +133,9 @@ class Trainable(Protocol):
 
 class Method(Trainable, Protocol):
     """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe;
-    one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it."""
+    one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it. Optional are `architecture(vit, published)`
+    -> ViTConfig (the ViT that it gets in place of a protocol's backbone; `published`: the protocol wants each method as published), and
+    beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row)."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -139,7 +147,9 @@ class Method(Trainable, Protocol):
 
     def assets(self, protocol: Setting, vit: ViTConfig) -> Mapping[str, Asset]: ...
 
-    def transfer(self, evaluator: str, protocol: Setting) -> Overrides: ...
+    def transfer(self, evaluator: str, protocol: Setting, vit: ViTConfig) -> Overrides:
+        """What its paper sets for one evaluator (NAME or NAME@VARIANT)."""
+        ...
 
     def skip(self, vit: ViTConfig) -> str | None:
         """Why it cannot run on this ViT, or None."""
@@ -222,6 +232,15 @@ def build(kind: str, name: str) -> Any:
             raise UserError(f"{flag}: {base} has no variant {variant!r}: {suggest(variant, variants)}")
         plugin = dataclasses.replace(plugin, **variants[variant])
     return plugin
+
+
+def name_of(kind: str, plugin: Any) -> str:
+    """NAME or NAME@VARIANT under which a plugin is installed; its class's name when it is none of these."""
+    for name, cls in importable(kind).items():
+        if cls is type(plugin):
+            same = [v for v, fields in getattr(cls, "variants", {}).items() if dataclasses.replace(cls(), **fields) == plugin]
+            return name if not same or plugin == cls() else f"{name}@{same[0]}"
+    return type(plugin).__name__
 
 
 def importable(kind: str) -> dict[str, Any]:

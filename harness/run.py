@@ -67,8 +67,17 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
         dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, report=report,
         folders={k: Path(v) for k, v in where["folders"].items()}, workers=int(os.environ.get("HARNESS_WORKERS", "0")),
         on_bad_image=where["on_bad_image"], checkpoint_every_s=float(os.environ.get("HARNESS_CHECKPOINT_S", "30")),
-        should_stop=should_stop, log=log,
+        should_stop=should_stop, log=log, micro_batch=number_from("HARNESS_MICRO_BATCH"),
+        force_accumulation=os.environ.get("HARNESS_FORCE_ACCUMULATION", "") not in ("", "0"),
     )
+
+
+def number_from(name: str) -> int | None:
+    """A positive integer of an environment variable, None when it is not set. Raises UserError."""
+    text = os.environ.get(name, "")
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise UserError(f"{name}={text}: expected a number of images, 1 or more")
+    return int(text) if text else None
 
 
 def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:

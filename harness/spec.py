@@ -69,6 +69,12 @@ class ViTConfig:
         """Number of patches N of one image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def paper_size(self) -> str:
+        """"B/16", "L/16" or "H/14" at 224 pixels, the sizes that recipes are published for; "" for any other."""
+        sizes = {(16, 768, 12, 12): "B/16", (16, 1024, 24, 16): "L/16", (14, 1280, 32, 16): "H/14"}
+        return sizes.get((self.patch, self.width, self.depth, self.heads), "") if self.size == (224, 224) else ""
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -170,11 +176,16 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Asset:
-    """Something a method needs besides images: made by a node of the graph (`maker`), or a file with its sha256."""
+    """Something a method needs besides images: made by a node of the graph (`maker`), or a file.
+
+    A relative `file` lies below the root that --data names. `sha256` is part of the key; None: that of the file as found when planning.
+    `origin` says where to get a file that is missing.
+    """
 
     maker: Any = None
     file: str | None = None
     sha256: str | None = None
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,8 @@ class Protocol:
     """Scale, data, backbones and default variants of a comparison. Plugins choose their recipe by `family`.
 
     `generator`: "module:function" that makes the data, called with (folder, names, family, workers); None for data that the user brings.
+    `architecture`: every method gets the backbone as it stands ("shared"), or changed as the method was published on it ("published": a
+    method's `architecture`). `tuning` is used where --tuning is not given.
     `caption` stands over a table of the protocol's own data, `caveat` behind the name of other data.
     """
 
@@ -190,6 +203,8 @@ class Protocol:
     summary: str
     backbones: Mapping[str, ViTConfig]
     backbone: str
+    architecture: Literal["shared", "published"] = "shared"
+    tuning: Literal["shared", "published"] = "published"
     generator: str | None = None
     data_version: str = ""
     caption: str = ""

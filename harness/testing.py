@@ -36,6 +36,7 @@ def plain(kind: str) -> list[str]:
 
 
 METHODS, EVALS = plain("methods"), plain("evals")
+VARIANTS = [f"{n}@{v}" for n in METHODS for v in getattr(plugins.load("methods", n), "variants", {})]
 
 
 def protocols_by_size() -> list[Any]:
@@ -54,6 +55,8 @@ def choose(plugin: Any) -> tuple[Any, ViTConfig, Recipe | None]:
     """(protocol, two-block ViT, recipe) of the smallest protocol that the plugin knows."""
     for setting in protocols_by_size():
         vit = small(setting)
+        if hasattr(plugin, "architecture"):
+            vit = plugin.architecture(vit, setting.architecture == "published")
         recipe = plugin.recipe(setting, vit)
         if (recipe is not None or not getattr(plugin, "trains", True)) and plugin.skip(vit) is None:
             return setting, vit, recipe
@@ -160,7 +163,7 @@ def test_says_what_it_is(kind: str, name: str) -> None:
             assert restore(json.loads(json.dumps(canonical(recipe)))) == recipe
 
 
-@pytest.mark.parametrize("trial", METHODS, indirect=True)
+@pytest.mark.parametrize("trial", METHODS + VARIANTS, indirect=True)
 def test_objective_trains_the_lent_vit(trial: Trial) -> None:
     """The loss is finite, every ViT parameter that the recipe does not freeze gets a gradient, and ten SGD steps lower the loss."""
     from fnmatch import fnmatch

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from harness.batches import any_of, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
 from harness.data import BadImage, ImageList, load_rgb
 from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, parameter_groups
@@ -29,6 +30,7 @@ from harness.spec import Interrupted, JobFailed, Recipe
 Transform = Callable[[Any, np.random.Generator], dict[str, Tensor]]
 LOG_EVERY_S = 1.0
 MAX_BAD_IN_A_ROW = 100
+PREPARE_IMAGES = 256
 
 
 class Samples(Dataset[dict[str, Tensor]]):
@@ -122,8 +124,8 @@ class Metrics:
 
 
 @contextmanager
-def count_flops(facts: dict[str, Any]) -> Iterator[None]:
-    """Count the FLOPs of the first step into facts (multiply and add = 2; matmuls, convolutions and attention); later steps are left alone."""
+def count_flops(facts: dict[str, Any], share: float) -> Iterator[None]:
+    """Count the FLOPs of the first part (a `share` of a step) into facts (multiply and add = 2; matmuls, convolutions and attention), nothing later."""
     if facts["flops_per_step"] is not None:
         yield
         return
@@ -131,7 +133,7 @@ def count_flops(facts: dict[str, Any]) -> Iterator[None]:
 
     with FlopCounterMode(display=False) as counter:
         yield
-    facts["flops_per_step"] = float(counter.get_total_flops())
+    facts["flops_per_step"] = float(counter.get_total_flops()) / share
 
 
 def choose_attention(module: nn.Module, session: Session) -> None:
@@ -148,7 +150,8 @@ def fit(
     """Train `objective` on `images` by `recipe`, going on from the last state in session.dir if there is one.
 
     Args:
-        objective: forward(batch, progress) -> {"loss": scalar, ...}. Holds the lent ViT as `vit`, for layer decay.
+        objective: forward(batch, progress) -> {"loss": scalar mean, ...}, with "weight" if the mean is not over images: what it is over, e.g. the number
+            of masked tokens. Holds the lent ViT as `vit`, for layer decay. `prepare(batch)`, if it has that, is called before the first step.
         transform: PIL RGB image, generator -> {"image": uint8 (3, H, W), ...}.
         stage: distinguishes several trainings of one job.
 
@@ -181,32 +184,55 @@ def fit(
         session.log(f"{stage}: going on from step {step} of {total}")
     else:
         session.log(f"{stage}: {total} steps of {recipe.batch} images, {per_epoch} an epoch, peak lr {recipe.peak_lr:.3g}, {session.dtype}")
+    parts = parts_of(recipe.batch, session, objective, facts.get("parts", 1))
+    facts["parts"], lead = parts, rank() == 0
+    session.log(f"{stage}: a step is {parts} micro-batch{'es' * (parts > 1)} of {-(-recipe.batch // parts)} on {processes()} process{'es' * (processes() > 1)}")
 
     def save() -> None:
+        if not lead:
+            return
         states.save(step, {
             "objective": objective.state_dict(), "optimizer": optimizer.state_dict(), "ema": None if ema is None else ema.state_dict(),
             "facts": {**facts, "seconds": facts["seconds"] + time.monotonic() - started}, "skipped": dict(session.skipped_images),
         })
 
     samples = Samples(images, transform, session.seed, per_epoch * recipe.batch, session.on_bad_image == "skip", recipe.augment.repeats)
-    metrics = Metrics(session.dir / "metrics.jsonl", stage, step)
-    batches = [range(s * recipe.batch, (s + 1) * recipe.batch) for s in range(step, total)]
+    metrics = Metrics(session.dir / "metrics.jsonl", stage, step) if lead else None
     cuda = session.device.type == "cuda"
-    stream = loader(samples, batches, session.workers, cuda)
+    if step == 0 and hasattr(objective, "prepare"):
+        some = stack([samples[i] for i in range(min(recipe.batch, PREPARE_IMAGES))])  # the same in every process, whatever the parts
+        objective.prepare({k: v.to(session.device) for k, v in some.items() if k != "bad"})
+    stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     after_step = getattr(objective, "after_step", None)
     log_every = max(1, total // 200)
     started = saved = shown = time.monotonic()
     first = step
     while step < total:
-        batch = {k: v.to(session.device, non_blocking=cuda) for k, v in next(stream).items()}
-        bad = batch.pop("bad")
-        progress = step / total
         apply_schedule(optimizer, recipe, step, total)
-        seed_all(session.seed, "step", step)
-        with count_flops(facts), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
-            output = objective(batch, progress)
-            output["loss"].backward()
+        outputs = []
+        try:
+            for part in range(rank(), parts, processes()):
+                batch = {k: v.to(session.device, non_blocking=cuda) for k, v in next(stream).items()}
+                bad = batch.pop("bad")
+                if session.on_bad_image == "skip":
+                    for index in bad[bad >= 0].tolist():
+                        session.skipped_images[str(images.files[index])] = "cannot be read"
+                seed_all(session.seed, "step", step, *((part,) if parts > 1 else ()))
+                share = len(bad) / recipe.batch
+                with count_flops(facts, share), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
+                    output, weight = weigh(objective(batch, step / total), len(bad))
+                    (output["loss"] if parts == 1 else output["loss"] * weight).backward()
+                outputs.append((output, weight))
+        except torch.OutOfMemoryError:
+            if processes() > 1 or 2 * parts > recipe.batch:
+                raise
+            parts = facts["parts"] = parts_of(recipe.batch, session, objective, 2 * parts)
+            session.log(f"{stage}: out of memory at step {step}: from here on a step is {parts} micro-batches of {-(-recipe.batch // parts)}")
+            optimizer.zero_grad(set_to_none=True)
+            stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
+            continue
+        output = outputs[0][0] if parts == 1 else merge(outputs, parameters)
         norm = clip_gradients(parameters, recipe)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -215,20 +241,18 @@ def fit(
             after_step(step / total)
         if ema is not None:
             ema.update(objective)
-        if session.on_bad_image == "skip":
-            for index in bad[bad >= 0].tolist():
-                session.skipped_images[str(images.files[index])] = "cannot be read"
         now = time.monotonic()
         if step % log_every == 0 or step in (1, total):
             facts["loss"] = float(output["loss"].detach())
             if not math.isfinite(facts["loss"]):
                 raise JobFailed(f"{stage}: loss {facts['loss']} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
             values = {k: float(v.detach()) for k, v in output.items()} | ({} if norm is None else {"grad_norm": float(norm)})
-            metrics.add(step, {**values, "lr": optimizer.param_groups[0]["lr"]})
-        if now - shown > LOG_EVERY_S or step in (first + 1, total):
+            if metrics is not None:
+                metrics.add(step, {**values, "lr": optimizer.param_groups[0]["lr"]})
+        if lead and (now - shown > LOG_EVERY_S or step in (first + 1, total)):
             shown, speed = now, (step - first) * recipe.batch / max(now - started, 1e-9)
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
-        stop = session.should_stop()
+        stop = any_of(session.should_stop())
         if step < total and (stop or now - saved > session.checkpoint_every_s):
             if not math.isfinite(loss := float(output["loss"].detach())):
                 raise JobFailed(f"{stage}: loss {loss} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")

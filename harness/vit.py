@@ -93,7 +93,7 @@ class ViT(VisionTransformer):
         table: Tensor | None = self.pos_embed
         if table is None or grid is None or grid == self.config.grid:
             return table
-        if self.config.positions != "learned" and not table.requires_grad:
+        if self.config.positions.startswith("sincos") and not table.requires_grad:
             return sincos_positions(self.config.width, grid, self.config.positions).to(table)
         return resize_positions(table, self.config.grid, grid)
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from PIL import Image as PIL
 from torch import Tensor, nn
 
-from harness.augment import Normalize, color_jitter, crop_resize, random_resized_crop_box, to_tensor
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, ViTConfig
+from harness.augment import Normalize, TrainTransform, color_jitter, crop_resize, random_resized_crop_box, to_tensor
+from harness.classifier import FINE_TUNE_STD, Classifier
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_beit
-from methods.dalle import STRIDE, Tokenizer, load_tokenizer
-from methods.dvae import for_grid
-from methods.masking import BlockMask, block_mask, masked_indices, normalise_patches, patch_pixels, pick, random_mask, scaled
+from methods import ablations, published
+from methods.dalle import STRIDE, load_tokenizer
+from methods.masking import BlockMask, block_mask, masked_indices, pick, random_mask, scaled
+from methods.targets import Pixels, Target, Tokens, tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,10 @@ class BEiT:
         recover: where the loss is computed: masked patches, or all (recipes A8).
         mask_patches, mask_minimum: most patches hidden, and the smallest rectangle (recipes A6: 75 and 16 of 196).
         normalise_pixels: pixel targets normalised per patch, as MAE's; the paper does not say (ours: not).
+        epochs: length under the paper protocols; the other protocols set their own.
+        layer_scale, relative_bias: BEiT+ (recipes A6): LayerScale, 0.1 for Base and 1e-5 for Large; one relative position bias for all blocks in
+            place of positions that are added. They change the ViT under any protocol.
+        intermediate: trains on from this BEiT on the labels of its images, with BEiT's fine-tuning recipe (BEiT-paper Tables 3 and 11).
         init_std: standard deviation of the ViT's initial weights before truncation. None: the paper's 0.02, and 0.2 for a ViT under 384 wide
             (ours; see `deviation`).
     """
@@ -45,6 +50,10 @@ class BEiT:
     mask_patches: int = 75
     mask_minimum: int = 16
     normalise_pixels: bool = False
+    epochs: int = 800
+    layer_scale: bool = False
+    relative_bias: bool = False
+    intermediate: bool = False
     init_std: float | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -52,23 +61,41 @@ class BEiT:
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "masked image modelling: tokens of a discrete VAE predicted for block-wise masked patches (40 %)"
     source: ClassVar[str] = "arXiv 2106.08254; microsoft/unilm @ 768a3c8, beit/ (recipes A6)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "random": {"masking": "random"}, "all": {"recover": "all"}, "unmasked": {"masking": "none", "recover": "all"},
-    }
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = ablations.variants(ablations.BEIT)
+    variant_sources: ClassVar[Mapping[str, str]] = ablations.sources(ablations.BEIT)
 
     @property
-    def parent(self) -> None:
-        return None
+    def parent(self) -> BEiT | None:
+        """The BEiT without labels that intermediate fine-tuning starts from."""
+        return replace(self, intermediate=False) if self.intermediate else None
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.intermediate
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         return ("imagenet",)
 
     def assets(self, protocol: Protocol, vit: ViTConfig) -> Mapping[str, Asset]:
         """The tokenizer, for token targets."""
-        return {"tokenizer": Asset(maker=for_grid(protocol, vit))} if self.target == "tokens" else {}
+        return {"tokenizer": tokenizer(protocol, vit)} if self.target == "tokens" and not self.intermediate else {}
 
-    def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
-        return Overrides()
+    def architecture(self, vit: ViTConfig, published: bool) -> ViTConfig:
+        """As published: learned positions, no bias of keys (BEiT-paper 2.2; recipes A6). BEiT+ by its fields; once fine-tuned a bias per block (A7)."""
+        if published:
+            vit = replace(vit, positions="learned", key_bias=False)
+        if self.layer_scale:
+            vit = replace(vit, layer_scale=0.1 if vit.depth <= 12 else 1e-5)
+        if self.relative_bias:
+            vit = replace(vit, positions="none", relative_bias="block" if self.intermediate else "shared")
+        return vit
+
+    def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
+        """paper: BEiT-paper Table 13 on imagenet and cifar100 (recipes A7). What was fine-tuned on ImageNet before is scored there as it is."""
+        if evaluator == "imagenet" and self.intermediate:
+            return Overrides(use_head=True, source="BEiT-paper Table 13: the intermediate fine-tuning is that on ImageNet-1K")
+        tables = {"imagenet": published.beit_finetuning, "cifar100": published.beit_cifar}
+        return published.override(tables[evaluator](vit) if protocol.family == "paper" and evaluator in tables else None)
 
     def skip(self, vit: ViTConfig) -> str | None:
         if self.masking == "none" and self.recover == "masked":
@@ -78,15 +105,16 @@ class BEiT:
         return None
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """Pre-training values. paper: recipes A6 (BEiT-paper Table 12, IN-1K, ViT-B or ViT-L); demo, smoke: ours, scaled down."""
-        frozen = ("vit.pos_embed",) if vit.positions.startswith("sincos") else ()
-        shared: dict[str, Any] = {
-            "no_decay": ("vit.pos_embed", "vit.cls_token"), "frozen": frozen, "clip": 3.0 if vit.width <= 768 else 1.0,
-            "augment": Augment(crop_scale=(0.08, 1.0), color_jitter=(0.4, 0.4, 0.4)),
-        }
+        """Pre-training values. paper: BEiT-paper Tables 12 and 13 (see `methods.published`); demo, smoke: ours, scaled down."""
+        if protocol.family == "paper":
+            return published.beit_finetuning(vit) if self.intermediate else published.beit_pretraining(vit, self.epochs)
+        shared: dict[str, Any] = {"no_decay": published.NO_DECAY, "frozen": published.fixed(vit), "clip": 3.0}
         table = "BEiT-paper Table 12, BEiT-repo run_beit_pretraining.py (recipes A6)"
-        if protocol.family == "paper" and vit.size == (224, 224):
-            return Recipe(batch=2048, lr=1.5e-3, epochs=800, warmup=10, min_lr=1e-5, drop_path=0.1, sources=(("all", table),), **shared)
+        sources: tuple[tuple[str, str], ...]
+        if self.intermediate and protocol.family in ("demo", "smoke"):
+            demo, sources = protocol.family == "demo", (("all", "ours: as the demo's fine-tuning, longer"),)
+            shared |= {"clip": None, "layer_decay": 0.9, "augment": Augment(crop_scale=(0.2, 1.0), smoothing=0.1)}
+            return Recipe(batch=32, lr=3e-3 if demo else 1e-3, iterations=400 if demo else 30, warmup=30 if demo else 3, sources=sources, **shared)
         sources = (("batch, lr, length, warmup, drop_path, crop_scale", "ours, scaled down"), ("betas, weight_decay, no_decay, clip, jitter", table))
         shared["augment"] = Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4))
         if protocol.family == "demo":
@@ -97,6 +125,8 @@ class BEiT:
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[PIL.Image, np.random.Generator], dict[str, Tensor]]:
         """Jitter, flip, one crop box -> {"image": uint8 (3, H, W), "mask": bool (N,)}, and for tokens "tokenizer_image": uint8 (3, 8h, 8w)."""
+        if self.intermediate:
+            return TrainTransform(vit.size, recipe.augment)
         blocks = self.blocks(vit)
         view = (STRIDE * vit.grid[0], STRIDE * vit.grid[1])
 
@@ -132,11 +162,20 @@ class BEiT:
             return self.init_std
         return 0.02 if vit.width >= 384 else 0.2
 
-    def objective(self, vit: ViT | None, context: TrainContext) -> BEiTObjective:
+    def objective(self, vit: ViT | None, context: TrainContext) -> nn.Module:
+        """The loss around the ViT, or for intermediate fine-tuning a classifier on the parent's weights.
+
+        Raises:
+            UserError: intermediate fine-tuning on images without labels.
+        """
         assert vit is not None
         config = vit.config
+        if self.intermediate:
+            if not context.classes:
+                raise UserError("--methods beit@intermediate: its training images have no labels: drop it, or give --data with class folders")
+            return Classifier(vit, context.classes, mean=self.mean, std=self.std, augment=context.recipe.augment, head_std=FINE_TUNE_STD)
         limit = self.blocks(config).target if self.recover == "masked" else None
-        targets = Tokens(load_tokenizer(context.assets["tokenizer"])) if self.target == "tokens" else Pixels(config.patch, self.normalise_pixels)
+        targets: Target = Tokens(load_tokenizer(context.assets["tokenizer"])) if self.target == "tokens" else Pixels(config.patch, self.normalise_pixels)
         return BEiTObjective(vit, targets, limit, Normalize(self.mean, self.std), self.deviation(config))
 
 
@@ -149,44 +188,9 @@ class BEiTPixel(BEiT):
     summary: ClassVar[str] = "BEiT with the pixels of masked patches as targets instead of tokens"
     source: ClassVar[str] = "BEiT-paper Table 4, row '- Visual tokens' (recipes A8); loss and pixel scale ours"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"random": {"masking": "random"}, "normalised": {"normalise_pixels": True}}
-
-
-class Tokens:
-    """Targets of token prediction. Holds the tokenizer outside the objective's modules: it is neither trained nor saved with it."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.outputs = tokenizer, tokenizer.codes
-
-    def __call__(self, batch: Mapping[str, Tensor], images: Tensor, index: Tensor) -> Tensor:
-        """Tokens (B, K) of the patches `index` (B, K)."""
-        view = batch["tokenizer_image"]
-        if next(self.tokenizer.parameters()).device != view.device:
-            self.tokenizer.to(view.device)
-        return self.tokenizer(view).gather(1, index)
-
-    def loss(self, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Mean cross-entropy over the valid places of the whole batch, and the accuracy there."""
-        target = target.masked_fill(~valid, -100)
-        logits = prediction.to(torch.promote_types(prediction.dtype, torch.float32))  # never in half precision
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
-        return {"loss": loss, "accuracy": (prediction.detach().argmax(-1) == target).sum() / valid.sum()}
-
-
-class Pixels:
-    """Targets of pixel regression: the normalised image's pixels, patch by patch."""
-
-    def __init__(self, patch: int, normalise: bool) -> None:
-        self.patch, self.normalise, self.outputs = patch, normalise, patch**2 * 3
-
-    def __call__(self, batch: Mapping[str, Tensor], images: Tensor, index: Tensor) -> Tensor:
-        """Pixels (B, K, P*P*3) of the patches `index` (B, K) of normalised images."""
-        pixels = pick(patch_pixels(images, self.patch), index)
-        return normalise_patches(pixels) if self.normalise else pixels
-
-    def loss(self, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Mean squared error over the valid places."""
-        error = (prediction.to(target.dtype) - target).pow(2).mean(dim=-1)
-        return {"loss": (error * valid).sum() / valid.sum()}
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "random": "BEiT-paper Table 4, '- Visual tokens - Blockwise masking', at 800 epochs", "normalised": "ours: MAE's normalised pixels",
+    }
 
 
 class BEiTObjective(nn.Module):
@@ -201,7 +205,7 @@ class BEiTObjective(nn.Module):
         std: deviation of the ViT's initial weights before truncation at one deviation; the mask token's and the head's is 0.02.
     """
 
-    def __init__(self, vit: ViT, targets: Tokens | Pixels, limit: int | None, normalize: nn.Module, std: float = 0.02) -> None:
+    def __init__(self, vit: ViT, targets: Target, limit: int | None, normalize: nn.Module, std: float = 0.02) -> None:
         super().__init__()
         self.vit, self.targets, self.limit, self.normalize = vit, targets, limit, normalize
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.config.width))
@@ -218,7 +222,7 @@ class BEiTObjective(nn.Module):
         return self.vit.encode(self.vit.place(x))[:, 1:]
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
-        """{"image": (B, 3, H, W), "mask": (B, N) bool, ...} -> {"loss", and "accuracy" for tokens}."""
+        """{"image": (B, 3, H, W), "mask": (B, N) bool, ...} -> {"loss", "weight": number of predictions, and "accuracy" for tokens}."""
         images, mask = self.normalize(batch["image"]), batch["mask"]
         index, valid = masked_indices(mask, mask.shape[1] if self.limit is None else self.limit)
         if self.limit is None:

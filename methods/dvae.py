@@ -101,6 +101,8 @@ class DVAEObjective(nn.Module):
     The temperature falls and the KL weight rises along half cosines of the progress.
     """
 
+    batch_coupled = True  # the codes of a whole batch are to be used evenly, and a start from images is made from one batch
+
     def __init__(self, maker: DVAE) -> None:
         super().__init__()
         self.maker = maker

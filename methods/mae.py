@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
+from PIL import Image as PIL
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from harness.augment import Normalize, crop_resize, random_resized_crop_box, to_tensor
+from harness.augment import Normalize, color_jitter, crop_resize, random_resized_crop_box, to_tensor
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae, sincos_positions
-from methods.masking import normalise_patches, patch_pixels, pick, shuffle_by
+from methods import ablations, published
+from methods.dalle import STRIDE, load_tokenizer
+from methods.masking import BlockMask, block_mask, fixed_size_box, grid_mask, noise_for, pick, scaled, shuffle_by
+from methods.targets import Components, Pixels, Target, Tokens, tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
 
     from harness.plugins import TrainContext
     from harness.spec import Protocol
@@ -27,13 +29,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MAE:
-    """Masked autoencoder.
+    """Masked autoencoder. The defaults are those of the paper's best rows; `methods.ablations` has the others.
 
     Attributes:
+        epochs: length under the paper protocols; the other protocols set their own.
+        target: what hidden patches are predicted as: pixels, the largest `components` PCA coefficients of a patch, or the dVAE's tokens.
+        masking: which patches are hidden: random ones, BEiT's blocks topped up with random ones to the ratio (ours; the paper does not
+            say how it meets the ratio), or all but one of each 2 x 2, the same one all over an image and drawn for each (ours).
+        mask_tokens: where mask tokens enter: "decoder", so that the encoder sees visible patches only, or "encoder" (Table 1c).
+        augmentation: "crop" of random size; "crop-fixed": 7/8 of the short side (the paper gives no size: ours); both with flips; "none":
+            the central such crop; "crop-jitter": "crop" and colour jitter.
         mask_ratio: fraction of patches hidden; int(N * (1 - ratio)) are kept (recipes A1).
         decoder_width, decoder_depth, decoder_heads: the decoder; None: 512, 8, 16 for ViTs of the papers' size (recipes A1),
             half the ViT's width, 2 blocks and heads of 32 for narrower ones (ours).
-        normalise_pixels: targets are normalised per patch (the published 1600-epoch weights; recipes A1).
+        normalise_pixels: pixel targets are normalised per patch (the published 1600-epoch weights; recipes A1).
     """
 
     mask_ratio: float = 0.75
@@ -41,17 +50,26 @@ class MAE:
     decoder_depth: int | None = None
     decoder_heads: int | None = None
     normalise_pixels: bool = True
+    epochs: int = 800
+    target: Literal["pixels", "pca", "tokens"] = "pixels"
+    components: int = 96
+    masking: Literal["random", "block", "grid"] = "random"
+    mask_tokens: Literal["decoder", "encoder"] = "decoder"
+    augmentation: Literal["crop", "crop-fixed", "none", "crop-jitter"] = "crop"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"mask_ratio must be between 0 and 1, not {self.mask_ratio}")
+        if self.masking == "grid" and self.mask_ratio != 0.75:
+            raise UserError(f"grid masking hides 0.75 of the patches, mask_ratio cannot be {self.mask_ratio}")
 
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "masked autoencoder: the ViT sees 25 % of the patches, a light decoder predicts the pixels of the others"
     source: ClassVar[str] = "arXiv 2111.06377; facebookresearch/mae @ efb2a80 (recipes A1)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"pixels": {"normalise_pixels": False}}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = ablations.variants(ablations.MAE)
+    variant_sources: ClassVar[Mapping[str, str]] = ablations.sources(ablations.MAE)
 
     @property
     def parent(self) -> None:
@@ -61,10 +79,18 @@ class MAE:
         return ("imagenet",)
 
     def assets(self, protocol: Protocol, vit: ViTConfig) -> Mapping[str, Asset]:
-        return {}
+        """The tokenizer, for token targets."""
+        return {"tokenizer": tokenizer(protocol, vit)} if self.target == "tokens" else {}
 
-    def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
-        return Overrides()
+    def architecture(self, vit: ViTConfig, published: bool) -> ViTConfig:
+        """As published: fixed sine-cosine positions (MAE-paper A.1; recipes A1)."""
+        return replace(vit, positions="sincos-mae") if published else vit
+
+    def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
+        """imagenet under paper: Table 9 for plain pixels and PCA; the evaluator's own recipe is that of the models with normalised pixels."""
+        if evaluator != "imagenet" or protocol.family != "paper" or self.target == "tokens" or (self.target == "pixels" and self.normalise_pixels):
+            return Overrides()
+        return Overrides(published.mae_table_9(vit), source="MAE-paper Table 9 (recipes A2); crop scale (0.08, 1) is timm's default")
 
     def skip(self, vit: ViTConfig) -> str | None:
         if int(vit.patches * (1 - self.mask_ratio)) < 1:
@@ -81,44 +107,52 @@ class MAE:
         return self.decoder_width or width, self.decoder_depth or depth, self.decoder_heads or heads
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """Pre-training values. paper: recipes A1 (MAE-paper Table 8), 800 epochs as its ablations; demo, smoke: ours, scaled down."""
-        frozen = ("vit.pos_embed",) if vit.positions.startswith("sincos") else ()
-        augment = Augment(crop_scale=(0.2, 1.0))
-        if protocol.family == "paper" and vit.size == (224, 224):
-            table = "MAE-paper Table 8 (recipes A1)"
-            return Recipe(
-                batch=4096, lr=1.5e-4, lr_batch=256, epochs=800, warmup=40, betas=(0.9, 0.95), weight_decay=0.05, frozen=frozen, augment=augment,
-                sources=(("batch, lr, warmup, betas, weight_decay, augment", table), ("epochs", "MAE-paper 4.1, ablations (recipes A1)")),
-            )
+        """Pre-training values. paper: MAE-paper Table 8 (see `methods.published`); demo, smoke: ours, scaled down."""
+        jitter = self.augmentation == "crop-jitter"
+        if protocol.family == "paper":
+            return published.mae_pretraining(vit, self.epochs, jitter)
+        frozen, augment = published.fixed(vit), Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4) if jitter else None)
         scaled_down = ("batch, lr, length, warmup", "ours, scaled down")
         taken = ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)")
+        shared: dict[str, Any] = {"betas": (0.9, 0.95), "frozen": frozen, "augment": augment, "sources": (scaled_down, taken)}
         if protocol.family == "demo":
-            return Recipe(
-                batch=64, lr=2e-3, iterations=1200, warmup=80, betas=(0.9, 0.95), frozen=frozen, augment=augment, sources=(scaled_down, taken)
-            )
+            return Recipe(batch=64, lr=2e-3, iterations=1200, warmup=80, **shared)
         if protocol.family == "smoke":
-            return Recipe(
-                batch=32, lr=1e-3, iterations=60, warmup=6, betas=(0.9, 0.95), frozen=frozen, augment=augment, sources=(scaled_down, taken)
-            )
+            return Recipe(batch=32, lr=1e-3, iterations=60, warmup=6, **shared)
         return None
 
-    def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
-        """Crop and flip -> {"image": uint8 (3, H, W), "noise": float32 (N,) whose order is the random masking}."""
-        augment = recipe.augment
+    def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[PIL.Image, np.random.Generator], dict[str, Tensor]]:
+        """Crop and flip -> {"image": uint8 (3, H, W), "noise": float32 (N,), whose order is the masking}, for tokens "tokenizer_image": (3, 8h, 8w)."""
+        augment, view = recipe.augment, (STRIDE * vit.grid[0], STRIDE * vit.grid[1])
+        blocks = BlockMask(*vit.grid, vit.patches - int(vit.patches * (1 - self.mask_ratio)), scaled(16, vit.patches))
 
-        def sample(image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
-            box = random_resized_crop_box(rng, image.height, image.width, augment.crop_scale, augment.crop_ratio)
-            pixels = to_tensor(crop_resize(image, box, vit.size))
-            if rng.random() < augment.flip:
-                pixels = pixels.flip(2)
-            return {"image": pixels, "noise": torch.from_numpy(rng.random(vit.patches, dtype="float32"))}
+        def sample(image: PIL.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+            if self.augmentation in ("crop", "crop-jitter"):
+                box = random_resized_crop_box(rng, image.height, image.width, augment.crop_scale, augment.crop_ratio)
+            else:
+                box = fixed_size_box(image.height, image.width, vit.size, 7 / 8, None if self.augmentation == "none" else rng)
+            if augment.color_jitter is not None:
+                image = color_jitter(image, rng, augment.color_jitter)
+            made = {"image": to_tensor(crop_resize(image, box, vit.size))}
+            if self.target == "tokens":
+                made["tokenizer_image"] = to_tensor(crop_resize(image, box, view, PIL.Resampling.LANCZOS))
+            if self.augmentation != "none" and rng.random() < augment.flip:
+                made = {name: pixels.flip(2) for name, pixels in made.items()}
+            if self.masking == "random":
+                noise = rng.random(vit.patches, dtype="float32")
+            else:
+                noise = noise_for(block_mask(rng, blocks) if self.masking == "block" else grid_mask(rng, *vit.grid), rng)
+            return {**made, "noise": torch.from_numpy(noise)}
 
         return sample
 
     def objective(self, vit: ViT | None, context: TrainContext) -> MAEObjective:
         assert vit is not None
-        width, depth, heads = self.decoder(vit.config)
-        return MAEObjective(vit, self.mask_ratio, (width, depth, heads), self.normalise_pixels, Normalize(self.mean, self.std))
+        target: Target = Pixels(vit.config.patch, self.normalise_pixels)
+        if self.target != "pixels":
+            target = Tokens(load_tokenizer(context.assets["tokenizer"])) if self.target == "tokens" else Components(vit.config.patch, self.components)
+        normalize = Normalize(self.mean, self.std)
+        return MAEObjective(vit, self.mask_ratio, self.decoder(vit.config), target, normalize, self.mask_tokens == "encoder")
 
 
 class MAEObjective(nn.Module):
@@ -131,22 +165,26 @@ class MAEObjective(nn.Module):
         vit: encoder.
         ratio: fraction of patches hidden.
         decoder: width, depth, heads.
-        normalise_pixels: see MAE.
+        target: what is predicted; True and False stand for pixels, normalised per patch or not.
         normalize: uint8 or float images -> network input.
+        see_masks: the encoder gets all patches, a learned mask token in place of those hidden, and the decoder adds none.
     """
 
-    def __init__(self, vit: ViT, ratio: float, decoder: tuple[int, int, int], normalise_pixels: bool, normalize: nn.Module) -> None:
+    def __init__(
+        self, vit: ViT, ratio: float, decoder: tuple[int, int, int], target: Target | bool, normalize: nn.Module, see_masks: bool = False
+    ) -> None:
         super().__init__()
         config = vit.config
         width, depth, heads = decoder
-        self.vit, self.normalize, self.normalise_pixels = vit, normalize, normalise_pixels
+        self.vit, self.normalize, self.see_masks = vit, normalize, see_masks
+        self.target = Pixels(config.patch, target) if isinstance(target, bool) else target
         self.kept = int(config.patches * (1 - ratio))
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_embed = nn.Linear(config.width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width if see_masks else width))
         self.decoder_blocks = nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         self.decoder_norm = norm(width)
-        self.decoder_pred = nn.Linear(width, config.patch**2 * 3)
+        self.decoder_pred = nn.Linear(width, self.target.outputs)
         self.register_buffer("decoder_positions", sincos_positions(width, config.grid), persistent=False)
         init_mae(vit)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
@@ -157,18 +195,28 @@ class MAEObjective(nn.Module):
         """Normalised images (B, 3, H, W), indices of visible patches (B, K) -> tokens (B, 1 + K, D) after the final norm, in the order of `keep`."""
         return self.vit.encode(self.vit.place(self.vit.patches(images, keep), keep), keep)
 
+    def latent(self, images: Tensor, order: Tensor) -> Tensor:
+        """`encode` of the visible patches, the first of an order (B, N); of all, with mask tokens for those hidden, when the encoder sees masks."""
+        if not self.see_masks:
+            return self.encode(images, order[:, : self.kept])
+        x = self.vit.patches(images)
+        shown = torch.zeros_like(x[:, :, :1], dtype=torch.bool).scatter(1, order[:, : self.kept, None], True)  # (B, N, 1)
+        x = self.vit.encode(self.vit.place(torch.where(shown, x, self.mask_token.to(x.dtype))))
+        return torch.cat([x[:, :1], pick(x[:, 1:], order)], dim=1)
+
     def decode(self, latent: Tensor, order: Tensor, first: int) -> Tensor:
         """Predicted pixels of the patches order[:, first:], (B, N - first, P*P*3).
 
         Args:
-            latent: encoder output (B, 1 + K, D), class token first.
+            latent: encoder output (B, 1 + K, D), class token first; K may be N.
             order: all N patches, the K visible ones first (B, N).
         """
         x = self.decoder_embed(latent)
-        hidden = self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] + 1 - x.shape[1], -1)
+        if not self.see_masks:
+            x = torch.cat([x, self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] + 1 - x.shape[1], -1)], dim=1)
         table: Tensor = self.decoder_positions  # type: ignore[assignment]
         positions = torch.cat([table[:, :1].expand(x.shape[0], -1, -1), table[0, 1:][order]], dim=1)
-        x = torch.cat([x, hidden], dim=1) + positions
+        x = x + positions
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         last: Any = self.decoder_blocks[-1]
@@ -176,22 +224,26 @@ class MAEObjective(nn.Module):
         x = x + last.mlp(last.norm2(x))
         return self.decoder_pred(self.decoder_norm(x))
 
-    def targets(self, images: Tensor, index: Tensor) -> Tensor:
-        """What is to be predicted for the patches `index` (B, K) of normalised images: (B, K, P*P*3)."""
-        pixels = pick(patch_pixels(images, self.vit.config.patch), index)
-        return normalise_patches(pixels) if self.normalise_pixels else pixels
+    def targets(self, images: Tensor, index: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What is to be predicted for the patches `index` (B, K) of normalised images: for pixels (B, K, P*P*3)."""
+        return self.target(batch or {}, images, index)
+
+    def prepare(self, batch: Mapping[str, Tensor]) -> None:
+        """What is learned from images before the first step: the basis of PCA targets."""
+        if isinstance(self.target, Components):
+            self.target.learn(self.normalize(batch["image"]))
 
     def predict(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions for all patches row by row (B, N, P*P*3), and the mask (B, N), 1 where hidden. For pictures and tests."""
         order = shuffle_by(noise)
         restore = torch.argsort(order, dim=1)
-        prediction = self.decode(self.encode(images, order[:, : self.kept]), order, first=0)
+        prediction = self.decode(self.latent(images, order), order, first=0)
         return pick(prediction, restore), (restore >= self.kept).to(images.dtype)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
-        """{"image": (B, 3, H, W) uint8 or float, "noise": (B, N)} -> {"loss": mean squared error over the hidden patches}."""
+        """{"image": (B, 3, H, W) uint8 or float, "noise": (B, N)} -> {"loss": mean over the hidden patches, "weight": their number, ...}."""
         images = self.normalize(batch["image"])
         order = shuffle_by(batch["noise"])
-        prediction = self.decode(self.encode(images, order[:, : self.kept]), order, first=self.kept)
-        target = self.targets(images, order[:, self.kept :])
-        return {"loss": F.mse_loss(prediction.to(target.dtype), target)}
+        prediction = self.decode(self.latent(images, order), order, first=self.kept)
+        hidden = order[:, self.kept :]
+        return self.target.loss(prediction, self.targets(images, hidden, batch), torch.ones_like(hidden, dtype=torch.bool))

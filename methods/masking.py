@@ -1,4 +1,4 @@
-"""Which patches are hidden: BEiT's block-wise masks, random masks, and the pixels of patches as regression targets."""
+"""Which patches are hidden: BEiT's block-wise masks, random and grid masks, and the pixels of patches as regression targets."""
 
 from __future__ import annotations
 
@@ -72,6 +72,27 @@ def random_mask(rng: np.random.Generator, patches: int, hidden: int) -> np.ndarr
     mask = np.zeros(patches, dtype=bool)
     mask[rng.permutation(patches)[:hidden]] = True
     return mask
+
+
+def grid_mask(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Flat mask (N,) that leaves one patch of each 2 x 2 visible, the same of the four all over the grid, drawn at random."""
+    mask = np.ones((rows, columns), dtype=bool)
+    mask[rng.integers(2) :: 2, rng.integers(2) :: 2] = False
+    return mask.reshape(-1)
+
+
+def noise_for(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Noise (N,) float32 whose ascending order (see `shuffle_by`) has the patches that a mask (N,) hides last, each part in random order."""
+    return rng.random(mask.size, dtype="float32") + mask.astype(np.float32)
+
+
+def fixed_size_box(height: int, width: int, size: tuple[int, int], fraction: float, rng: np.random.Generator | None) -> tuple[int, int, int, int]:
+    """Box (top, left, height, width) of the shape of `size` that covers `fraction` of the tighter side: central, or anywhere when given a generator."""
+    scale = fraction * min(height / size[0], width / size[1])
+    h, w = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    if rng is None:
+        return (height - h) // 2, (width - w) // 2, h, w
+    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
 
 
 def block_mask(rng: np.random.Generator, generator: BlockMask) -> np.ndarray:

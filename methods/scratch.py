@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.augment import TrainTransform
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, ViTConfig
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Overrides, Recipe, ViTConfig
 from harness.vit import ViT, init_mae
+from methods import published
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,18 +56,9 @@ class Scratch:
         assert vit is not None
         init_mae(vit)
 
-    def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
-        """imagenet under paper: the supervised from-scratch recipe of MAE's Table 11 in place of the fine-tuning recipe."""
-        if evaluator != "imagenet" or protocol.family != "paper":
-            return Overrides()
-        augment = Augment(crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1)
-        return Overrides(
-            recipe={
-                "batch": 4096, "lr": 1e-4, "lr_batch": 256, "epochs": 300, "warmup": 20, "betas": (0.9, 0.95), "weight_decay": 0.3,
-                "layer_decay": None, "drop_path": 0.1, "ema": 0.9999, "augment": augment,
-            },
-            source="MAE-paper Table 11, ViT-B (recipes A5); crop scale (0.08, 1) is torchvision's and timm's default",
-        )
+    def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
+        """imagenet under paper: MAE's Table 11, from scratch, in place of the fine-tuning recipe."""
+        return published.override(published.from_scratch(vit) if evaluator == "imagenet" and protocol.family == "paper" else None)
 
     def skip(self, vit: ViTConfig) -> str | None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
@@ -12,6 +12,7 @@ from harness.augment import TrainTransform
 from harness.classifier import Classifier
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
+from methods import published
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Supervised:
-    """Supervised training with the from-scratch recipe of the MAE paper; the EMA weights are the result.
+    """Supervised training from scratch.
 
     Attributes:
+        by: whose recipe and initial weights: "mae" (Table 11: EMA, whose weights are the result), or "deit" (erasing, repeated augmentation, the
+            raw weights; timm's initialisation with the class token from the same law, as DeiT's code has it).
         pooling: "cls" reads the class token after the final norm, as DeiT does: every parameter of the ViT is trained, the linear
             probe's input included. "mean" averages the patch tokens, as MAE's fine-tuning code does, and leaves the final norm untouched.
     """
 
+    by: Literal["mae", "deit"] = "mae"
     pooling: Literal["cls", "mean"] = "cls"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -39,7 +43,10 @@ class Supervised:
     needs_labels: ClassVar[bool] = True
     summary: ClassVar[str] = "classification with labels from scratch, EMA weights; its imagenet cell is its own accuracy"
     source: ClassVar[str] = "MAE-paper A.2 and Table 11 (recipes A5); MAE issue #28"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mean": {"pooling": "mean"}}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mean": {"pooling": "mean"}, "deit": {"by": "deit"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "mean": "MAE-repo main_finetune.py, --global_pool (recipes A2, A5)", "deit": "DeiT-paper Table 9, DeiT-repo main.py (recipes A5)",
+    }
 
     @property
     def parent(self) -> None:
@@ -52,30 +59,25 @@ class Supervised:
         return {}
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """paper: recipes A5 (MAE-paper Table 11, ViT-B). demo, smoke: the same kind of recipe scaled down (ours)."""
-        frozen = (("vit.pos_embed",) if vit.positions.startswith("sincos") else ()) + (("vit.norm.*",) if self.pooling == "mean" else ())
-        if protocol.family == "paper" and vit.size == (224, 224):
-            augment = Augment(crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1)
-            return Recipe(
-                batch=4096, lr=1e-4, lr_batch=256, epochs=300 if vit.width <= 768 else 200, warmup=20, betas=(0.9, 0.95), weight_decay=0.3,
-                drop_path=0.1 if vit.width <= 768 else 0.2, ema=0.9999, frozen=frozen, augment=augment,
-                sources=(("all", "MAE-paper Table 11 (recipes A5)"), ("augment.crop_scale", "torchvision's and timm's default")),
-            )
+        """paper: MAE-paper Table 11, or DeiT-paper Table 9 (see `methods.published`). demo, smoke: the same kind of recipe scaled down (ours)."""
+        frozen = published.fixed(vit) + (("vit.norm.*",) if self.pooling == "mean" else ())
+        if protocol.family == "paper":
+            recipe = published.from_scratch(vit) if self.by == "mae" else published.deit(vit)
+            return None if recipe is None else replace(recipe, frozen=frozen)
         sources = (
             ("batch, lr, length, warmup, ema, weight_decay, mixup, cutmix", "ours, scaled down"),
-            ("betas, smoothing", "MAE-paper Table 11 (recipes A5)"), ("rand_augment", "ours: none, too strong for so short a run"),
+            ("betas, smoothing, erasing, repeats", "MAE-paper Table 11; DeiT-paper Table 9 (recipes A5)"),
+            ("rand_augment", "ours: none, too strong for so short a run"),
         )
-        augment = Augment(crop_scale=(0.2, 1.0), smoothing=0.1)
+        deit = self.by == "deit"
+        shared: dict[str, Any] = {
+            "betas": (0.9, 0.999) if deit else (0.9, 0.95), "weight_decay": 0.05, "frozen": frozen, "sources": sources,
+            "augment": Augment(crop_scale=(0.2, 1.0), smoothing=0.1, erasing=0.25 if deit else 0.0, repeats=3 if deit else 1),
+        }
         if protocol.family == "demo":
-            return Recipe(
-                batch=32, lr=2e-3, iterations=900, warmup=60, betas=(0.9, 0.95), weight_decay=0.05, ema=0.99, frozen=frozen, augment=augment,
-                sources=sources,
-            )
+            return Recipe(batch=32, lr=2e-3, iterations=900, warmup=60, ema=None if deit else 0.99, **shared)
         if protocol.family == "smoke":
-            return Recipe(
-                batch=32, lr=1e-3, iterations=40, warmup=5, betas=(0.9, 0.95), weight_decay=0.05, ema=0.9, frozen=frozen, augment=augment,
-                sources=sources,
-            )
+            return Recipe(batch=32, lr=1e-3, iterations=40, warmup=5, ema=None if deit else 0.9, **shared)
         return None
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
@@ -90,10 +92,13 @@ class Supervised:
         assert vit is not None
         if not context.classes:
             raise UserError("--methods supervised: its training images have no labels: drop it, or give --data with class folders")
-        init_mae(vit)
+        if self.by == "mae":
+            init_mae(vit)
+        else:
+            nn.init.trunc_normal_(vit.cls_token, std=0.02)  # the rest is as the ViT was built: timm's
         return Classifier(vit, context.classes, pooling=self.pooling, augment=context.recipe.augment, mean=self.mean, std=self.std)
 
-    def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
+    def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
         """imagenet: the pre-training's own classifier is scored, nothing is trained again."""
         if evaluator != "imagenet":
             return Overrides()

@@ -65,7 +65,7 @@ class Rotation:
         assert vit is not None
         return TurnLoss(vit, self.turns, Normalize(self.mean, self.std))
 
-    def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
+    def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
         return Overrides()
 
     def skip(self, vit: ViTConfig) -> str | None:

@@ -41,7 +41,7 @@ def test_commands_and_flags_are_frozen() -> None:
 def test_defaults_are_frozen() -> None:
     args = cli.parser().parse_args(["run", "--methods", "mae", "--evals", "ade20k"])
     assert (args.protocol, args.seeds, args.eval_seeds, args.runs, args.launcher, args.tuning, args.on_bad_image) == (
-        "demo", "0", "0", "runs", "local", "published", "fail",
+        "demo", "0", "0", "runs", "local", None, "fail",
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.plan import Plan, Planner, Request
+from harness.plan import Planner
+from harness.request import Plan, Request
 
 
 def plan(smoke_data: Path, methods: str, evals: str, **fields: object) -> Plan:

@@ -31,7 +31,7 @@ def test_supervised_trains_every_parameter_that_it_does_not_freeze(pooling: str)
 
 def test_supervised_scores_its_own_classifier_on_its_own_task_only() -> None:
     method = Supervised()
-    assert method.transfer("imagenet", family("demo")).use_head and not method.transfer("ade20k", family("demo")).use_head
+    assert method.transfer("imagenet", family("demo"), ViTConfig()).use_head and not method.transfer("ade20k", family("demo"), ViTConfig()).use_head
     recipe = method.recipe(family("smoke"), SMALL)
     assert recipe is not None
     with pytest.raises(UserError, match="no labels"):
@@ -51,6 +51,6 @@ def test_scratch_only_initialises_and_differs_by_seed() -> None:
 
 def test_scratch_is_trained_from_scratch_under_paper() -> None:
     """Its imagenet cell is no fine-tune of random weights."""
-    overrides = Scratch().transfer("imagenet", family("paper"))
+    overrides = Scratch().transfer("imagenet", family("paper"), ViTConfig())
     assert overrides.recipe["weight_decay"] == 0.3 and overrides.recipe["ema"] == 0.9999 and overrides.recipe["epochs"] == 300 and overrides.source
-    assert not Scratch().transfer("ade20k", family("paper")).recipe and not Scratch().transfer("imagenet", family("demo")).recipe
+    assert not Scratch().transfer("ade20k", family("paper"), ViTConfig()).recipe and not Scratch().transfer("imagenet", family("demo"), ViTConfig()).recipe

@@ -1,0 +1,97 @@
+"""What the command line asks for, and the plan that is made of it: a graph of nodes and the cells of the table.
+
+Names of plugins are looked up here, groups expanded; `harness.plan` does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness import plugins
+from harness.jobs import Node
+from harness.spec import Protocol as Setting
+from harness.spec import UserError, suggest
+from harness.store import Result, result_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as on the command line."""
+
+    methods: tuple[str, ...]
+    evals: tuple[str, ...]
+    protocol: str = "demo"
+    backbone: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    eval_seeds: tuple[int, ...] = (0,)
+    data: str | None = None
+    pretrain_data: str | None = None
+    settings: tuple[str, ...] = ()
+    tuning: str | None = None
+    on_bad_image: str = "fail"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table: a node, or the reason why there is none."""
+
+    about: Mapping[str, Any]
+    node: Node | None
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The nodes in an order that respects dependencies, the cells that they fill, and data sets to generate first."""
+
+    nodes: tuple[Node, ...]
+    cells: tuple[Cell, ...]
+    protocol: Setting
+
+    def results(self, states: Mapping[str, Any], records: Mapping[str, Any]) -> list[Result]:
+        """Cells with what became of them: states and records by key."""
+        out = []
+        for cell in self.cells:
+            if cell.node is None:
+                out.append(result_of(cell.about, "skipped", cell.skipped, None, ""))
+            else:
+                state = states[cell.node.key]
+                out.append(result_of(cell.about, state.status, state.reason, records.get(cell.node.key), cell.node.key))
+        return out
+
+
+def names(kind: str, words: Sequence[str]) -> list[tuple[str, bool]]:
+    """Words of --methods or --evals, groups expanded: (name, named explicitly).
+
+    Raises:
+        UserError: empty list, or a name twice.
+    """
+    flag, found = f"--{kind}", []
+    for word in words:
+        known = word in plugins.installed(kind) or any(c in word for c in "@:")
+        members = None if known else plugins.group(kind, word)
+        if not known and members is None:
+            raise UserError(f"{flag}: unknown name {word!r}: {suggest(word, [*plugins.installed(kind), *plugins.groups(kind)])}")
+        found += [(word, True)] if known else [(m, False) for m in members or ()]
+    if not found:
+        raise UserError(f"{flag}: the list is empty: name at least one of {', '.join(plugins.installed(kind))}")
+    explicit = [n for n, named in found if named]
+    if twice := sorted({n for n in explicit if explicit.count(n) > 1}):
+        raise UserError(f"{flag}: {', '.join(twice)} is named twice: name each once")
+    unique: dict[str, bool] = {}
+    for name, named in found:
+        unique[name] = unique.get(name, False) or named
+    return list(unique.items())
+
+
+def resolve_precision() -> str:
+    """What `auto` means on this machine, for all rows of a table alike: bf16 where there is hardware for it."""
+    import torch
+
+    if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU"):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if cpu() else "fp32"

@@ -1,0 +1,75 @@
+"""Trains a tiny BEiT on pixels in N processes and writes its weights: `python processes.py N FOLDER`. Run by test_batches.py.
+
+torch is imported once and the processes are forked before it has any threads.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.data import ImageList
+from harness.plugins import Session, TrainContext
+from harness.randomness import seed_all
+from harness.spec import Augment, Recipe, ViTConfig
+from harness.train import fit
+from harness.vit import ViT
+from methods.beit import BEiT
+
+SMALL = ViTConfig(size=(32, 32), patch=4, width=16, depth=2, heads=2)
+RECIPE = Recipe(batch=10, lr=0.3, iterations=3, optimizer="sgd", clip=1.0, drop_path=0.0, precision="fp32", augment=Augment(color_jitter=(0.4, 0.4, 0.4)))
+
+
+class Unweighted(nn.Module):
+    """An objective that does not say what its mean is over."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.vit = inner, inner.vit
+
+    def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        return {"loss": self.inner(batch, progress)["loss"]}
+
+
+def train(
+    folder: Path, images: Path, recipe: Recipe = RECIPE, micro_batch: int | None = None, weighted: bool = True, log: Any = lambda line: None
+) -> dict[str, Tensor]:
+    """Weights after three steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    method = BEiT(target="pixels", mask_patches=150)  # so many that the number hidden varies from image to image
+    seed_all(3, "init")
+    objective: Any = method.objective(ViT(SMALL, recipe.drop_path), TrainContext(SMALL, recipe, 3))
+    objective = objective if weighted else Unweighted(objective)
+    files = ImageList(images, sorted(p.name for p in images.glob("*.png")), None, ())
+    session = Session(folder, 3, torch.device("cpu"), torch.float32, {}, micro_batch=micro_batch, log=log)
+    fit(objective, files, method.transform(SMALL, recipe), recipe, session)
+    return dict(objective.vit.state_dict())
+
+
+def process(rank: int, count: int, place: Path) -> None:
+    """One of them."""
+    import dataclasses
+
+    dist.init_process_group("gloo", init_method=f"file://{place / 'meeting'}", rank=rank, world_size=count)
+    for name, drop_path in (("plain", 0.0), ("dropped", 0.5)):
+        state = train(place / f"{name}-{rank}", place / "images", dataclasses.replace(RECIPE, drop_path=drop_path))
+        torch.save(state, place / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    total, place = int(sys.argv[1]), Path(sys.argv[2])
+    children = []
+    for rank in range(total):
+        if (child := os.fork()) == 0:
+            process(rank, total, place)
+            os._exit(0)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))

@@ -1,0 +1,132 @@
+"""A global batch in parts: on one device after the other, on several processes, and when memory gives out, the step is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import RECIPE, train
+from torch import Tensor, nn
+
+from harness.batches import parts_of, positions
+from harness.data import ImageList
+from harness.plugins import Session
+from harness.run import number_from
+from harness.spec import JobFailed, UserError
+from harness.train import Samples, fit
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 12 images."""
+    root = tmp_path_factory.mktemp("batches")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(root / "images" / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> dict[str, Tensor]:
+    """Weights after training with the batch in one part."""
+    return train(place / "whole", place / "images")
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference of two states, relative to how far training moved the weights' own scale."""
+    return max(((a[k] - b[k]).abs().max() / (b[k].abs().max() + 1e-3)).item() for k in b)
+
+
+def test_a_batch_in_parts_makes_the_same_step(place: Path, whole: dict[str, Tensor]) -> None:
+    """Parts hide different numbers of patches: each counts by its own number, or the step would depend on the machine."""
+    lines: list[str] = []
+    assert distance(train(place / "parts", place / "images", micro_batch=3, log=lines.append), whole) < 2e-5
+    assert any("4 micro-batches of 3 on 1 process" in line for line in lines), lines
+    assert distance(train(place / "wrong", place / "images", micro_batch=3, weighted=False), whole) > 2e-4  # what a mean of means would give
+
+
+def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, Tensor]) -> None:
+    """With gloo; with dropped paths too, which are drawn for each part."""
+    command = [sys.executable, str(Path(__file__).with_name("processes.py")), "4", str(place)]
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    states = [torch.load(place / f"plain-{rank}.pt", weights_only=True) for rank in range(4)]
+    assert distance(states[0], whole) < 2e-5
+    assert all(torch.equal(states[0][k], s[k]) for s in states[1:] for k in s)
+    dropped = train(place / "dropped", place / "images", dataclasses.replace(RECIPE, drop_path=0.5), micro_batch=3)
+    assert distance(torch.load(place / "dropped-0.pt", weights_only=True), dropped) < 2e-5 < distance(dropped, whole)
+    assert (place / "plain-0" / "metrics.jsonl").exists() and not (place / "plain-1" / "metrics.jsonl").exists()
+
+
+class Toy(nn.Module):
+    """Mean of a linear map; runs out of memory above so many images."""
+
+    def __init__(self, fits: int = 99) -> None:
+        super().__init__()
+        self.layer, self.fits = nn.Linear(1, 1), fits
+
+    def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        if len(batch["x"]) > self.fits:
+            raise torch.OutOfMemoryError("as a GPU would")
+        return {"loss": self.layer(batch["x"]).pow(2).mean()}
+
+
+def session(folder: Path, **fields: Any) -> Session:
+    folder.mkdir(exist_ok=True)
+    return Session(folder, 0, torch.device("cpu"), torch.float32, {}, **fields)
+
+
+def test_memory_that_gives_out_splits_the_batch(place: Path, tmp_path: Path) -> None:
+    """The step is done again in parts, and comes to the same weights."""
+    images = ImageList(place / "images", sorted(p.name for p in (place / "images").iterdir()), None, ())
+    ends, lines = [], list[str]()
+    for name, fits in (("large", 99), ("small", 3)):
+        torch.manual_seed(0)
+        toy = Toy(fits)
+        fit(toy, images, lambda image, rng: {"x": torch.tensor([float(np.asarray(image).mean()) / 255])}, RECIPE, session(tmp_path / name, log=lines.append))
+        ends.append(toy.layer.weight.detach().clone())
+    assert torch.allclose(ends[0], ends[1], rtol=1e-5) and any("out of memory at step 0" in line and "4 micro-batches" in line for line in lines)
+
+
+def test_a_loss_that_couples_images_is_not_split_unless_forced(tmp_path: Path) -> None:
+    """Batch norm, and what says so: their parts would be another loss without a word."""
+    for objective in (nn.BatchNorm1d(2), type("Contrastive", (nn.Module,), {"batch_coupled": True})()):
+        assert parts_of(10, session(tmp_path), objective) == 1
+        with pytest.raises(JobFailed, match="couples the images"):
+            parts_of(10, session(tmp_path, micro_batch=5), objective)
+        assert parts_of(10, session(tmp_path, micro_batch=5, force_accumulation=True), objective) == 2
+    with pytest.raises(JobFailed, match="cannot be split"):
+        parts_of(10, session(tmp_path), Toy(), at_least=11)
+
+
+def test_parts_share_the_positions_of_a_step() -> None:
+    """Each image of a batch once, whatever the parts."""
+    for parts in (1, 3, 4):
+        found = positions(range(2, 4), 10, parts)
+        assert len(found) == 2 * parts and sorted(p for part in found for p in part) == list(range(20, 40))
+
+
+def test_repeated_augmentation_shows_each_image_so_often_in_a_row() -> None:
+    """DeiT's: an epoch has as many samples and a third of the images."""
+    samples = Samples(ImageList(Path(), [str(i) for i in range(12)], None, ()), lambda image, rng: {}, 0, 12, False, repeats=3)
+    first = [samples.file_at(p) for p in range(12)]
+    assert all(first[i] == first[i - i % 3] for i in range(12)) and len(set(first)) == 4
+    assert first != [samples.file_at(p) for p in range(12, 24)]
+
+
+def test_machine_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_MICRO_BATCH", "0")
+    with pytest.raises(UserError, match="HARNESS_MICRO_BATCH=0"):
+        number_from("HARNESS_MICRO_BATCH")
+    monkeypatch.delenv("HARNESS_MICRO_BATCH")
+    assert number_from("HARNESS_MICRO_BATCH") is None

@@ -1,0 +1,131 @@
+"""The papers' recipes as the tables have them, the ViT that each method gets, and the reason where no source has a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness import plugins
+from harness.plan import Planner
+from harness.request import Request
+from harness.spec import UserError, ViTConfig
+from harness.vit import ViT
+from protocols.paper import BACKBONES, paper
+
+B, L, H = (BACKBONES[n] for n in ("vit-b16", "vit-l16", "vit-h14"))
+
+# method, backbone -> values of its recipe as printed in the table named (facts: recipes A1, A5, A6, A7)
+ROWS = {
+    ("mae", B): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 800, "warmup": 40, "betas": (0.9, 0.95), "weight_decay": 0.05, "drop_path": 0.0, "clip": None},
+    ("mae@1600", H): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 1600, "min_lr": 0.0, "no_decay": (), "frozen": ("vit.pos_embed",)},
+    ("beit", B): {"batch": 2048, "peak_lr": 1.5e-3, "epochs": 800, "warmup": 10, "min_lr": 1e-5, "clip": 3.0, "drop_path": 0.1, "betas": (0.9, 0.999)},
+    ("beit@300", L): {"batch": 2048, "peak_lr": 1.5e-3, "epochs": 300, "clip": 1.0, "frozen": ()},
+    ("beit@plus", L): {"epochs": 800, "frozen": ("vit.pos_embed",)},
+    ("beit@intermediate", B): {"batch": 1024, "peak_lr": 4e-3, "epochs": 100, "warmup": 20, "layer_decay": 0.65, "weight_decay": 0.05, "min_lr": 1e-6},
+    ("beit@intermediate", L): {"batch": 1024, "peak_lr": 2e-3, "epochs": 50, "warmup": 5, "layer_decay": 0.75},
+    ("supervised", B): {"batch": 4096, "peak_lr": 1.6e-3, "epochs": 300, "warmup": 20, "weight_decay": 0.3, "drop_path": 0.1, "ema": 0.9999},
+    ("supervised", H): {"peak_lr": 1.6e-3, "epochs": 200, "drop_path": 0.2, "betas": (0.9, 0.95)},
+    ("supervised@deit", B): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "ema": None, "weight_decay": 0.05},
+}
+
+
+@pytest.mark.parametrize(("name", "vit"), ROWS, ids=lambda v: v if isinstance(v, str) else f"{v.width}")
+def test_values_are_the_tables(name: str, vit: ViTConfig) -> None:
+    """A wrong cell here is a run of weeks that reproduces nothing."""
+    method = plugins.build("methods", name)
+    recipe = method.recipe(paper, method.architecture(vit, True) if hasattr(method, "architecture") else vit)
+    expected = ROWS[name, vit]
+    assert {field: getattr(recipe, field) for field in expected} == pytest.approx(expected, rel=1e-12)
+    assert any(what == "all" for what, _ in recipe.sources)
+
+
+def test_augmentation_of_the_classification_recipes() -> None:
+    """Erasing and repeats are where the tables differ."""
+    found = {n: plugins.build("methods", n).recipe(paper, B).augment for n in ("supervised", "supervised@deit", "beit@intermediate")}
+    assert [(a.erasing, a.repeats) for a in found.values()] == [(0, 1), (0.25, 3), (0.25, 3)]
+    assert {(a.mixup, a.cutmix, a.smoothing, a.rand_augment) for a in found.values()} == {(0.8, 1.0, 0.1, "rand-m9-mstd0.5-inc1")}
+
+
+def test_fine_tuning_that_the_methods_papers_set() -> None:
+    """BEiT's Table 13 and MAE's Table 9 for plain pixels; the models with normalised pixels have the evaluator's own recipe."""
+    base, large = (plugins.build("methods", "beit").transfer("imagenet", paper, v).recipe for v in (B, L))
+    assert (base["lr"], base["lr_batch"], base["layer_decay"], base["augment"].repeats) == (4e-3, None, 0.65, 3)
+    assert (large["epochs"], large["layer_decay"], large["augment"].repeats) == (50, 0.75, 1)
+    cifar = plugins.build("methods", "beit").transfer("cifar100", paper, B).recipe
+    assert (cifar["batch"], cifar["epochs"], cifar["weight_decay"], cifar["augment"].erasing) == (512, 150, 0.3, 0.0)
+    assert not plugins.build("methods", "beit").transfer("imagenet", paper, H).recipe
+    plain = plugins.build("methods", "mae@pixels").transfer("imagenet", paper, H).recipe
+    assert (plain["lr"], plain["layer_decay"], plain["epochs"], plain["drop_path"], plain["augment"].erasing) == (1e-3, 0.75, 50, 0.2, 0.0)
+    assert not plugins.build("methods", "mae@1600").transfer("imagenet", paper, B).recipe
+    assert plugins.build("methods", "scratch").transfer("imagenet", paper, L).recipe["epochs"] == 200
+
+
+def test_each_method_gets_its_published_vit() -> None:
+    def vit(name: str, base: ViTConfig, published: bool = True) -> ViTConfig:
+        return plugins.build("methods", name).architecture(base, published)
+
+    assert vit("mae", B).positions == "sincos-mae" and vit("mae", B, False) == B == vit("beit", B, False)
+    assert (vit("beit", B).positions, vit("beit", B).key_bias, vit("beit", B).relative_bias, vit("beit", B).layer_scale) == ("learned", False, "none", None)
+    plus = [vit("beit@plus", v) for v in (B, L)]
+    assert [(p.positions, p.relative_bias, p.layer_scale) for p in plus] == [("none", "shared", 0.1), ("none", "shared", 1e-5)]
+    assert vit("beit@plus", B, False) == dataclasses.replace(plus[0], key_bias=True)
+
+
+def test_no_positions_are_zero_and_stay_so() -> None:
+    vit = ViT(ViTConfig(size=(32, 32), patch=8, width=32, depth=1, heads=2, positions="none"))
+    assert not vit.pos_embed.any() and not vit.pos_embed.requires_grad and not vit.positions((2, 3)).any() and vit.positions((2, 3)).shape == (1, 7, 32)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A data root with two images of two classes."""
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            (tmp_path / "data" / "imagenet" / split / name).mkdir(parents=True)
+            Image.fromarray(np.full((8, 8, 3), 7, dtype=np.uint8)).save(tmp_path / "data" / "imagenet" / split / name / "a.png")
+    return tmp_path / "data"
+
+
+def planner(photos: Path, methods: str, evals: str = "imagenet", **fields: object) -> Planner:
+    request = {"protocol": "paper", "data": str(photos), **fields}
+    return Planner(Request(methods=tuple(methods.split(",")), evals=tuple(evals.split(",")), **request))
+
+
+def test_a_size_that_no_paper_gives_is_named_with_those_that_exist(photos: Path) -> None:
+    """It is found before anything starts."""
+    with pytest.raises(UserError, match=r"beit has no recipe for protocol paper with backbone vit-h14.*there is one for vit-b16, vit-l16"):
+        planner(photos, "beit", backbone="vit-h14").plan()
+
+
+
+def test_shared_means_one_vit_and_one_fine_tuning_for_all(photos: Path) -> None:
+    """paper-shared compares methods, paper reproduces papers; a ViT of a method's own is a footnote."""
+    found = {p: planner(photos, "mae,beit", protocol=p).plan() for p in ("paper", "paper-shared")}
+    vits = {p: [n.identity["vit"] for n in plan.nodes if n.kind == "pretrain"] for p, plan in found.items()}
+    recipes = {p: [n.identity["recipe"] for n in plan.nodes if n.kind == "evaluate"] for p, plan in found.items()}
+    assert vits["paper"][0] != vits["paper"][1] and vits["paper-shared"][0] == vits["paper-shared"][1]
+    assert recipes["paper"][0] != recipes["paper"][1] and recipes["paper-shared"][0] == recipes["paper-shared"][1]
+    assert [c.about["tuning"] for c in found["paper-shared"].cells] == ["shared", "shared"]
+    plus = planner(photos, "beit@plus", protocol="paper-shared").plan()
+    assert any("a ViT of its own" in note and "relative_bias shared" in note for note in plus.cells[0].about["deviations"])
+
+
+def test_intermediate_fine_tuning_trains_on_from_beit(photos: Path) -> None:
+    """One BEiT for both rows, under the name that --set knows it by; the files of the tokenizer are asked for by name."""
+    made = planner(photos, "beit,beit@intermediate")
+    plan = made.plan()
+    first, second = (n for n in plan.nodes if n.kind == "pretrain")
+    assert (first.name, second.name, second.parents["parent"].key) == ("beit", "beit@intermediate", first.key) and len(plan.nodes) == 4
+    [reason] = made.missing.values()
+    assert "dall-e/encoder.pkl: no such file" in reason and "cdn.openai.com" in reason
+    before = first.key
+    (photos / "dall-e").mkdir()
+    (photos / "dall-e" / "encoder.pkl").write_bytes(b"weights")
+    again = planner(photos, "beit")
+    node = again.plan().nodes[0]
+    assert not again.missing and node.key != before and node.where["files"]["tokenizer"].endswith("encoder.pkl")
+    assert len(node.identity["files"]["tokenizer"]) == 64
