@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.augment import Normalize
 from harness.checkpoint import write_atomically
-from harness.data import BadImage, ImageList, load_rgb, read_images
+from harness.data import BadImage, ImageList, read_images
 from harness.plugins import Progress, Session
 from harness.spec import Augment, Interrupted, JobFailed, Outcome, UserError
 from harness.vit import ViT
@@ -157,7 +157,7 @@ class _Images(Dataset[tuple[int, Tensor | None]]):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
         try:
-            return index, self.transform(load_rgb(self.samples.path(index)))["image"]
+            return index, self.transform(self.samples.load(index))["image"]
         except BadImage:
             if not self.skip_bad:
                 raise

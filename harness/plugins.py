@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FLAGS = {"protocols": "--protocol", "launchers": "--launcher"}  # others are called as their kind
-KINDS = ("methods", "evals", "launchers", "protocols", "commands")
+KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands")
 
 
 @dataclass(frozen=True)

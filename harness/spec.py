@@ -181,7 +181,8 @@ class Asset:
 class Protocol:
     """Scale, data, backbones and default variants of a comparison. Plugins choose their recipe by `family`.
 
-    `generator`: "module:function" that makes the data, called with (folder, names, family, workers); None for data that the user brings.
+    `generator`: "module:function" that makes the data sets named in `generates`, called with (folder, names, family, workers); None for data
+    that the user brings.
     `caption` stands over a table of the protocol's own data, `caveat` behind the name of other data.
     """
 
@@ -191,6 +192,7 @@ class Protocol:
     backbones: Mapping[str, ViTConfig]
     backbone: str
     generator: str | None = None
+    generates: tuple[str, ...] = ()
     data_version: str = ""
     caption: str = ""
     caveat: str = ""

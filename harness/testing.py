@@ -69,7 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if setting.generator is None:
             pytest.skip(f"protocol {setting.name} makes no data")
         folders = data.folders_below(root / setting.name)
-        if name not in folders:
+        if name not in setting.generates:
             pytest.skip(f"protocol {setting.name} makes no {name}")
         if data.missing([name], folders):
             plugins.load("protocols", setting.generator)(root / setting.name, [name], setting.family, 1)

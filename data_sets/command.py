@@ -51,13 +51,17 @@ class Data:
         """Print a set's problems; how many."""
         from tqdm import tqdm
 
-        from protocols.verify import verify
+        from data_sets.verify import compare_counts, verify
 
         if folder is None:
             raise UserError(f"data verify: unknown data set {name!r}: {suggest(name, folders)}")
         with tqdm(desc=f"verify {name}", unit="image", disable=not sys.stderr.isatty(), leave=False) as bar:
             found = verify(name, folder, lambda images: bar.update(images) and None)
+            problems, remarks = compare_counts(name, folder)
+        found += problems
         for line in found:
             print(line)
+        for line in remarks:
+            print(f"note: {line}")
         print(f"{name}: {len(found)} problems in {folder}" if found else f"{name}: in order ({folder})")
         return len(found)
