@@ -147,7 +147,9 @@ class Method(Trainable, Protocol):
 
 
 class Evaluator(Protocol):
-    """A way to score a checkpoint. `version` is bumped whenever the number would change."""
+    """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains
+    nothing and has no recipe, and `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's
+    checkpoint/backbone.pt, classifier included), not the pre-training's."""
 
     version: ClassVar[int]
     columns: ClassVar[tuple[Metric, ...]]

@@ -18,9 +18,10 @@ from evals.finetune import FineTuning, ImageFolder, ImageNet, INat2018, Places36
 from harness.augment import EvalTransform
 from harness.canonical import canonical, digest, restore
 from harness.checkpoint import Backbone
-from harness.classifier import Classifier, labelled_images, predict
+from harness.classifier import Classifier
 from harness.plugins import EvalContext, Session, build, group
 from harness.randomness import seed_all
+from harness.scoring import labelled_images, predict
 from harness.spec import Augment, Interrupted, JobFailed, Overrides, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 

@@ -15,9 +15,10 @@ from evals.linear import Linear, features, train_on_features
 from harness.augment import EvalTransform
 from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
-from harness.classifier import Classifier, labelled_images
+from harness.classifier import Classifier
 from harness.plugins import EvalContext, Session
 from harness.randomness import seed_all
+from harness.scoring import labelled_images
 from harness.spec import Augment, Interrupted, JobFailed, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 
