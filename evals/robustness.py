@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from harness.data import ImageList
     from harness.plugins import EvalContext
 
-ALEXNET: Mapping[str, float] = {  # top-1 error, AugMix-repo imagenet.py, which quotes Hendrycks & Dietterich (arXiv 1903.12261)
-    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880, "glass_blur": 0.826268,
-    "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
-    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
-}
-
-
 @dataclass(frozen=True)
 class Robustness:
     """Top-1 of the `after` evaluator's model among the classes that the test set has (200 in -A and -R: the arg-max is taken among them).
@@ -62,7 +55,7 @@ class Robustness:
         """
         import numpy as np
 
-        from evals.robustness_metrics import restricted_top1
+        from evals.robustness_metrics import predict_among
         from harness.augment import EvalTransform
         from harness.checkpoint import write_atomically
         from harness.data import read_images
@@ -75,16 +68,13 @@ class Robustness:
         indices = places_among(images, model, self.data)
         size = checkpoint.config.size
         transform = EvalTransform(size, 0.875 if max(size) <= 224 else 1.0)
-        logits = np.full((len(images), len(model.classes)), -np.inf, dtype=np.float32)
-        places, rows = score(model, images, transform, session, stage=self.data, read=lambda scores: scores)
-        logits[places] = rows
-        targets = images.labels.copy()
-        targets[np.setdiff1d(np.arange(len(images)), places)] = -1  # an image that could not be read counts as wrong
-        correct = logits[:, indices].argmax(axis=1) == targets
+        correct = np.zeros(len(images), dtype=bool)  # an image that cannot be read, and may be skipped, counts as wrong
+        places, scores = score(model, images, transform, session, stage=self.data, read=lambda scores: scores)
+        correct[places] = predict_among(scores, indices) == images.labels[places]
         path = session.dir / "outcomes.npz"
         write_atomically(path, lambda stream: np.savez_compressed(stream, correct=correct, label=images.labels))
         facts = {"images_seen": 0, "flops": 0.0, "scored_images": len(images), "classes": len(images.classes), "model": self.after}
-        return Outcome({"top-1": restricted_top1(logits, indices, targets)}, path, facts)
+        return Outcome({"top-1": 100.0 * float(correct.mean())}, path, facts)
 
 
 def fine_tuned(checkpoint: Backbone) -> Classifier:
@@ -164,7 +154,7 @@ class ImageNetC(Robustness):
         """Score the 75 sets one after the other; each one's outcomes are kept, so that a stopped job goes on with the next."""
         import numpy as np
 
-        from evals.robustness_metrics import mce
+        from evals.robustness_metrics import ALEXNET_ERROR, corruption_errors, mean_corruption_error, mean_error
         from harness.checkpoint import write_atomically
         from harness.data import read_images
         from harness.scoring import predict
@@ -172,7 +162,7 @@ class ImageNetC(Robustness):
         session = context.session
         model, transform = fine_tuned(checkpoint), CentralCrop(checkpoint.config.size)
         correct: dict[str, Any] = {}
-        for name in (f"{corruption}/{severity}" for corruption in ALEXNET for severity in range(1, 6)):
+        for name in (f"{corruption}/{severity}" for corruption in ALEXNET_ERROR for severity in range(1, 6)):
             path = session.dir / "checkpoint" / "scored" / f"{name.replace('/', '-')}.npy"
             if not path.is_file():
                 images = read_images(self.data, name, session.folders[self.data])
@@ -180,11 +170,11 @@ class ImageNetC(Robustness):
                 found = predict(model, images, transform, session, stage=name) == places[images.labels]
                 write_atomically(path, partial(np.save, arr=found))
             correct[name] = np.load(path)
-        accuracy = np.array([[correct[f"{corruption}/{severity}"].mean() for severity in range(1, 6)] for corruption in ALEXNET])
         packed = {name: np.packbits(found) for name, found in correct.items()}
         write_atomically(session.dir / "outcomes.npz", lambda stream: np.savez_compressed(stream, **packed))
+        accuracy = {c: [float(correct[f"{c}/{severity}"].mean()) for severity in range(1, 6)] for c in ALEXNET_ERROR}
         facts = {
-            "images_seen": 0, "flops": 0.0, "scored_images": sum(map(len, correct.values())), "model": self.after,
-            "mean_error": float(100 * (1 - accuracy).mean()), "error": {c: float(100 * (1 - row).mean()) for c, row in zip(ALEXNET, accuracy, strict=True)},
+            "images_seen": 0, "flops": 0.0, "scored_images": sum(map(len, correct.values())), "model": self.after, "mean_error": mean_error(accuracy),
+            "corruption_errors": corruption_errors(accuracy),
         }
-        return Outcome({"mCE": mce(accuracy, np.array(list(ALEXNET.values())))}, session.dir / "outcomes.npz", facts)
+        return Outcome({"mCE": mean_corruption_error(accuracy)}, session.dir / "outcomes.npz", facts)
