@@ -1,94 +1,76 @@
-"""Fine-tuning the whole ViT on labelled images and scoring top-1: ImageNet, iNaturalist 2018, Places365, a user's own class folder."""
+"""Fine-tuning a ViT on labelled images and scoring top-1: ImageNet, iNaturalist, Places, CIFAR-100, a user's own class folder."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from harness.spec import Augment, JobFailed, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
+from evals.recipes import PUBLISHED, scaled_down, size_of
+from harness.spec import JobFailed, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig, suggest
 
 if TYPE_CHECKING:
     from harness.checkpoint import Backbone
     from harness.classifier import Classifier
     from harness.plugins import EvalContext
 
-POLICY = "rand-m9-mstd0.5-inc1"
-NO_DECAY = ("vit.pos_embed", "vit.cls_token")  # MAE's and BEiT's fine-tuning (recipes A2); vectors are exempt anyway
-
-
-def published(lr: float, layer_decay: float, erasing: float, sources: tuple[tuple[str, str], ...]) -> Recipe:
-    """MAE's fine-tuning of ViT-B/16 at 224 pixels, 100 epochs (recipes A2); the arguments are where its two tables differ."""
-    augment = Augment(crop_scale=(0.08, 1.0), rand_augment=POLICY, erasing=erasing, mixup=0.8, cutmix=1.0, smoothing=0.1)
-    return Recipe(
-        batch=1024, lr=lr, lr_batch=256, epochs=100, warmup=5, min_lr=1e-6, weight_decay=0.05, no_decay=NO_DECAY, layer_decay=layer_decay,
-        drop_path=0.1, augment=augment, sources=sources,
-    )
-
-
-MAE_FINETUNE = published(5e-4, 0.65, 0.25, (
-    ("all", "MAE-repo FINETUNE.md, ViT-B (recipes A2)"), ("augment.crop_scale", "timm's default (recipes A2)"),
-))
-MAE_TABLE_9 = published(1e-3, 0.75, 0.0, (
-    ("all", "MAE-paper A.5: the setting of Table 9 (recipes A2, A11)"), ("min_lr", "MAE-repo FINETUNE.md"),
-    ("lr, epochs", "Table 9's: what was adjusted for each data set was never published (recipes A11)"),
-))
-
-
-def scaled_down(family: str) -> Recipe | None:
-    """The recipes of the demo and of smoke, for all data sets alike."""
-    sources = (
-        ("betas, smoothing, weight_decay, layer-wise decay, drop_path's rule", "MAE-paper Table 9 (recipes A2)"),
-        ("batch, lr, length, warmup, layer_decay, drop_path, augment", "ours, for a budget of seconds"),
-    )
-    if family == "demo":
-        return Recipe(
-            batch=32, lr=3e-3, iterations=80, warmup=8, min_lr=1e-6, weight_decay=0.05, no_decay=NO_DECAY, layer_decay=0.9,
-            augment=Augment(crop_scale=(0.4, 1.0), smoothing=0.1), sources=sources,
-        )
-    if family == "smoke":
-        augment = Augment(crop_scale=(0.4, 1.0), rand_augment=POLICY, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
-        return Recipe(
-            batch=32, lr=1e-3, iterations=16, warmup=2, min_lr=1e-6, weight_decay=0.05, no_decay=NO_DECAY, layer_decay=0.75, drop_path=0.1,
-            augment=augment, sources=sources,
-        )
-    return None
-
 
 @dataclass(frozen=True)
 class FineTuning:
-    """End-to-end fine-tuning with the mean of the patch tokens as read-out (MAE's and BEiT's code), then top-1 on val.
+    """Fine-tuning, then top-1 on val. The model that was scored is kept as a checkpoint (`keeps_model`), for evaluators that go on from it.
 
     Attributes:
         holdout: fraction of train that is held out and scored instead of val, for tuning; 0 scores val.
+        by: whose recipe, a name of `evals.recipes.PUBLISHED`; "default": the data set's usual one.
+        size: side of the images in pixels, None: as pre-trained. Positions are interpolated to another size.
+        pooling: what the classifier reads; "published": as the recipe's source has it (see `evals.recipes.Published`).
     """
 
     holdout: float = 0.0
+    by: str = "default"
+    size: int | None = None
+    pooling: Literal["published", "cls", "mean"] = "published"
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     data: ClassVar[str]
-    full_scale: ClassVar[Recipe]
+    usual: ClassVar[str] = "mae"
+    keeps_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout must be at least 0 and below 1, not {self.holdout}")
+        if self.by != "default" and self.by not in PUBLISHED:
+            raise UserError(f"by: no recipe {self.by!r}: {suggest(self.by, ['default', *PUBLISHED])}")
+
+    @property
+    def after(self) -> str:
+        """The evaluator whose fine-tuned model this one trains on from: BEiT's 384 pixels come after its 224 (recipes A7). "": none."""
+        return self.data if self.by == "beit-384" else ""
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         """The labelled set that is trained on and scored."""
         return (self.data,)
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """paper: MAE's, for ViT-B/16 at 224 pixels. demo, smoke: ours."""
+        """paper: `evals.recipes`, for the sizes that the source has. demo, smoke: ours, with the usual recipe's name only."""
         if protocol.family == "paper":
-            base = (vit.size, vit.patch, vit.width, vit.depth) == ((224, 224), 16, 768, 12)
-            return self.full_scale if base else None
-        return scaled_down(protocol.family)
+            return PUBLISHED[self.usual if self.by == "default" else self.by].recipe(size_of(vit))
+        return scaled_down(protocol.family) if self.by == "default" else None
 
     def skip(self, vit: ViTConfig) -> str | None:
-        """Runs on every ViT."""
+        """A size that its patch does not divide."""
+        if self.size is not None and (self.size < vit.patch or self.size % vit.patch):
+            return f"a patch of {vit.patch} pixels does not divide an image size of {self.size}"
         return None
+
+    def read_out(self, protocol: Protocol) -> Literal["cls", "mean"]:
+        """What the classifier reads."""
+        if self.pooling != "published":
+            return self.pooling
+        return PUBLISHED[self.usual if self.by == "default" else self.by].pooling if protocol.family == "paper" else "mean"
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Fine-tune and score; or score the classifier of the pre-training, when the method's transfer says so.
@@ -97,43 +79,61 @@ class FineTuning:
             JobFailed: that classifier is missing or of other classes; data or images are broken; the loss is not finite.
         """
         from harness.augment import EvalTransform, TrainTransform
-        from harness.classifier import FINE_TUNE_STD, Classifier, labelled_images, predict, top1
         from harness.randomness import seed_all
+        from harness.scoring import labelled_images, predict, top1
         from harness.train import fit
 
         session, recipe = context.session, context.recipe
         train, val = labelled_images(self.data, session, self.holdout)
-        evaluate = EvalTransform(checkpoint.config.size, 0.875 if max(checkpoint.config.size) <= 224 else 1.0)  # recipes A2
+        target = dataclasses.replace(checkpoint.config, size=(self.size, self.size)) if self.size else checkpoint.config
+        evaluate = EvalTransform(target.size, 0.875 if max(target.size) <= 224 else 1.0)  # recipes A2, A7
         if context.overrides.use_head:
             if self.holdout:
                 raise JobFailed("holdout: the held-out images were trained on by the pre-training whose classifier is to be scored")
-            model = self.own_classifier(checkpoint, val.classes)
-            return top1(predict(model, val, evaluate, session), val, session, {"images_seen": 0, "flops": 0.0, "head": "of the pre-training"})
-        assert recipe is not None
-        target = checkpoint.config
-        if target.relative_bias == "shared":
-            target = dataclasses.replace(target, relative_bias="block")  # BEiT fine-tunes a table per block (recipes A7)
-        seed_all(session.seed, "head")
-        model = Classifier(
-            checkpoint.build(target, recipe.drop_path), train.classes, mean=checkpoint.mean, std=checkpoint.std, augment=recipe.augment,
-            head_std=FINE_TUNE_STD,
-        )
-        facts = fit(model, train, TrainTransform(target.size, recipe.augment), recipe, session)
+            model = self.own_classifier(checkpoint, val.classes, target)
+            facts: dict[str, Any] = {"images_seen": 0, "flops": 0.0, "head": "of the pre-training"}
+        else:
+            assert recipe is not None
+            if target.relative_bias == "shared":
+                target = dataclasses.replace(target, relative_bias="block")  # BEiT fine-tunes a table per block (recipes A7)
+            seed_all(session.seed, "head")
+            if self.after:
+                model = self.own_classifier(checkpoint, train.classes, target, recipe)
+            else:
+                model = self.fresh_classifier(checkpoint, train.classes, target, recipe, self.read_out(context.protocol))
+            facts = fit(model, train, TrainTransform(target.size, recipe.augment), recipe, session)
+        if self.keeps_model:
+            state = {k: v.detach().cpu().contiguous() for k, v in model.vit.state_dict().items()}
+            kept = dataclasses.replace(checkpoint, config=model.vit.config, state=state, classifier=model.classifier())
+            kept.save(session.dir / "checkpoint" / "backbone.pt")
         return top1(predict(model, val, evaluate, session), val, session, facts)
 
-    def own_classifier(self, checkpoint: Backbone, classes: tuple[str, ...]) -> Classifier:
-        """The model as pre-trained, read-out included."""
+    def fresh_classifier(
+        self, checkpoint: Backbone, classes: tuple[str, ...], target: ViTConfig, recipe: Recipe, pooling: Literal["cls", "mean"]
+    ) -> Classifier:
+        """The pre-trained ViT with a read-out to train."""
+        from harness.classifier import FINE_TUNE_STD, Classifier
+
+        return Classifier(
+            checkpoint.build(target, recipe.drop_path), classes, mean=checkpoint.mean, std=checkpoint.std, pooling=pooling, augment=recipe.augment,
+            head_std=FINE_TUNE_STD,
+        )
+
+    def own_classifier(self, checkpoint: Backbone, classes: tuple[str, ...], target: ViTConfig, recipe: Recipe | None = None) -> Classifier:
+        """The model as it comes, read-out included; with a recipe, to train on."""
         from harness.classifier import Classifier
 
         if checkpoint.classifier is None:
             raise JobFailed("the pre-training left no classifier to score: it was not trained with labels")
         saved = tuple(checkpoint.classifier.get("classes", ()))
-        if saved != classes:
+        if saved != classes and saved != tuple(str(i) for i in range(len(classes))):  # numbers: an original's file, in the order of the sorted names
             raise JobFailed(
                 f"the pre-training's classifier knows other classes than {self.data} ({len(saved)} against {len(classes)}): "
                 "use --tuning shared to fine-tune"
             )
-        return Classifier.restore(checkpoint.build(), checkpoint.classifier, checkpoint.mean, checkpoint.std)
+        vit = checkpoint.build(target, 0.0 if recipe is None else recipe.drop_path)
+        augment = None if recipe is None else recipe.augment
+        return Classifier.restore(vit, {**checkpoint.classifier, "classes": classes}, checkpoint.mean, checkpoint.std, augment)
 
 
 @dataclass(frozen=True)
@@ -141,31 +141,77 @@ class ImageNet(FineTuning):
     """ImageNet-1K, or any set in its layout."""
 
     data: ClassVar[str] = "imagenet"
-    full_scale: ClassVar[Recipe] = MAE_FINETUNE
+    keeps_model: ClassVar[bool] = True
     summary: ClassVar[str] = "end-to-end fine-tuning on ImageNet, top-1"
-    source: ClassVar[str] = "MAE-repo FINETUNE.md; MAE-paper Table 9 (recipes A2)"
+    source: ClassVar[str] = "MAE-repo FINETUNE.md (recipes A2)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mae": {"by": "mae"}, "mae-table9": {"by": "mae-table9"}, "beit": {"by": "beit"}, "beit-repo": {"by": "beit-repo"},
+        "384": {"by": "beit-384", "size": 384}, "448": {"by": "mae-448", "size": 448},
+    }
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "mae": "MAE-repo FINETUNE.md", "mae-table9": "MAE-paper Table 9", "beit": "BEiT-paper Table 13", "beit-repo": "BEiT-repo README",
+        "384": "BEiT-paper Table 1, DeiT-repo README_deit.md", "448": "MAE-paper Table 3; the recipe is ours",
+    }
+
+
+HIGH_RESOLUTION: Mapping[str, Mapping[str, Any]] = {"448": {"by": "mae-448", "size": 448}}  # MAE-paper Table 6, row ViT-H at 448 pixels
 
 
 @dataclass(frozen=True)
-class INat2018(FineTuning):
+class INat2017(FineTuning):
+    """iNaturalist 2017."""
+
+    data: ClassVar[str] = "inat2017"
+    usual: ClassVar[str] = "mae-transfer"
+    groups: ClassVar[tuple[str, ...]] = ("inat",)
+    summary: ClassVar[str] = "transfer to fine-grained classes: fine-tuning on iNaturalist 2017, top-1"
+    source: ClassVar[str] = "MAE-paper A.5 with Table 9, lr and epochs ours (recipes A11)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = HIGH_RESOLUTION
+
+
+@dataclass(frozen=True)
+class INat2018(INat2017):
     """iNaturalist 2018."""
 
     data: ClassVar[str] = "inat2018"
-    full_scale: ClassVar[Recipe] = MAE_TABLE_9
-    groups: ClassVar[tuple[str, ...]] = ("inat",)
     summary: ClassVar[str] = "transfer to fine-grained classes: fine-tuning on iNaturalist 2018, top-1"
-    source: ClassVar[str] = "MAE-paper A.5 with Table 9 (recipes A11)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {**HIGH_RESOLUTION, "deit": {"by": "inat-deit"}}
 
 
 @dataclass(frozen=True)
-class Places365(FineTuning):
+class INat2019(INat2018):
+    """iNaturalist 2019."""
+
+    data: ClassVar[str] = "inat2019"
+    summary: ClassVar[str] = "transfer to fine-grained classes: fine-tuning on iNaturalist 2019, top-1"
+
+
+@dataclass(frozen=True)
+class Places205(INat2017):
+    """Places205."""
+
+    data: ClassVar[str] = "places205"
+    groups: ClassVar[tuple[str, ...]] = ("places",)
+    summary: ClassVar[str] = "transfer to scenes: fine-tuning on Places205, top-1"
+
+
+@dataclass(frozen=True)
+class Places365(Places205):
     """Places365-Standard."""
 
     data: ClassVar[str] = "places365"
-    full_scale: ClassVar[Recipe] = MAE_TABLE_9
-    groups: ClassVar[tuple[str, ...]] = ("places",)
     summary: ClassVar[str] = "transfer to scenes: fine-tuning on Places365, top-1"
-    source: ClassVar[str] = "MAE-paper A.5 with Table 9 (recipes A11)"
+
+
+@dataclass(frozen=True)
+class CIFAR100(FineTuning):
+    """CIFAR-100 at the ViT's own image size."""
+
+    data: ClassVar[str] = "cifar100"
+    usual: ClassVar[str] = "cifar-beit"
+    summary: ClassVar[str] = "transfer to small images: fine-tuning on CIFAR-100, top-1"
+    source: ClassVar[str] = "BEiT-paper Table 13 (recipes A7)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mocov3": {"by": "cifar-mocov3"}, "dino": {"by": "cifar-dino"}}
 
 
 @dataclass(frozen=True)
@@ -179,9 +225,8 @@ class ImageFolder(FineTuning):
     path: str = field(default="", compare=False, metadata={"identity": False})
 
     data: ClassVar[str] = "imagefolder"
-    full_scale: ClassVar[Recipe] = dataclasses.replace(MAE_FINETUNE, sources=(("all", "ours: as for ImageNet (recipes A2)"),))
     summary: ClassVar[str] = "end-to-end fine-tuning on a class folder of yours (imagefolder:DIR), top-1"
-    source: ClassVar[str] = "MAE-repo FINETUNE.md (recipes A2)"
+    source: ClassVar[str] = "ours: as for ImageNet, MAE-repo FINETUNE.md (recipes A2)"
 
     @classmethod
     def from_argument(cls, text: str) -> ImageFolder:

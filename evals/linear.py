@@ -1,11 +1,14 @@
-"""Linear probe: the ViT is frozen, a batch norm and a linear layer on its class token are trained, top-1 on ImageNet's val."""
+"""Linear probe: the ViT is frozen, a linear layer on its features is trained, top-1 on ImageNet's val. By MAE's protocol, or by BEiT's."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from evals.recipes import size_of
 from harness.spec import Augment, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
 
 if TYPE_CHECKING:
@@ -16,38 +19,53 @@ if TYPE_CHECKING:
 
 FROZEN = ("vit.*",)
 PLAIN = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+MIDDLE = {"B/16": 9, "L/16": 14}  # the block whose output BEiT's probe reads, from 1 (BEiT-paper App. D; recipes A7)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """MAE's linear probe (recipes A3).
+    """A linear probe.
 
+    by "mae" (recipes A3): the class token after the final norm, a BatchNorm without affine parameters, LARS, 90 epochs. by "beit" (A7): the
+    mean of the patch tokens after a middle block, without any norm, AdamW, 50 epochs.
     With the recipe's augmentation switched off (crop_scale and crop_ratio (1, 1), flip 0: the demo's choice) the features of the central
-    crops are computed once and all epochs read them; else every epoch crops anew, with MAE's sampler that does not retry.
+    crops are computed once and all epochs read them; else every epoch crops anew, by MAE's protocol with its sampler that does not retry.
 
     Attributes:
         holdout: fraction of train that is held out and scored instead of val, for tuning; 0 scores val.
+        by: whose protocol.
+        layer: block whose output is read, from 1, in BEiT's protocol; None: 9 of ViT-B, 14 of ViT-L, three fifths of the depth elsewhere (ours).
     """
 
     holdout: float = 0.0
+    by: Literal["mae", "beit"] = "mae"
+    layer: int | None = None
 
     version: ClassVar[int] = 1
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     summary: ClassVar[str] = "linear probe on ImageNet with a frozen ViT, top-1"
     source: ClassVar[str] = "MAE-repo main_linprobe.py; MAE-paper Table 10 (recipes A3)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"beit": {"by": "beit"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {"beit": "BEiT-paper App. D, Table 9"}
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout must be at least 0 and below 1, not {self.holdout}")
+        if self.by not in ("mae", "beit"):
+            raise UserError(f"by must be mae or beit, not {self.by!r}")
+        if self.layer is not None and (self.by != "beit" or self.layer < 1):
+            raise UserError("layer counts blocks from 1 and belongs to BEiT's protocol: use linear@beit, or leave it out")
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         """ImageNet, or any set in its layout."""
         return ("imagenet",)
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """paper: MAE-paper Table 10, for ViT-B/16 at 224 pixels. demo, smoke: the same optimiser on cached features (ours)."""
+        """paper: MAE-paper Table 10 for ViT-B, L and H, or BEiT-paper App. D for ViT-B and L. demo, smoke: the same optimiser on cached features (ours)."""
+        if self.by == "beit":
+            return self.beits(protocol.family, vit)
         if protocol.family == "paper":
-            if (vit.size, vit.patch, vit.width, vit.depth) != ((224, 224), 16, 768, 12):
+            if not size_of(vit):
                 return None
             return Recipe(
                 batch=16384, lr=0.1, lr_batch=256, epochs=90, warmup=10, optimizer="lars", momentum=0.9, weight_decay=0.0, frozen=FROZEN,
@@ -65,9 +83,34 @@ class Linear:
             ),
         )
 
+    def beits(self, family: str, vit: ViTConfig) -> Recipe | None:
+        """BEiT-paper App. D: AdamW, lr 4e-3 at batch 1024, 50 epochs, weight decay 1e-4, random resized crops and flips. ViT-B and ViT-L."""
+        if (family == "paper" and size_of(vit) not in MIDDLE) or family not in ("paper", "demo", "smoke"):
+            return None
+        recipe = Recipe(
+            batch=1024, lr=4e-3, epochs=50, weight_decay=1e-4, frozen=FROZEN, augment=Augment(crop_scale=(0.08, 1.0)),
+            sources=(("all", "BEiT-paper App. D (recipes A7)"), ("augment.crop_scale, betas, warmup", "ours: torchvision's and torch's defaults, no warm-up")),
+        )
+        if family == "paper":
+            return recipe
+        sources = (*recipe.sources, ("batch, augment, layer", "ours: features of the central crops, computed once"), ("epochs", "smoke's length is ours"))
+        return dataclasses.replace(recipe, batch=512 if family == "demo" else 64, epochs=50 if family == "demo" else 20, augment=PLAIN, sources=sources)
+
     def skip(self, vit: ViTConfig) -> str | None:
-        """Runs on every ViT."""
-        return None
+        """A layer that the ViT does not have."""
+        return f"layer {self.layer} of a ViT of {vit.depth} blocks" if self.layer is not None and self.layer > vit.depth else None
+
+    def probe(self, checkpoint: Backbone, classes: tuple[str, ...], augment: Augment) -> Classifier:
+        """The frozen ViT, cut after the layer that is read, with its head. BEiT's head start is not published: MAE's is taken."""
+        from harness.classifier import PROBE_STD, Classifier
+
+        vit, beit = checkpoint.build(), self.by == "beit"
+        if beit:
+            vit.blocks = vit.blocks[: self.layer or MIDDLE.get(size_of(vit.config)) or max(1, round(0.6 * vit.config.depth))]
+        return Classifier(
+            vit, classes, mean=checkpoint.mean, std=checkpoint.std, pooling="plain-mean" if beit else "cls", augment=augment, head_std=PROBE_STD,
+            probe=True, batch_norm=not beit,
+        )
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Train the probe and score it.
@@ -76,8 +119,8 @@ class Linear:
             JobFailed: data or images are broken; the loss is not finite.
         """
         from harness.augment import EvalTransform, TrainTransform
-        from harness.classifier import PROBE_STD, Classifier, labelled_images, predict, top1
         from harness.randomness import seed_all
+        from harness.scoring import labelled_images, predict, top1
         from harness.train import fit
 
         session, recipe, size = context.session, context.recipe, checkpoint.config.size
@@ -85,41 +128,45 @@ class Linear:
         train, val = labelled_images("imagenet", session, self.holdout)
         evaluate = EvalTransform(size, 0.875 if max(size) <= 224 else 1.0)  # recipes A3
         seed_all(session.seed, "head")
-        probe = Classifier(
-            checkpoint.build(), train.classes, mean=checkpoint.mean, std=checkpoint.std, pooling="cls", augment=recipe.augment, head_std=PROBE_STD,
-            probe=True,
-        )
-        a = recipe.augment
+        probe, a = self.probe(checkpoint, train.classes, recipe.augment), recipe.augment
         if (a.crop_scale, a.crop_ratio, a.flip) == (PLAIN.crop_scale, PLAIN.crop_ratio, PLAIN.flip) and not (
             a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix
         ):
             facts = train_on_features(probe, train, evaluate, recipe, session)
         else:
-            facts = fit(probe, train, TrainTransform(size, a, retry=False), recipe, session)
+            facts = fit(probe, train, TrainTransform(size, a, retry=self.by != "mae"), recipe, session)
         return top1(predict(probe, val, evaluate, session), val, session, facts)
 
 
-def features(probe: Classifier, images: ImageList, transform: Any, session: Session) -> Any:
-    """Features (n, D) and labels (n,) of all images that can be read, computed once and kept in the job's checkpoint folder."""
+def collect(probe: Classifier, images: ImageList, transform: Any, session: Session, name: str = "features") -> Any:
+    """Features (n, D) and places (n,) of all images that can be read, computed once and kept in the job's checkpoint folder."""
     import torch
 
     from harness.checkpoint import write_atomically
-    from harness.classifier import image_batches
+    from harness.scoring import image_batches
 
-    path = Path(session.dir) / "checkpoint" / "features.pt"
+    path = Path(session.dir) / "checkpoint" / f"{name}.pt"
     if path.is_file():
         saved = torch.load(path, weights_only=True)
-        return saved["features"], saved["label"]
+        return saved["features"], saved["places"]
     probe.to(session.device).eval()
     rows, kept = [], []
     with torch.no_grad(), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
-        for indices, batch in image_batches(images, transform, session, 64, "features"):
+        for indices, batch in image_batches(images, transform, session, 64, name):
             rows.append(probe.features(batch).cpu())
             kept += indices
+    x, places = torch.cat(rows), torch.tensor(kept)
+    write_atomically(path, lambda stream: torch.save({"features": x, "places": places}, stream))
+    return x, places
+
+
+def features(probe: Classifier, images: ImageList, transform: Any, session: Session) -> Any:
+    """Features (n, D) and labels (n,) of all images that can be read."""
+    import torch
+
     assert images.labels is not None
-    x, label = torch.cat(rows), torch.from_numpy(images.labels[kept])
-    write_atomically(path, lambda stream: torch.save({"features": x, "label": label}, stream))
-    return x, label
+    x, places = collect(probe, images, transform, session)
+    return x, torch.from_numpy(images.labels)[places]
 
 
 def train_on_features(probe: Classifier, images: ImageList, transform: Any, recipe: Recipe, session: Session) -> dict[str, Any]:

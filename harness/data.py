@@ -1,30 +1,27 @@
-"""Data sets on disk: where they lie, what they hold, how an image is read.
+"""Data sets on disk: where they lie, what a layout is asked for, how an image is read.
 
-Readers take the layouts as downloaded (ImageNet's class folders, iNaturalist's json, Places365's lists, ADE20K, COCO); the demo's
-generated sets have the same layouts and go through the same code. Class names and counts are read from the data, never assumed.
+Layouts are plugins (entry points of `harness.datasets`; ours are in data_sets/). They take the files as downloaded; the demo's generated
+sets have the same layouts and go through the same code. Class names and counts are read from the data, never assumed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from harness.plugins import importable, load
 from harness.randomness import generator
 from harness.spec import JobFailed, UserError, suggest
 from harness.spec import Protocol as Setting
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
-FOLDERS = {
-    "imagenet": "imagenet", "ade20k": "ADEChallengeData2016", "coco": "coco", "inat2017": "inat2017", "inat2018": "inat2018", "inat2019": "inat2019",
-    "places205": "places205", "places365": "places365",
-}
-
 
 
 class BadImage(JobFailed):
@@ -33,12 +30,16 @@ class BadImage(JobFailed):
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images of one split. `files` are relative to `root`; `labels` is int64 or None; `classes` are the names that labels index."""
+    """Images of one split. `files` are relative to `root`; `labels` is int64 or None; `classes` are the names that labels index.
+
+    `pixels` uint8 (n, H, W, 3) holds the images themselves where they are no files of their own (CIFAR); `files` are then names only.
+    """
 
     root: Path
     files: Sequence[str]
     labels: np.ndarray | None
     classes: tuple[str, ...]
+    pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,10 +48,19 @@ class ImageList:
         """Full path of an image."""
         return self.root / self.files[index]
 
+    def load(self, index: int) -> Any:
+        """An image as PIL RGB; BadImage when it cannot be read."""
+        if self.pixels is None:
+            return load_rgb(self.path(index))
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index])
+
     def subset(self, indices: Iterable[int]) -> ImageList:
         """The images at these positions, in this order; the classes stay."""
         chosen = list(indices)
-        return ImageList(self.root, [self.files[i] for i in chosen], None if self.labels is None else self.labels[chosen], self.classes)
+        labels, pixels = (None if a is None else a[chosen] for a in (self.labels, self.pixels))
+        return ImageList(self.root, [self.files[i] for i in chosen], labels, self.classes, pixels)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ImageList, ImageList]:
         """(rest, held out): a fraction drawn at random, the same for the same files and seed, at least one image each."""
@@ -80,6 +90,66 @@ def load_rgb(path: Path) -> Any:
         raise BadImage(f"{path}: cannot be read as an image ({error}): mend or remove it, or add --retry --on-bad-image skip") from error
 
 
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+
+class Count(NamedTuple):
+    """Official number of images and classes of a split. `sure` is False where no primary source was found."""
+
+    images: int
+    classes: int
+    sure: bool = True
+
+
+class DataSet(Protocol):
+    """A layout on disk, an entry point of `harness.datasets`.
+
+    Attributes:
+        folder: its name below --data; None where the user names the place (imagefolder:DIR).
+        splits: what `read` takes; ("train", "val") for a set that something can be trained on.
+        official: split -> what a complete copy has; empty where nobody says.
+        label_files: names of files whose content, and not only their size, is part of the data's fingerprint, besides .json, .txt and .csv.
+    """
+
+    folder: ClassVar[str | None]
+    splits: ClassVar[tuple[str, ...]]
+    official: ClassVar[Mapping[str, Count]]
+    label_files: ClassVar[tuple[str, ...]]
+
+    def read(self, split: str, root: Path) -> ImageList:
+        """Images of a split. Raises UserError when the folder is empty or of another layout."""
+        ...
+
+    def count(self, split: str, root: Path) -> tuple[int, int]:
+        """Images and classes of a split, as compared with `official`."""
+        ...
+
+    def check(self, root: Path) -> None:
+        """What can be found wrong without decoding every image. Raises UserError."""
+        ...
+
+    def problems(self, root: Path, step: Callable[[int], None]) -> Iterator[str]:
+        """Everything that is wrong, every image decoded; `step` is told of each image looked at."""
+        ...
+
+
+@cache
+def data_set(name: str) -> DataSet:
+    """The layout behind a name such as imagenet, or imagefolder:DIR.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: DataSet = load("datasets", name.partition(":")[0], "data")()
+    return found
+
+
+@cache
+def folder_names() -> Mapping[str, str]:
+    """Name -> folder below --data, of all data sets that have a place there."""
+    return {name: cls.folder for name, cls in importable("datasets").items() if cls.folder is not None}
+
+
 # --------------------------------------------------------------------------------------------------------------- places
 
 
@@ -93,7 +163,7 @@ def generated_root(setting: Setting) -> Path:
 
 def folders_below(root: Path) -> dict[str, Path]:
     """Name -> folder of every data set in the layout of one root."""
-    return {name: root / folder for name, folder in FOLDERS.items()}
+    return {name: root / folder for name, folder in folder_names().items()}
 
 
 def locate(data: str | None, setting: Setting) -> dict[str, Path]:
@@ -103,10 +173,10 @@ def locate(data: str | None, setting: Setting) -> dict[str, Path]:
         UserError: --data is missing, or its TOML is wrong.
     """
     if data is None:
-        return folders_below(generated_root(setting)) if setting.generator else {}
+        return {n: f for n, f in folders_below(generated_root(setting)).items() if n in setting.generates}
     path = Path(data)
     if not path.exists():
-        raise UserError(f"--data {data}: no such folder or file: name the folder that holds {', '.join(sorted(set(FOLDERS.values()))[:4])}, ...")
+        raise UserError(f"--data {data}: no such folder or file: name the folder that holds {', '.join(sorted(folder_names().values())[:4])}, ...")
     if path.is_dir():
         return folders_below(path)
     try:
@@ -119,8 +189,8 @@ def locate(data: str | None, setting: Setting) -> dict[str, Path]:
         raise UserError(f"--data {data}: not a TOML file ({error}): it maps names to folders, as in imagenet = \"/data/imagenet\"") from error
     found = {}
     for name, value in body.items():
-        if name not in FOLDERS:
-            raise UserError(f"--data {data}: unknown data set {name!r}: {suggest(name, FOLDERS)}")
+        if name not in folder_names():
+            raise UserError(f"--data {data}: unknown data set {name!r}: {suggest(name, folder_names())}")
         if not isinstance(value, str):
             raise UserError(f"--data {data}: {name} must be the path of a folder, in quotes")
         found[name] = (path.parent / value).resolve()
@@ -137,7 +207,7 @@ def folder_of(name: str, folders: Mapping[str, Path]) -> Path:
     if colon:
         return Path(rest)
     if name not in folders:
-        raise UserError(f"--data: no folder for {name}: give a root that holds {FOLDERS.get(name, name)}, or a TOML with {name} = \"FOLDER\"")
+        raise UserError(f"--data: no folder for {name}: give a root that holds {folder_names().get(name, name)}, or a TOML with {name} = \"FOLDER\"")
     return folders[name]
 
 
@@ -163,39 +233,6 @@ def images_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def class_folders(root: Path, split: str) -> ImageList:
-    """ImageNet's layout: SPLIT/<class>/*.jpg; a class's index is its place among the sorted folder names of train."""
-    train, folder = root / "train", root / split
-    for needed in (train, folder):
-        if not needed.is_dir():
-            raise UserError(f"{needed}: no such folder: expected train/<class>/*.jpg and val/<class>/*.jpg in {root}")
-    classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if not classes:
-        raise UserError(f"{train}: no class folders: expected train/<class>/*.jpg")
-    index, files = {c: i for i, c in enumerate(classes)}, images_below(folder)
-    unknown = sorted({f.split("/")[0] for f in files} - set(classes))
-    if unknown:
-        raise UserError(f"{folder}: {unknown[0]!r} is no class of train: {suggest(unknown[0], classes[:20])}")
-    if not files:
-        raise UserError(f"{folder}: no images: expected {split}/<class>/*.jpg")
-    return ImageList(folder, files, np.array([index[f.split("/")[0]] for f in files], dtype=np.int64), classes)
-
-
-def image_folder(root: Path, split: str) -> ImageList:
-    """A user's class folder: train/ and val/ as ImageNet has them, or classes alone, of which a fifth is then held out as val."""
-    if (root / "train").is_dir():
-        return class_folders(root, split)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder: expected <class>/*.jpg, or train/<class> and val/<class>")
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    files = [f for f in images_below(root) if "/" in f]
-    if len(classes) < 2 or len(files) < 2:
-        raise UserError(f"{root}: fewer than two class folders with images: expected <class>/*.jpg, or train/<class> and val/<class>")
-    index = {c: i for i, c in enumerate(classes)}
-    everything = ImageList(root, files, np.array([index[f.split("/")[0]] for f in files], dtype=np.int64), classes)
-    return everything.split(0.2)[0 if split == "train" else 1]
-
-
 def read_json_file(path: Path) -> Any:
     """A label file.
 
@@ -210,65 +247,15 @@ def read_json_file(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error}): download it again") from error
 
 
-def inaturalist(root: Path, split: str, year: str) -> ImageList:
-    """iNaturalist's json of a split (COCO-like: images, annotations, categories); the split is the json's, not the folder tree's."""
-    body = read_json_file(root / f"{split}{year}.json")
-    try:
-        categories = sorted(body["categories"], key=lambda c: c["id"])
-        index = {c["id"]: i for i, c in enumerate(categories)}
-        label = {a["image_id"]: a["category_id"] for a in body["annotations"]}
-        images = [i for i in body["images"] if i["id"] in label]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{root / f'{split}{year}.json'}: not in iNaturalist's layout ({error} is missing)") from error
-    if wrong := sorted({label[i["id"]] for i in images} - set(index)):
-        raise UserError(f"{root / f'{split}{year}.json'}: label {wrong[0]} is no category: the file has {len(index)} categories")
-    labels = np.array([index[label[i["id"]]] for i in images], dtype=np.int64)
-    return ImageList(root, [i["file_name"] for i in images], labels, tuple(str(c.get("name", c["id"])) for c in categories))
-
-
-def places365(root: Path, split: str) -> ImageList:
-    """Places365's lists: categories_places365.txt, places365_train_standard.txt, places365_val.txt; the 256-pixel or the large images."""
-    listing = root / ("places365_train_standard.txt" if split == "train" else "places365_val.txt")
-    try:
-        rows = [line.rsplit(" ", 1) for line in listing.read_text().splitlines() if line.strip()]
-        names = [line.rsplit(" ", 1) for line in (root / "categories_places365.txt").read_text().splitlines() if line.strip()]
-        classes = tuple(name for name, _ in sorted(names, key=lambda n: int(n[1])))
-        labels = np.array([int(label) for _, label in rows], dtype=np.int64)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: missing: Places365 needs its category and split lists") from None
-    except ValueError as error:
-        raise UserError(f"{listing}: not lines of `path label` ({error})") from error
-    if len(labels) and (labels.max() >= len(classes) or labels.min() < 0):
-        raise UserError(f"{listing}: label {labels.max()} is above the number of classes ({len(classes)} in categories_places365.txt)")
-    options = ("data_256_standard", "data_large_standard") if split == "train" else ("val_256", "val_large")
-    folder = next((o for o in options if (root / o).is_dir()), None)
-    if folder is None:
-        raise UserError(f"{root}: no folder {options[0]} or {options[1]}: unpack the images there")
-    return ImageList(root / folder, [path.lstrip("/") for path, _ in rows], labels, classes)
-
-
 def read_images(name: str, split: str, folder: Path) -> ImageList:
-    """Images of a split ("train" or "val") of a classification set; "folder" is any nested folder of images, without labels.
+    """Images of a split of a data set ("train" or "val"; the sets of corrupted images have others).
 
     Raises:
         UserError: the folder is missing, empty or of another layout.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: needed for {name}; give its place with --data")
-    if name == "folder":
-        files = images_below(folder)
-        if not files:
-            raise UserError(f"{folder}: no images: expected {', '.join(SUFFIXES[:4])}, ... in it or below")
-        return ImageList(folder, files, None, ())
-    if name == "imagenet":
-        return class_folders(folder, split)
-    if name == "imagefolder":
-        return image_folder(folder, split)
-    if name.startswith("inat"):
-        return inaturalist(folder, split, name.removeprefix("inat"))
-    if name == "places365":
-        return places365(folder, split)
-    raise UserError(f"{name}: not a set of labelled images: {suggest(name, ['imagenet', 'imagefolder', 'inat2018', 'places365', 'folder'])}")
+    return data_set(name).read(split, folder)
 
 
 def ade20k_classes(folder: Path) -> tuple[str, ...]:

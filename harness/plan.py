@@ -165,23 +165,27 @@ class Planner:
         vit = self.architecture(method, self.vit)
         if (reason := evaluator.skip(vit)) is not None:
             raise JobFailed(reason)
-        recipe = self.recipe_of(name, evaluator, vit)
-        overrides: Overrides = method.transfer(name, self.setting, vit) if self.tuning == "published" else Overrides()
-        base, own = recipe, None
-        if overrides.recipe:
-            recipe = dataclasses.replace(recipe, **overrides.recipe)
-        recipe, notes = self.recipe(recipe, name)
-        if overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
-            eval_seed, notes = 0, ()
-        else:
-            own = recipe
+        ground: list[str] = []
+        if first := getattr(evaluator, "after", ""):  # it goes on from the model that another evaluator has fine-tuned
+            before, more = self.settings.apply(first, plugins.build("evals", first))
+            stage = {**self.about(method_name, first, before, about["seed"], eval_seed), "deviations": [*about["deviations"], *more]}
+            parent = self.evaluate(first, before, method_name, method, parent, eval_seed, stage)
+            ground, about["deviations"] = [stage["ground"]], stage["deviations"]
+        base, recipe, notes, overrides = None, None, (), Overrides()
+        if getattr(evaluator, "trains", True):
+            base = self.recipe_of(name, evaluator, vit)
+            if self.tuning == "published":
+                overrides = method.transfer(name, self.setting, vit)
+            recipe, notes = self.recipe(dataclasses.replace(base, **overrides.recipe), name)
+        if recipe is None or overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
+            recipe, notes, eval_seed = None, (), parent.identity.get("eval_seed", 0)
         identity = {
-            "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(own), "use_head": overrides.use_head,
+            "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(recipe), "use_head": overrides.use_head,
             "seed": about["seed"], "eval_seed": eval_seed,
         }
         about["deviations"] = [*about["deviations"], *notes]
         prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]
-        about["ground"] = digest([identity["plugin"], evaluator.version, canonical(base), prints])
+        about["ground"] = digest([identity["plugin"], evaluator.version, canonical(base), prints, *ground])
         about["title"] = f"evaluate {name} on {method_name}"
         node = self.node("evaluate", f"{name}-{method_name}", identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
         about["settings"] = node.settings

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FLAGS = {"protocols": "--protocol", "launchers": "--launcher"}  # others are called as their kind
-KINDS = ("methods", "evals", "launchers", "protocols", "commands")
+KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ class Method(Trainable, Protocol):
 
 
 class Evaluator(Protocol):
-    """A way to score a checkpoint. `version` is bumped whenever the number would change."""
+    """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains
+    nothing and has no recipe, and `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's
+    checkpoint/backbone.pt, classifier included), not the pre-training's."""
 
     version: ClassVar[int]
     columns: ClassVar[tuple[Metric, ...]]

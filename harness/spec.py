@@ -192,7 +192,8 @@ class Asset:
 class Protocol:
     """Scale, data, backbones and default variants of a comparison. Plugins choose their recipe by `family`.
 
-    `generator`: "module:function" that makes the data, called with (folder, names, family, workers); None for data that the user brings.
+    `generator`: "module:function" that makes the data sets named in `generates`, called with (folder, names, family, workers); None for data
+    that the user brings.
     `architecture`: every method gets the backbone as it stands ("shared"), or changed as the method was published on it ("published": a
     method's `architecture`). `tuning` is used where --tuning is not given.
     `caption` stands over a table of the protocol's own data, `caveat` behind the name of other data.
@@ -206,6 +207,7 @@ class Protocol:
     architecture: Literal["shared", "published"] = "shared"
     tuning: Literal["shared", "published"] = "published"
     generator: str | None = None
+    generates: tuple[str, ...] = ()
     data_version: str = ""
     caption: str = ""
     caveat: str = ""

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.batches import any_of, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
-from harness.data import BadImage, ImageList, load_rgb
+from harness.data import BadImage, ImageList
 from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import generator, seed_all
@@ -58,7 +58,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         bad = -1
         for _ in range(MAX_BAD_IN_A_ROW):
             try:
-                image = load_rgb(self.images.path(index))
+                image = self.images.load(index)
                 break
             except BadImage:
                 if not self.skip_bad:

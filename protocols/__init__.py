@@ -1,1 +1,1 @@
-"""Protocols: scale, data, backbones and default variants of a comparison, and the data that they bring or verify."""
+"""Protocols: scale, data, backbones and default variants of a comparison, and the data that they bring."""

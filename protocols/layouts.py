@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from harness.data import FOLDERS
+from harness.data import folder_names
 from harness.randomness import generator
 from harness.spec import UserError
 from protocols import scenes
@@ -267,9 +267,9 @@ def generate(folder: Path, names: Sequence[str], scale: str, workers: int) -> No
         fcntl.flock(stream, fcntl.LOCK_EX)
         for leftover in folder.glob(".*.tmp"):  # of a run that was killed; nobody else writes while we hold the lock
             shutil.rmtree(leftover, ignore_errors=True)
-        todo = [n for n in names if not (folder / FOLDERS[n]).is_dir()]
+        todo = [n for n in names if not (folder / folder_names()[n]).is_dir()]
         if todo:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool:
                 for name in todo:
-                    make(name, folder / FOLDERS[name], scale, pool)
+                    make(name, folder / folder_names()[name], scale, pool)

@@ -18,9 +18,10 @@ from evals.finetune import FineTuning, ImageFolder, ImageNet, INat2018, Places36
 from harness.augment import EvalTransform
 from harness.canonical import canonical, digest, restore
 from harness.checkpoint import Backbone
-from harness.classifier import Classifier, labelled_images, predict
+from harness.classifier import Classifier
 from harness.plugins import EvalContext, Session, build, group
 from harness.randomness import seed_all
+from harness.scoring import labelled_images, predict
 from harness.spec import Augment, Interrupted, JobFailed, Overrides, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 
@@ -114,7 +115,7 @@ def test_own_classifier_is_scored_without_training(colors: Path, tmp_path: Path)
     expected = predict(model, val, EvalTransform((16, 16)), place.session)
     with np.load(outcome.outcomes) as saved:
         assert saved["correct"].tolist() == (expected == val.labels).tolist()
-    assert outcome.facts["images_seen"] == 0 and not (tmp_path / "job" / "checkpoint").exists()
+    assert outcome.facts["images_seen"] == 0 and not (tmp_path / "job" / "checkpoint" / "train").exists()
 
 
 def test_own_classifier_that_does_not_fit_is_refused(colors: Path, tmp_path: Path) -> None:
@@ -162,32 +163,103 @@ def test_folder_is_where_and_not_what(colors: Path, tmp_path: Path) -> None:
             ImageFolder.from_argument(wrong)
 
 
-def test_recipes() -> None:
-    """Each protocol's values, their sources, and None where nobody prescribes any."""
-    base = ViTConfig()
-    paper = dataclasses.replace(TINY, family="paper")
-    mae = ImageNet().recipe(paper, base)
-    assert mae is not None and mae.peak_lr == pytest.approx(2e-3) and (mae.layer_decay, mae.epochs, mae.augment.erasing) == (0.65, 100, 0.25)
-    transfer = Places365().recipe(paper, base)
-    assert transfer is not None and transfer.peak_lr == pytest.approx(4e-3) and transfer.layer_decay == 0.75
-    assert transfer == INat2018().recipe(paper, base)
-    assert ImageNet().recipe(paper, dataclasses.replace(base, depth=24)) is None
-    assert ImageNet().recipe(dataclasses.replace(TINY, family="unknown"), base) is None
-    for evaluator in (ImageNet(), INat2018(), Places365(), ImageFolder()):
-        for family in ("demo", "smoke", "paper"):
-            recipe = evaluator.recipe(dataclasses.replace(TINY, family=family), base)
-            assert recipe is not None and recipe.sources
-            assert restore(json.loads(json.dumps(canonical(recipe)))) == recipe
+SIZES = {"B/16": ViTConfig(), "L/16": ViTConfig(width=1024, depth=24, heads=16), "H/14": ViTConfig(patch=14, width=1280, depth=32, heads=16)}
+PAPER = dataclasses.replace(TINY, family="paper")
+
+
+def values(evaluator: str, size: str) -> tuple[object, ...] | None:
+    """(peak lr, epochs, warm-up, layer decay, drop path, erasing, repeats, weight decay, batch, read-out) of a recipe under paper."""
+    plugin = build("evals", evaluator)
+    recipe = plugin.recipe(PAPER, SIZES[size])
+    if recipe is None:
+        return None
+    a = recipe.augment
+    assert recipe.sources and restore(json.loads(json.dumps(canonical(recipe)))) == recipe
+    return (round(recipe.peak_lr, 9), recipe.epochs, recipe.warmup, recipe.layer_decay, recipe.drop_path, a.erasing, a.repeats, recipe.weight_decay,
+            recipe.batch, plugin.read_out(PAPER))
+
+
+@pytest.mark.parametrize("name,size,expected", [  # recipes A2, A7, A11 of the facts, column by column
+    ("imagenet", "B/16", (2e-3, 100, 5, 0.65, 0.1, 0.25, 1, 0.05, 1024, "mean")),
+    ("imagenet", "L/16", (4e-3, 50, 5, 0.75, 0.2, 0.25, 1, 0.05, 1024, "mean")),
+    ("imagenet", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
+    ("imagenet@mae-table9", "B/16", (4e-3, 100, 5, 0.75, 0.1, 0.0, 1, 0.05, 1024, "cls")),
+    ("imagenet@mae-table9", "L/16", (4e-3, 50, 5, 0.75, 0.1, 0.0, 1, 0.05, 1024, "cls")),
+    ("imagenet@mae-table9", "H/14", (4e-3, 50, 5, 0.75, 0.2, 0.0, 1, 0.05, 1024, "cls")),
+    ("imagenet@beit", "B/16", (4e-3, 100, 20, 0.65, 0.1, 0.25, 3, 0.05, 1024, "mean")),
+    ("imagenet@beit", "L/16", (2e-3, 50, 5, 0.75, 0.1, 0.25, 1, 0.05, 1024, "mean")),
+    ("imagenet@beit", "H/14", None),
+    ("imagenet@beit-repo", "L/16", (1e-3, 50, 5, 0.75, 0.2, 0.25, 1, 0.05, 1024, "mean")),
+    ("imagenet@384", "B/16", (5e-6, 10, 5, None, 0.1, 0.25, 3, 1e-8, 512, "mean")),
+    ("imagenet@384", "H/14", None),
+    ("imagenet@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
+    ("inat2017", "H/14", (4e-3, 50, 5, 0.75, 0.2, 0.0, 1, 0.05, 1024, "cls")),
+    ("places365@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
+    ("inat2019@deit", "B/16", (7.5e-5, 360, 5, None, 0.1, 0.1, 3, 0.05, 768, "cls")),
+    ("cifar100", "B/16", (3e-3, 150, 20, 0.65, 0.1, 0.0, 3, 0.3, 512, "mean")),
+    ("cifar100", "L/16", None),
+    ("cifar100@mocov3", "B/16", (6e-4, 100, 3, None, 0.1, 0.0, 1, 0.1, 1024, "cls")),
+    ("cifar100@dino", "B/16", (7.5e-6, 1000, 5, None, 0.1, 0.25, 3, 0.05, 768, "cls")),
+])
+def test_recipes_of_the_papers(name: str, size: str, expected: tuple[object, ...] | None) -> None:
+    """A wrong value here is a number that does not mean what its column says."""
+    assert values(name, size) == expected
+
+
+def test_what_was_never_published_is_marked() -> None:
+    """The footnotes of a table are made of these."""
+    for name, words in (("inat2018", "lr, epochs"), ("imagenet@448", "all"), ("imagenet@beit", "lr")):
+        recipe = build("evals", name).recipe(PAPER, SIZES["B/16"])
+        assert dict(recipe.sources)[words].startswith("ours")
+
+
+def test_sizes_and_protocols_without_a_recipe() -> None:
+    """No source gives one: None, and the planner says so."""
+    small = dataclasses.replace(ViTConfig(), width=384, heads=6)
+    for name in ("imagenet", "imagenet@beit", "inat2018", "cifar100", "partial", "linear"):
+        assert build("evals", name).recipe(PAPER, small) is None
+        assert build("evals", name).recipe(dataclasses.replace(TINY, family="unknown"), ViTConfig()) is None
+    assert build("evals", "imagenet@beit").recipe(TINY, CONFIG) is None  # the demo has one recipe, not one per paper
+    assert ImageNet(size=20).skip(CONFIG) is not None and ImageNet(size=24).skip(CONFIG) is None
+    with pytest.raises(UserError, match="did you mean beit"):
+        ImageNet(by="beits")
 
 
 def test_groups_and_names() -> None:
     """`--evals inat` and `--evals places` are promised by the command line."""
-    assert group("evals", "inat") == ("inat2018",) and group("evals", "places") == ("places365",)
+    assert group("evals", "inat") == ("inat2017", "inat2018", "inat2019") and group("evals", "places") == ("places205", "places365")
     for cls in (ImageNet, INat2018, Places365, ImageFolder):
         assert issubclass(cls, FineTuning) and cls.summary and cls.source and cls.data in cls().datasets(TINY)[0]
 
 
+def test_another_image_size_and_training_on_from_the_kept_model(colors: Path, tmp_path: Path) -> None:
+    """BEiT's 384 goes on from the fine-tuned 224: the head is kept, positions are interpolated, and the model that was scored is the one stored."""
+    first = ImageNet().run(backbone(), context(tmp_path / "first", colors))
+    kept = Backbone.load(tmp_path / "first" / "checkpoint" / "backbone.pt")
+    assert kept.config == CONFIG and tuple(kept.classifier["classes"]) == tuple(sorted(COLORS))  # type: ignore[index]
+    model = Classifier.restore(kept.build(), kept.classifier, kept.mean, kept.std)  # type: ignore[arg-type]
+    _, val = labelled_images("imagenet", context(tmp_path / "first", colors).session)
+    again = predict(model, val, EvalTransform((16, 16)), context(tmp_path / "first", colors).session)
+    with np.load(first.outcomes) as saved:
+        assert saved["correct"].tolist() == (again == val.labels).tolist()
+    larger = ImageNet(by="beit-384", size=24)
+    assert larger.after == "imagenet" and ImageNet().after == ""
+    still = dataclasses.replace(RECIPE, lr=1e-9, iterations=1, layer_decay=None)
+    assert larger.run(kept, context(tmp_path / "second", colors, recipe=still)).metrics["top-1"] > 90  # a new head would score a third
+    assert Backbone.load(tmp_path / "second" / "checkpoint" / "backbone.pt").config.size == (24, 24)
+    with pytest.raises(JobFailed, match="left no classifier"):
+        larger.run(backbone(), context(tmp_path / "third", colors, recipe=still))
+
+
+def test_classes_by_number_are_those_of_the_sorted_names(colors: Path, tmp_path: Path) -> None:
+    """Released checkpoints have no class names: their order is that of the sorted folder names."""
+    outcome = ImageNet().run(own_head(("0", "1", "2")), context(tmp_path / "job", colors, recipe=None, overrides=Overrides(use_head=True)))
+    named = ImageNet().run(own_head(), context(tmp_path / "named", colors, recipe=None, overrides=Overrides(use_head=True)))
+    assert outcome.metrics == named.metrics
+
+
 def test_planning_needs_no_torch() -> None:
     """`list` and `table` would take seconds to start."""
-    code = "import sys, evals.finetune, evals.linear; sys.exit(bool({'torch', 'timm', 'torchvision', 'PIL'} & set(sys.modules)))"
+    modules = "evals.finetune, evals.linear, evals.partial, evals.knn, evals.robustness"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'timm', 'torchvision', 'PIL'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,9 +15,10 @@ from evals.linear import Linear, features, train_on_features
 from harness.augment import EvalTransform
 from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
-from harness.classifier import Classifier, labelled_images
+from harness.classifier import Classifier
 from harness.plugins import EvalContext, Session
 from harness.randomness import seed_all
+from harness.scoring import labelled_images
 from harness.spec import Augment, Interrupted, JobFailed, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 
@@ -124,6 +125,33 @@ def test_diverged_probe_fails_in_one_line(colors: Path, tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match=r"lower lr with --set linear\.recipe\.lr") as error:
         Linear().run(backbone(), context(tmp_path / "job", colors, dataclasses.replace(CACHED, lr=1e38, optimizer="sgd", warmup=0.0)))
     assert "\n" not in str(error.value)
+
+
+def test_beits_probe_reads_a_middle_layer(colors: Path, tmp_path: Path) -> None:
+    """The mean of the patch tokens after block 1, no norm, no BatchNorm (recipes A7)."""
+    evaluator = Linear(by="beit", layer=1)
+    base = backbone()
+    model = evaluator.probe(base, ("blue", "red"), Augment()).eval()
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    vit = base.build().eval()
+    with torch.no_grad():
+        expected = vit.run_blocks(vit.place(vit.patches(model.normalize(images))))[0][:, 1:].mean(1)
+        assert torch.allclose(model.features(images), expected, atol=1e-6)
+        assert torch.allclose(model.logits(images), model.head(expected), atol=1e-6)
+    recipe = dataclasses.replace(evaluator.recipe(TINY, CONFIG), batch=8, epochs=30, lr=0.05)  # type: ignore[type-var]
+    assert evaluator.run(base, context(tmp_path / "job", colors, recipe)).metrics["top-1"] > 90
+    assert evaluator.skip(CONFIG) is None and Linear(by="beit", layer=3).skip(CONFIG) is not None
+    with pytest.raises(UserError, match="belongs to BEiT's protocol"):
+        Linear(layer=3)
+
+
+def test_recipe_of_beits_probe() -> None:
+    """BEiT-paper App. D: lr 4e-3 absolute, 50 epochs, weight decay 1e-4; ViT-B and ViT-L, no ViT-H."""
+    paper, beit = dataclasses.replace(TINY, family="paper"), Linear(by="beit")
+    recipe = beit.recipe(paper, ViTConfig(width=1024, depth=24, heads=16))
+    assert recipe is not None and (recipe.peak_lr, recipe.epochs, recipe.weight_decay, recipe.batch, recipe.optimizer) == (4e-3, 50, 1e-4, 1024, "adamw")
+    assert beit.recipe(paper, ViTConfig(patch=14, width=1280, depth=32, heads=16)) is None
+    assert Linear().recipe(paper, ViTConfig(patch=14, width=1280, depth=32, heads=16)).peak_lr == pytest.approx(6.4)  # type: ignore[union-attr]
 
 
 def test_recipes() -> None:

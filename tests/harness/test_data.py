@@ -14,7 +14,7 @@ from harness import data, layout
 from harness.data import BadImage, ImageList, load_rgb, read_images
 from harness.spec import Protocol, UserError, ViTConfig
 
-TINY = Protocol(name="tiny", family="demo", summary="", backbones={"v": ViTConfig()}, backbone="v", generator="a:b", data_version="v7")
+TINY = Protocol("tiny", "demo", "", {"v": ViTConfig()}, "v", generator="a:b", generates=("ade20k", "coco"), data_version="v7")
 
 
 def picture(path: Path, shade: int = 128, size: tuple[int, int] = (6, 4), mode: str = "RGB") -> Path:

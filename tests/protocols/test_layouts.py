@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from harness.data import FOLDERS, ade20k_classes, coco_classes, read_images
+from harness.data import ade20k_classes, coco_classes, folder_names, read_images
 from harness.layout import check_layout
 from protocols import layouts
 from protocols.scenes import BACKGROUNDS, SHAPE_NAMES
@@ -128,10 +128,10 @@ def test_two_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["imagenet", "ade20k", "coco", "inat2018", "places365"])
 def test_layouts_are_those_of_the_real_sets(name: str, smoke_data: Path) -> None:
     """The demo goes through the readers of the real sets, with the counts that it promises."""
-    check_layout(name, smoke_data / FOLDERS[name])
+    check_layout(name, smoke_data / folder_names()[name])
     if name in ("imagenet", "inat2018", "places365"):
         for split, count in zip(("train", "val"), layouts.COUNTS["smoke"][name], strict=True):
-            images = read_images(name, split, smoke_data / FOLDERS[name])
+            images = read_images(name, split, smoke_data / folder_names()[name])
             assert len(images) == count and len(images.classes) >= 8 and images.labels is not None
             assert set(images.labels.tolist()) == set(range(len(images.classes)))
 
@@ -144,7 +144,7 @@ def test_no_image_is_shared(smoke_data: Path) -> None:
 
 def test_ade20k_labels(smoke_data: Path) -> None:
     """Backgrounds are labelled, unlabelled is little, all classes occur in train, and every label picture fits its image."""
-    root = smoke_data / FOLDERS["ade20k"]
+    root = smoke_data / folder_names()["ade20k"]
     assert ade20k_classes(root) == (*BACKGROUNDS, *SHAPE_NAMES)
     pixels = np.zeros(256, np.int64)
     for path in sorted((root / "annotations/training").glob("*.png")):
@@ -176,7 +176,7 @@ def annotations(root: Path, split: str) -> dict:
 
 def test_coco_annotations(smoke_data: Path) -> None:
     """Ids with gaps, images without objects, crowds as run lengths, and boxes that belong to their masks."""
-    root = smoke_data / FOLDERS["coco"]
+    root = smoke_data / folder_names()["coco"]
     ids = [i for i, _ in coco_classes(root)]
     assert len(ids) >= 8 and ids != list(range(min(ids), min(ids) + len(ids)))
     body = annotations(root, "train")
@@ -209,20 +209,20 @@ def polygon_areas(root: Path) -> list[float]:
 
 def test_coco_polygons_stand_for_their_masks(smoke_data: Path) -> None:
     """No polygon is of another object or fills in what hides it."""
-    areas = polygon_areas(smoke_data / FOLDERS["coco"])
+    areas = polygon_areas(smoke_data / folder_names()["coco"])
     assert 0.8 < np.mean(areas) < 1.1 and max(areas) < 1.1
 
 
 def test_coco_polygons_are_not_too_small(smoke_data: Path) -> None:
     """AP at high IoU and small objects measure against these masks."""
-    assert abs(np.mean(polygon_areas(smoke_data / FOLDERS["coco"])) - 1) < 0.03
+    assert abs(np.mean(polygon_areas(smoke_data / folder_names()["coco"])) - 1) < 0.03
 
 
 def test_fine_classes_are_long_tailed_in_train_only(smoke_data: Path) -> None:
     """As iNaturalist: frequent and rare classes in train, an even validation set."""
     counts = []
     for split in ("train", "val"):
-        images = read_images("inat2018", split, smoke_data / FOLDERS["inat2018"])
+        images = read_images("inat2018", split, smoke_data / folder_names()["inat2018"])
         assert images.labels is not None
         counts.append(np.bincount(images.labels))
     train, val = counts

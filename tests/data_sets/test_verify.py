@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.data import FOLDERS
-from protocols.verify import verify
+from data_sets.verify import verify
+from harness.data import folder_names
 
 
 @pytest.mark.parametrize("name", ["imagenet", "ade20k", "coco", "inat2018", "places365"])
 def test_generated_sets_are_in_order(name: str, smoke_data: Path) -> None:
     """No false alarm, every image looked at."""
     seen: list[int] = []
-    assert verify(name, smoke_data / FOLDERS[name], seen.append) == []
-    assert len(seen) == len(list((smoke_data / FOLDERS[name]).rglob("*.jpg")))
+    assert verify(name, smoke_data / folder_names()[name], seen.append) == []
+    assert len(seen) == len(list((smoke_data / folder_names()[name]).rglob("*.jpg")))
 
 
 def first(folder: Path, pattern: str) -> Path:
@@ -93,8 +93,8 @@ BREAKAGES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
 def test_breakage_is_found_and_named(case: str, smoke_data: Path, tmp_path: Path) -> None:
     """Each damage of a download or of an edit is listed with the file that it is in."""
     name, damage, words = BREAKAGES[case]
-    root = tmp_path / FOLDERS[name]
-    shutil.copytree(smoke_data / FOLDERS[name], root)
+    root = tmp_path / folder_names()[name]
+    shutil.copytree(smoke_data / folder_names()[name], root)
     path = damage(root)
     found = verify(name, root)
     assert any(words in line and str(path) in line for line in found), found
@@ -111,7 +111,7 @@ def test_all_problems_are_listed_and_not_the_first_only(smoke_data: Path, tmp_pa
 def test_an_empty_split_is_listed_beside_other_problems(smoke_data: Path, tmp_path: Path) -> None:
     """A missing validation split and a wrong label: both are listed."""
     root = tmp_path / "ade"
-    shutil.copytree(smoke_data / FOLDERS["ade20k"], root)
+    shutil.copytree(smoke_data / folder_names()["ade20k"], root)
     relabel(first(root / "annotations/training", "*.png"), 77)
     for kind in ("images", "annotations"):
         shutil.rmtree(root / kind / "validation")
