@@ -180,7 +180,7 @@ class Planner:
         """The node that pre-trains a method, with its assets and parent. Raises JobFailed with the reason when it cannot run here."""
         if (reason := method.skip(self.vit)) is not None:
             raise JobFailed(reason)
-        notes: tuple[str, ...] = ()
+        notes: tuple[str, ...] = method.notes(self.vit) if hasattr(method, "notes") else ()
         recipe = method.recipe(self.setting, self.vit)
         trains = getattr(method, "trains", True)
         if recipe is None and trains:
@@ -203,7 +203,8 @@ class Planner:
             "files": {role: a.sha256 for role, a in files.items()},
         }
         about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name, "backbone": self.backbone}
-        return self.node("pretrain", name, identity, parents, about, sets, {role: str(a.file) for role, a in files.items()}), notes
+        label = getattr(method, "label", name)  # a name with a path in it is no name for a folder
+        return self.node("pretrain", label, identity, parents, about, sets, {role: str(a.file) for role, a in files.items()}), notes
 
     def evaluate(self, name: str, evaluator: Any, method_name: str, method: Any, parent: Node, eval_seed: int, about: dict[str, Any]) -> Node:
         """The node that scores a checkpoint. Raises JobFailed with the reason when it cannot run here."""
@@ -229,7 +230,8 @@ class Planner:
         prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]
         about["ground"] = digest([identity["plugin"], evaluator.version, canonical(base), prints])
         about["title"] = f"evaluate {name} on {method_name}"
-        node = self.node("evaluate", f"{name}-{method_name}", identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
+        label = f"{name}-{getattr(method, 'label', method_name)}"
+        node = self.node("evaluate", label, identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
         about["settings"] = node.settings
         return node
 
