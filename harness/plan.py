@@ -133,10 +133,11 @@ class Planner:
         vit = self.architecture(method, self.vit)
         if (reason := method.skip(vit)) is not None:
             raise JobFailed(reason)
-        notes: tuple[str, ...] = ()
+        notes: tuple[str, ...] = method.notes(vit) if hasattr(method, "notes") else ()
         recipe, trains = None, getattr(method, "trains", True)
         if trains:
-            recipe, notes = self.recipe(self.recipe_of(name, method, vit), name)
+            recipe, more = self.recipe(self.recipe_of(name, method, vit), name)
+            notes = (*notes, *more)
         if vit != self.vit and self.setting.architecture == "shared":
             changed = [f.name for f in dataclasses.fields(vit) if getattr(vit, f.name) != getattr(self.vit, f.name)]
             notes = (*notes, f"{name} has a ViT of its own ({', '.join(f'{c} {getattr(vit, c)}' for c in changed)})")
@@ -158,7 +159,8 @@ class Planner:
             "files": {role: sha256 for role, (_, sha256) in files.items()},
         }
         about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name, "backbone": self.backbone}
-        return self.node("pretrain", name, identity, parents, about, sets, {role: path for role, (path, _) in files.items()}), notes
+        label = getattr(method, "label", name)  # a name with a path in it is no name for a folder
+        return self.node("pretrain", label, identity, parents, about, sets, {role: path for role, (path, _) in files.items()}), notes
 
     def evaluate(self, name: str, evaluator: Any, method_name: str, method: Any, parent: Node, eval_seed: int, about: dict[str, Any]) -> Node:
         """The node that scores a checkpoint. Raises JobFailed with the reason when it cannot run here."""
@@ -187,7 +189,8 @@ class Planner:
         prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]
         about["ground"] = digest([identity["plugin"], evaluator.version, canonical(base), prints, *ground])
         about["title"] = f"evaluate {name} on {method_name}"
-        node = self.node("evaluate", f"{name}-{method_name}", identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
+        label = f"{name}-{getattr(method, 'label', method_name)}"
+        node = self.node("evaluate", label, identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))
         about["settings"] = node.settings
         return node
 

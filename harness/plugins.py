@@ -135,7 +135,8 @@ class Method(Trainable, Protocol):
     """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe;
     one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it. Optional are `architecture(vit, published)`
     -> ViTConfig (the ViT that it gets in place of a protocol's backbone; `published`: the protocol wants each method as published), and
-    beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row)."""
+    beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row). Also optional: notes(vit) -> footnotes
+    of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record, asked for once its objective is made."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -217,12 +218,14 @@ def build(kind: str, name: str) -> Any:
     """
     found, flag = installed(kind), FLAGS.get(kind, f"--{kind}")
     base, _, variant = name.partition("@")
-    head, colon, argument = base.partition(":")
+    head, colon, argument = name.partition(":")
     if colon and head in found:
         cls = load(kind, head, flag)
         if not hasattr(cls, "from_argument"):
             raise UserError(f"{flag}: {head} takes no argument ({name!r})")
-        plugin = cls.from_argument(argument)
+        path, _, last = argument.rpartition("@")
+        variant = last if path and last in getattr(cls, "variants", {}) else ""  # any other @ is part of a path
+        plugin = cls.from_argument(path if variant else argument)
     else:
         cls = load(kind, base, flag)
         if hasattr(cls, "from_argument"):

@@ -112,6 +112,8 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
     objective = plugin.objective(vit, context)
     facts: dict[str, Any] = {"images_seen": 0, "flops": 0.0}
     metrics: dict[str, float] = {}
+    if hasattr(plugin, "facts"):
+        facts |= plugin.facts(vit, context)
     if objective is not None:
         assert images is not None and recipe is not None
         transform = plugin.transform(config, recipe)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint import write_atomically
-from harness.spec import JobFailed
+from harness.pickles import read_module
+from harness.spec import JobFailed, UserError
 
 FORMAT = 1
+RELEASED = ("dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock", "dall_e.utils.Conv2d")
 EPS = 0.1
 STRIDE = 8  # pixels per token and side: three poolings
 
@@ -129,11 +131,19 @@ def save_tokenizer(path: Path, encoder: Encoder, config: dict[str, int]) -> None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file that `save_tokenizer` wrote.
+    """The tokenizer in a file that `save_tokenizer` wrote, or OpenAI's encoder.pkl.
 
     Raises:
         JobFailed: the file is missing, damaged or of another format.
     """
+    if path.suffix == ".pkl":
+        encoder = read_released(path)
+        if not isinstance(encoder, Encoder):
+            raise JobFailed(f"{path} holds a decoder, the tokenizer is encoder.pkl")
+        first, last = encoder.blocks.input, encoder.blocks.output.conv
+        tokenizer = Tokenizer(first.out_channels, last.out_channels, sum(n.startswith("block_") for n, _ in encoder.blocks.group_1.named_children()))
+        tokenizer.encoder.load_state_dict(encoder.state_dict(), strict=True)
+        return tokenizer
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] == FORMAT:
@@ -143,3 +153,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:
         raise JobFailed(f"{path} is no readable tokenizer ({type(error).__name__}): remove its folder and run again") from error
     raise JobFailed(f"{path} has format {content['format']}, this version reads {FORMAT}")
+
+
+def read_released(path: Path) -> Encoder | Decoder:
+    """OpenAI's encoder.pkl or decoder.pkl: pickled modules, whose tensors are taken and whose classes are not run. Sizes are those of the tensors.
+
+    Raises:
+        UserError: the file cannot be read, asks for other classes, or holds other tensors than the two networks have.
+    """
+    state, _ = read_module(path, RELEASED)
+    if unnamed := sorted(k for k in state if k.rsplit(".", 1)[-1] not in ("w", "b")):
+        raise UserError(f"{path}: no part of DALL-E's dVAE: it holds {unnamed[0]}, expected encoder.pkl or decoder.pkl of openai/DALL-E")
+    state = {k[:-1] + {"w": "weight", "b": "bias"}[k[-1]]: v for k, v in state.items()}
+    try:
+        first, last = state["blocks.input.weight"].shape, state["blocks.output.conv.weight"].shape
+        blocks = len({k.split(".")[2] for k in state if k.startswith("blocks.group_1.block_")})
+        network = Encoder(first[0], last[0], blocks) if first[1] == 3 else Decoder(last[1], first[1], blocks, first[0])
+        network.load_state_dict(state, strict=True)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{path}: no part of DALL-E's dVAE: {' '.join(str(error).split())[:300]}") from error
+    return network
