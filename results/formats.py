@@ -25,11 +25,12 @@ APART = "{} tables: results of different protocols, backbones, data or tuning ar
 
 @dataclass(frozen=True)
 class Entry:
-    """Text of one field of a table, with the marks of its footnotes; `bold` for the best of a column."""
+    """Text of one field of a table, with the marks of its footnotes; `bold` for the best of a column, `beside` is a published number."""
 
     text: str
     marks: tuple[str, ...] = ()
     bold: bool = False
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ def grid(sheet: Sheet) -> Grid:
                 texts.insert(0, _missing(cell))
             beside = ""
             if cell.published is not None:
-                beside = f", published {cell.published.text}"
+                beside = f"published {cell.published.text}"
                 texts += [f"published: {cell.published.source}", *remarks_on(cell.published)]
-            row.append(Entry(number(cell, show_n) + beside, tuple(notes.mark(t) for t in texts), cell in bold))
+            row.append(Entry(number(cell, show_n), tuple(notes.mark(t) for t in texts), cell in bold, beside))
         rows.append(tuple(row))
     header = ("method", *(_heading(name, metric, one_unit) for name, metric in sheet.columns))
     return Grid(caption(sheet, scored, one_unit), header, tuple(rows), notes.listed())
@@ -154,7 +155,7 @@ def markdown(grids: Sequence[Grid], rows: Rows) -> str:
 
     def field(entry: Entry) -> str:
         text = f"**{_markdown(entry.text)}**" if entry.bold else _markdown(entry.text)
-        return text + "".join(f" [{m}]" for m in entry.marks)
+        return text + _markdown(entry.beside and f", {entry.beside}") + "".join(f" [{m}]" for m in entry.marks)
 
     blocks = [APART.format(len(grids)) + "."] if len(grids) > 1 else []
     for table in grids:
@@ -184,11 +185,12 @@ def latex(grids: Sequence[Grid], rows: Rows) -> str:
 
     def field(entry: Entry) -> str:
         text = rf"\textbf{{{_latex(entry.text)}}}" if entry.bold else _latex(entry.text)
-        return text + (rf"\textsuperscript{{{','.join(entry.marks)}}}" if entry.marks else "")
+        return text + _latex(entry.beside and f", {entry.beside}") + (rf"\textsuperscript{{{','.join(entry.marks)}}}" if entry.marks else "")
 
     blocks = [f"% {APART.format(len(grids))}."] if len(grids) > 1 else []
     for table in grids:
-        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}", rf"\begin{{tabular}}{{{'l' * table.stub}{'r' * (len(table.header) - table.stub)}}}",
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}",
+                 rf"\begin{{tabular}}{{{'l' * table.stub}{'r' * (len(table.header) - table.stub)}}}",
                  r"\toprule", " & ".join(map(_latex, table.header)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(field, row)) + r" \\" for row in table.rows]
         lines += [r"\bottomrule", r"\end{tabular}"]
@@ -207,7 +209,7 @@ def web(grids: Sequence[Grid], rows: Rows) -> str:
 
     def field(entry: Entry) -> str:
         text = f"<strong>{html.escape(entry.text)}</strong>" if entry.bold else html.escape(entry.text)
-        return text + (f"<sup>{', '.join(entry.marks)}</sup>" if entry.marks else "")
+        return text + html.escape(entry.beside and f", {entry.beside}") + (f"<sup>{', '.join(entry.marks)}</sup>" if entry.marks else "")
 
     lines = [f"<p>{html.escape(APART.format(len(grids)))}.</p>"] if len(grids) > 1 else []
     for table in grids:

@@ -18,6 +18,7 @@ from results.cells import Cell, Sheet
 from results.reference.names import BACKBONES, EVALUATORS, FAMILY, METHODS, OWN, PROTOCOL, SCORED, counterpart
 from results.reference.published import METRICS, Published, published
 
+SIZE = (224, 224)  # of all pre-training in published.csv that has a counterpart here
 PARTS = ("patch", "width", "depth", "heads")
 
 
@@ -97,8 +98,10 @@ def architecture(trained: list[Mapping[str, Any]]) -> tuple[int, ...] | None:
 
 
 def changes_plugin(deviation: str, cell: Cell) -> bool:
-    """Whether a deviation (text of --set) is one of the method's or evaluator's own fields, which makes it another method or evaluator."""
-    return any(deviation.startswith(f"{name}.") and not deviation.startswith(f"{name}.recipe.") for name in (cell.method, cell.eval))
+    """Whether a deviation (text of --set) is one of the method's or evaluator's own fields, which makes it another method or evaluator.
+
+    A field `epochs` is the length of training, which is compared by itself."""
+    return any(deviation.startswith(f"{name}.") and not deviation.startswith((f"{name}.recipe.", f"{name}.epochs=")) for name in (cell.method, cell.eval))
 
 
 def images_scored(example: Result) -> int | None:
@@ -108,18 +111,20 @@ def images_scored(example: Result) -> int | None:
 
 
 def training_differences(row: Published, evaluation: Mapping[str, Any], trained: list[Mapping[str, Any]]) -> list[str]:
-    """What differs in the training before the evaluation: its length, its images, the tokenizer's images."""
+    """What differs in the training before the evaluation: its length, resolution and images, the tokenizer's images."""
     found = []
     first = trained[-1]  # the pre-training itself, where something trained on from it
     recipes = [node["recipe"] for node in (*reversed(trained), evaluation) if node.get("recipe")]  # from scratch, the evaluation is the training
     if row.epochs and recipes and (epochs := recipes[0].get("epochs")) != row.epochs:
         length = f"{epochs:g} epochs" if epochs is not None else f"{recipes[0].get('iterations')} iterations"
         found.append(f"{'trained' if row.method == 'scratch' else 'pre-trained'} for {length}, published with {row.epochs} epochs")
+    if (size := tuple((first.get("vit") or {}).get("size", SIZE))) != SIZE:
+        found.append(f"pre-trained at {size[0]}x{size[1]} pixels, published at {SIZE[0]}x{SIZE[1]}")
     if first.get("recipe") and "imagenet" not in first.get("data", {}):
         found.append(f"pre-trained on other images ({', '.join(first.get('data', {})) or 'none'}), published on ImageNet-1K")
-    if "tokenizer" in (own := first.get("parents", {})) or "tokenizer" in first.get("files", {}):
-        if ("tokenizer" in own) == ("DALLE" in row.pretrain_data):
-            found.append("tokenizer trained here, published with DALL-E's" if "tokenizer" in own else "DALL-E's tokenizer, published with another")
+    made, given = ("tokenizer" in first.get(kind, {}) for kind in ("parents", "files"))
+    if (made or given) and made == ("DALLE" in row.pretrain_data):
+        found.append("tokenizer trained here, published with DALL-E's" if made else "DALL-E's tokenizer, published with another")
     return found
 
 

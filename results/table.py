@@ -26,7 +26,7 @@ class Table:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Flags of the command."""
         parser.add_argument("--format", choices=sorted(FORMATS), default="markdown", help="default: markdown")
-        parser.add_argument("--layout", metavar="NAME", help="a paper's table, its numbers beside the measured ones, with or without runs: " + ", ".join(LAYOUTS))
+        parser.add_argument("--layout", metavar="NAME", help=f"a paper's table, its numbers beside the measured ones, if there are any: {', '.join(LAYOUTS)}")
         parser.add_argument("--methods", metavar="A,B", help="only these rows, in this order (names or groups)")
         parser.add_argument("--evals", metavar="C,D", help="only these columns, in this order (names or groups)")
         parser.add_argument("--protocol", metavar="NAME", help="only this protocol")

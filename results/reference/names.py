@@ -34,76 +34,78 @@ class Counterpart:
         return row.fits(paper=self.paper, table=self.table, method=self.method, variant=self.variant, eval=self.eval)
 
 
+TRANSFER_SETS = ("iNat2017", "iNat2018", "iNat2019", "Places205", "Places365")
+ROBUSTNESS = (("imagenet-c", "IN-C"), ("imagenet-a", "IN-A"), ("imagenet-r", "IN-R"), ("imagenet-sketch", "IN-Sketch"))
+WHICH = "the paper does not say which {} it used"
 METHODS: tuple[Counterpart, ...] = (
-    Counterpart(("mae@pixels-mask-tokens",), method="MAE", variant="encoder-with-mask-token"),
-    Counterpart(("mae@pixels-depth1",), method="MAE", variant="dec-depth-1"),
-    Counterpart(("mae@pixels-depth2",), method="MAE", variant="dec-depth-2"),
-    Counterpart(("mae@pixels-depth4",), method="MAE", variant="dec-depth-4"),
-    Counterpart(("mae@pixels-depth12",), method="MAE", variant="dec-depth-12"),
-    Counterpart(("mae@pixels-width128",), method="MAE", variant="dec-width-128"),
-    Counterpart(("mae@pixels-width256",), method="MAE", variant="dec-width-256"),
-    Counterpart(("mae@pixels-width768",), method="MAE", variant="dec-width-768"),
-    Counterpart(("mae@pixels-width1024",), method="MAE", variant="dec-width-1024"),
-    Counterpart(("mae@pca",), method="MAE", variant="target-PCA96"),
-    Counterpart(("mae@tokens",), method="MAE", variant="*dVAE-token"),
-    Counterpart(("mae@pixels-no-aug",), method="MAE", variant="aug-none"),
-    Counterpart(("mae@pixels-fixed-crop",), method="MAE", variant="aug-crop-fixed-size"),
-    Counterpart(("mae@pixels-jitter",), method="MAE", variant="aug-crop+colorjit"),
-    Counterpart(("mae@pixels-block50",), method="MAE", variant="mask-block-50"),
-    Counterpart(("mae@pixels-block75",), method="MAE", variant="mask-block-75"),
-    Counterpart(("mae@pixels-grid75",), method="MAE", variant="mask-grid-75"),
-    Counterpart(("mae@pixels-depth1",), method="MAE", variant="dec1"),
-    # what Table 1 prints in each of its parts: the default of the ablations
-    *(Counterpart(("mae@pixels",), method="MAE", variant=v) for v in (
+    # MAE: normalised pixels where nothing else is said; several lengths of one configuration share a line, their epochs are compared
+    Counterpart(("mae", "mae@1600"), method="MAE", variant="norm-pix*"),
+    Counterpart(("mae", "mae@1600"), method="MAE", variant="*pixel-norm"),
+    Counterpart(("mae@tokens", "mae@tokens-1600"), method="MAE", variant="*dVAE-token"),
+    # the default of the ablations, which each part of Table 1 prints
+    *(Counterpart(("mae@pixels", *(f"mae@pixels-{n}" for n in (100, 200, 400, 1600))), method="MAE", variant=v) for v in (
         "dec-depth-8", "dec-width-512", "encoder-without-mask-token", "target-pixel-no-norm", "aug-crop-rand-size", "mask-random-75", "mask-ratio-75",
         "schedule", "baseline", "dec8", "pixel-no-norm")),
-    Counterpart(("mae",), method="MAE", variant="norm-pix*"),
-    Counterpart(("mae",), method="MAE", variant="*pixel-norm"),
-    *(Counterpart(("beit",), method="BEiT", variant=v) for v in ("plain-ViT", "plain-ViT-layer*", "default-*", "as-published", "retrained-dVAE-IN1K")),
-    Counterpart(("beit@random",), method="BEiT", variant="random-mask"),
-    Counterpart(("beit-pixel",), method="BEiT", variant="pixel-target"),
-    Counterpart(("beit-pixel@random",), method="BEiT", variant="pixel-target+random-mask"),
-    Counterpart(("beit@all",), method="BEiT", variant="recover-100pct"),
-    Counterpart(("beit@unmasked",), method="BEiT", variant="no-mask+recover-100pct"),
-    Counterpart(("beit@intermediate",), method="BEiT", variant="plain-ViT+interm-IN1K-ft"),
-    Counterpart(("beit@layerscale",), method="BEiT", variant="LayerScale"),
-    Counterpart(("beit@plus",), method="BEiT", variant="LayerScale+relpos"),
-    Counterpart(("beit@plus",), method="BEiT", variant="official-code-rerun"),
-    Counterpart(("scratch", "supervised"), method="scratch", variant="MAE-recipe*"),
-    Counterpart(("supervised",), method="supervised", variant="MAE-recipe"),
-    Counterpart(("supervised@deit",), method="s*", variant="DeiT*"),
+    *(Counterpart((f"mae@dec-depth-{n}",), method="MAE", variant=f"dec-depth-{n}") for n in (1, 2, 4, 12)),
+    *(Counterpart((f"mae@dec-width-{n}",), method="MAE", variant=f"dec-width-{n}") for n in (128, 256, 768, 1024)),
+    *(Counterpart((f"mae@mask-ratio-{n}",), method="MAE", variant=f"mask-ratio-{n}") for n in (10, 20, 30, 40, 50, 60, 70, 80, 90)),
+    *(Counterpart((f"mae@{ours}",), method="MAE", variant=theirs) for ours, theirs in (
+        ("dec-depth-1", "dec1"), ("encoder-mask-tokens", "encoder-with-mask-token"), ("pca", "target-PCA96"), ("aug-none", "aug-none"),
+        ("aug-crop-fixed", "aug-crop-fixed-size"), ("aug-crop-jitter", "aug-crop+colorjit"), ("mask-block-50", "mask-block-50"),
+        ("mask-block-75", "mask-block-75"), ("mask-grid-75", "mask-grid-75"))),
+    # BEiT: the plain ViT where nothing else is said
+    *(Counterpart(("beit", "beit@300"), method="BEiT", variant=v) for v in ("plain-ViT", "plain-ViT-layer*", "default-*", "as-published",
+                                                                           "retrained-dVAE-IN1K")),
+    *(Counterpart((f"beit@{ours}",), method="BEiT", variant=theirs) for ours, theirs in (
+        ("random", "random-mask"), ("pixels", "pixel-target"), ("pixels-random", "pixel-target+random-mask"), ("all", "recover-100pct"),
+        ("unmasked", "no-mask+recover-100pct"), ("intermediate", "plain-ViT+interm-IN1K-ft"), ("layer-scale", "LayerScale"))),
+    *(Counterpart(("beit@plus", "beit@plus-300"), method="BEiT", variant=v) for v in ("LayerScale+relpos", "official-code-rerun")),
+    Counterpart((), paper="MAE", method="BEiT", variant="MAE-authors-protocol", near={"beit": WHICH.format("BEiT"), "beit@plus": WHICH.format("BEiT")}),
+    # labels
+    *(Counterpart(("scratch", "supervised", "supervised@mean"), method="scratch", variant=v) for v in ("MAE-recipe-EMA", "MAE-recipe")),
+    Counterpart(("supervised", "supervised@mean"), method="supervised", variant="MAE-recipe"),
+    Counterpart(("supervised@deit",), method="scratch", variant="DeiT*"),
+    Counterpart(("supervised@deit",), method="supervised", variant="DeiT*"),
+    *(Counterpart((), paper=paper, method="supervised", variant=v, near=dict.fromkeys(("supervised", "supervised@deit"), WHICH.format("supervised weights")))
+      for paper, v in (("MAE", ""), ("BEiT", "IN1K"))),
     Counterpart(("mocov3",), method="MoCo-v3", variant="default"),
     Counterpart(("dino",), method="DINO", variant="default"),
 )
 PROBED_OTHERWISE = "probed by MAE's protocol, the published value by another"
+SETR = "head UperNet, published with SETR-PUP"
 EVALUATORS: tuple[Counterpart, ...] = (
+    # fine-tuning: `imagenet` takes each method's own recipe; a variant fixes one
     Counterpart(("imagenet",), eval="IN1K-224"),
-    Counterpart(("imagenet",), eval="IN1K-ft-224", method="MAE", variant="*norm-pix*"),
-    Counterpart(("imagenet",), eval="IN1K-ft-224", method="MAE", variant="*pixel-norm"),
-    Counterpart(("imagenet@table9",), eval="IN1K-ft-224", method="MAE",
-                near={"imagenet": "fine-tuned by MAE's released recipe (FINETUNE.md), the published value by the paper's Table 9"}),
+    *(Counterpart(("imagenet", "imagenet@mae"), eval="IN1K-ft-224", method="MAE", variant=v, near={
+        "imagenet@mae-table9": "fine-tuned by Table 9, the published value by the released recipe"}) for v in ("norm-pix*", "*pixel-norm", "*dVAE-token")),
+    Counterpart(("imagenet", "imagenet@mae-table9"), eval="IN1K-ft-224", method="MAE",
+                near={"imagenet@mae": "fine-tuned by the released recipe, the published value by Table 9"}),
+    Counterpart(("imagenet", "imagenet@beit"), eval="IN1K-ft-224", method="BEiT", near={
+        "imagenet@beit-repo": "fine-tuned by the released commands, the published value by the paper's Table 13"}),
     Counterpart(("imagenet",), eval="IN1K-ft-224"),
     Counterpart(("imagenet@384",), eval="IN1K*-384"),
     Counterpart(("imagenet@448",), eval="IN1K-ft-448"),
+    *(Counterpart((f"{name.lower()}@deit",), paper="DINO", eval=f"{name}-ft", near={name.lower(): "fine-tuned as by MAE, published as by DeiT"})
+      for name in ("iNat2018", "iNat2019")),
+    *(Counterpart((name.lower(),), eval=f"{name}-ft") for name in TRANSFER_SETS),
+    *(Counterpart((f"{name.lower()}@448",), eval=f"{name}-ft-448") for name in TRANSFER_SETS),
+    Counterpart(("cifar100@dino",), eval="CIFAR100-ft-224", method="DINO"), Counterpart(("cifar100@dino",), eval="CIFAR100-ft-224", method="supervised"),
+    Counterpart(("cifar100@mocov3",), eval="CIFAR100-ft-224", method="MoCo-v3"), Counterpart(("cifar100",), eval="CIFAR100-ft-224"),
+    *(Counterpart((f"partial@{n}",), eval=f"IN1K-partial-{n}") for n in ("0", "0.5", "1", "2", "4", "6", "12", "18", "24")),
+    # probes
     Counterpart(("linear@beit",), eval="IN1K-linear", paper="BEiT", method="BEiT", near={"linear": PROBED_OTHERWISE}),
     Counterpart(("linear@dino",), eval="IN1K-linear", method="DINO", near={"linear": PROBED_OTHERWISE}),
     Counterpart(("linear@mocov3",), eval="IN1K-linear", method="MoCo-v3", near={"linear": PROBED_OTHERWISE}),
     Counterpart(("linear",), eval="IN1K-linear"),
-    Counterpart(("ade20k@setr",), eval="ADE20K-SETRPUP-ss", near={"ade20k": "head UperNet, published with SETR-PUP", "ade20k@beit": "head UperNet, "
-                "published with SETR-PUP"}),
+    Counterpart(("knn",), eval="IN1K-knn"),
+    # dense
+    Counterpart(("ade20k@setr",), eval="ADE20K-SETRPUP-ss", near={"ade20k": SETR, "ade20k@beit": SETR}),
     Counterpart(("ade20k@beit",), eval="ADE20K-UperNet-ss", near={"ade20k": "UperNet set up as by MAE, published as by BEiT"}),
     Counterpart(("ade20k",), eval="ADE20K-UperNet-MAEproto"),
     Counterpart(("coco",), eval="COCO-Li21", near={"coco@vitdet": "set up as ViTDet, published as by Li et al. 2021"}),
     Counterpart(("coco@vitdet",), eval="COCO-ViTDet-MRCNN", near={"coco": "set up as by Li et al. 2021, published as ViTDet"}),
-    Counterpart(("imagenet-c",), eval="IN-C"), Counterpart(("imagenet-a",), eval="IN-A"), Counterpart(("imagenet-r",), eval="IN-R"),
-    Counterpart(("imagenet-sketch",), eval="IN-Sketch"),
-    Counterpart(("imagenet-c@448",), eval="IN-C-448"), Counterpart(("imagenet-a@448",), eval="IN-A-448"),
-    Counterpart(("imagenet-r@448",), eval="IN-R-448"), Counterpart(("imagenet-sketch@448",), eval="IN-Sketch-448"),
-    *(Counterpart((name.lower(),), eval=f"{name}-ft") for name in ("iNat2017", "iNat2018", "iNat2019", "Places205", "Places365")),
-    *(Counterpart((f"{name.lower()}@448",), eval=f"{name}-ft-448") for name in ("iNat2017", "iNat2018", "iNat2019", "Places205", "Places365")),
-    Counterpart(("cifar100",), eval="CIFAR100-ft-224"), Counterpart(("cifar100@384",), eval="CIFAR100*-384"),
-    Counterpart(("knn",), eval="IN1K-knn"),
-    *(Counterpart((f"partial@{n}",), eval=f"IN1K-partial-{n}") for n in ("0.5", "1", "2", "4", "6", "12", "18", "24")),
+    # robustness
+    *(Counterpart((ours,), eval=theirs) for ours, theirs in ROBUSTNESS), *(Counterpart((f"{ours}@448",), eval=f"{theirs}-448") for ours, theirs in ROBUSTNESS),
 )
 # patch side, width, blocks, heads of the backbones; others (iGPT, ViT-L/7) have no counterpart
 BACKBONES: Mapping[str, tuple[int, int, int, int]] = {
