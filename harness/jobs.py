@@ -44,6 +44,12 @@ class Node:
         return digest({**body, "parents": {role: p.settings for role, p in self.parents.items()}})
 
     @property
+    def lineage(self) -> list[Mapping[str, Any]]:
+        """Identities of the trainings that its checkpoint went through, the last one first; what makes assets is left out."""
+        above = [p for p in self.parents.values() if p.kind != "asset"]
+        return [identity for parent in above for identity in (parent.identity, *parent.lineage)]
+
+    @property
     def folder(self) -> str:
         """Name of its folder below the runs folder."""
         return f"{self.kind}-{re.sub(r'[^A-Za-z0-9@._+-]+', '_', self.name)[:80]}-{self.key}"
@@ -51,8 +57,9 @@ class Node:
     def job(self, runs: Path) -> dict[str, Any]:
         """Content of job.json."""
         return {
-            "schema": SCHEMA, "kind": self.kind, "name": self.name, "key": self.key, "identity": self.identity, "about": dict(self.about),
-            "where": dict(self.where), "parents": {role: {"key": p.key, "folder": p.folder} for role, p in self.parents.items()},
+            "schema": SCHEMA, "kind": self.kind, "name": self.name, "key": self.key, "identity": self.identity,
+            "about": {**self.about, "lineage": self.lineage}, "where": dict(self.where),
+            "parents": {role: {"key": p.key, "folder": p.folder} for role, p in self.parents.items()},
         }
 
 

@@ -52,7 +52,7 @@ class Settings:
                 raise UserError(f"--set {key}={text}: not a value of type {type_name(types[path[-1]])} ({error})") from error
             old = getattr(chain[-1], path[-1])
             if value != old:
-                notes.append(f"{key}={text} (recipe: {old})")
+                notes.append(f"{key}={text} (recipe: {old}; {source_of(target, path)})")
             try:
                 for owner, part in zip(reversed(chain), reversed(path), strict=True):
                     value = dataclasses.replace(owner, **{part: value})
@@ -65,6 +65,15 @@ class Settings:
     def unused(self) -> list[str]:
         """Keys that no part of the plan took."""
         return sorted(set(self.values) - self.used)
+
+
+def source_of(target: Any, path: Sequence[str]) -> str:
+    """Where a recipe's or a plugin's own value comes from, as it says itself; the most specific of a recipe's `sources` counts."""
+    if not isinstance(target, Recipe):
+        return str(getattr(target, "source", "")) or "no source given"
+    told = {word.strip(): source for words, source in reversed(target.sources) for word in words.split(",")}
+    names = [".".join(path), path[-1], path[0], *(["length"] if path[-1] in ("epochs", "iterations") else []), "all"]
+    return next((told[name] for name in names if name in told), "no source given")
 
 
 def type_name(hint: Any) -> str:

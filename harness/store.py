@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,7 @@ class Result:
     """One (method, evaluator, seeds) cell before averaging. `status`: done, failed, running, interrupted, missing or skipped.
 
     `settings` is what seeds must share to be averaged, `ground` what the rows of a column must share to be compared (evaluator and data).
+    `lineage` (of a done one) are the identities of the evaluation and of the trainings before it, the last one first; `facts` the record's.
     """
 
     method: str
@@ -252,6 +253,8 @@ class Result:
     start: str = ""
     settings: str = ""
     ground: str = ""
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mapping[str, Any] | None, key: str) -> Result:
@@ -262,7 +265,8 @@ def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mappin
         columns=tuple(Metric(**m) for m in about["columns"]), status=status, reason=reason,
         deviations=(*about.get("deviations", ()), *(record or {}).get("deviations_found", ())),
         caption=about.get("caption", ""), tuning=about.get("tuning", "published"), key=key, start=(record or {}).get("start", ""),
-        settings=about.get("settings", ""), ground=about.get("ground", ""),
+        settings=about.get("settings", ""), ground=about.get("ground", ""), facts=dict((record or {}).get("facts") or {}),
+        lineage=(record["identity"], *record["about"]["lineage"]) if record and "lineage" in (record["about"] or {}) else (),
     )
 
 

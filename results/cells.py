@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.spec import Metric
 from harness.store import Result
+from results.reference.published import Published
 
 SheetKey = tuple[str, str, str, str]
 WORST_FIRST = ("failed", "running", "interrupted", "missing", "skipped", "done")
@@ -27,7 +28,7 @@ class Cell:
     `value` is the mean over pre-training seeds of the means over fine-tuning seeds, None when there is no score. `std` (divisor n - 1)
     and `ci95` (Student t) are over pre-training seeds, None below two. `n` counts results, `n_pretrain` and `n_eval` the distinct seeds of
     each layer. `status` is that of the worst seed, so that "done" means complete; `reason` says why something is missing. `remarks` is
-    what a reader must know besides.
+    what a reader must know besides. `example` is one of the scores behind it, `published` the published number of the same protocol.
     """
 
     method: str
@@ -47,14 +48,17 @@ class Cell:
     status: str = "missing"
     reason: str = NOT_RUN
     remarks: tuple[str, ...] = ()
+    example: Result | None = field(default=None, repr=False)
+    published: Published | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """The object of `table --format json`. `published` stays null until published numbers are shipped."""
+        """The object of `table --format json`. `published` is null where no published number has the same protocol."""
         return {
             "method": self.method, "eval": self.eval, "metric": self.metric.name, "unit": self.metric.unit, "value": self.value,
             "n": self.n, "n_pretrain": self.n_pretrain, "n_eval": self.n_eval, "std": self.std, "ci95": list(self.ci95) if self.ci95 else None,
-            "protocol": self.protocol, "backbone": self.backbone, "data": self.data, "tuning": self.tuning, "published": None,
-            "published_source": None, "deviations": list(self.deviations), "status": self.status, "reason": self.reason,
+            "protocol": self.protocol, "backbone": self.backbone, "data": self.data, "tuning": self.tuning,
+            "published": self.published.value if self.published else None, "published_source": self.published.source if self.published else None,
+            "deviations": list(self.deviations), "status": self.status, "reason": self.reason,
             "remarks": list(self.remarks),
         }
 
@@ -163,11 +167,13 @@ def _filled(blank: Cell, results: Sequence[Result]) -> Cell:
     by_seed: dict[int, list[float]] = {}
     eval_seeds = set()
     problems: dict[tuple[str, str], list[Result]] = {}
+    example = None
     for result in results:
         score = result.metrics.get(blank.metric.name)
         if result.status == "done" and score is not None and math.isfinite(score):
             by_seed.setdefault(result.seed, []).append(float(score))
             eval_seeds.add(result.eval_seed)
+            example = result
         else:
             problems.setdefault(_problem(result, score), []).append(result)
     means = [statistics.fmean(scores) for scores in by_seed.values()]
@@ -182,7 +188,7 @@ def _filled(blank: Cell, results: Sequence[Result]) -> Cell:
         blank.method, blank.eval, blank.metric, blank.protocol, blank.backbone, blank.data, blank.tuning,
         value=statistics.fmean(means) if means else None, n=sum(map(len, by_seed.values())), n_pretrain=len(means), n_eval=len(eval_seeds),
         std=statistics.stdev(means) if len(means) > 1 else None, ci95=interval(means),
-        deviations=deviations, status=status, reason="; ".join(parts), remarks=blank.remarks,
+        deviations=deviations, status=status, reason="; ".join(parts), remarks=blank.remarks, example=example,
     )
 
 

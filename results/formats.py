@@ -1,6 +1,7 @@
-"""Sheets as text: Markdown for the terminal, LaTeX (booktabs), HTML, CSV and JSON.
+"""Tables as text: Markdown for the terminal, LaTeX (booktabs), HTML, CSV and JSON.
 
-`layout` decides once what every cell, caption and footnote says; the formats only spell it. Each format escapes what it would misread.
+`grid` decides once what every cell, caption and footnote of a sheet says (`results.beside` does it for a paper's table); the formats only spell it.
+Each format escapes what it would misread.
 """
 
 from __future__ import annotations
@@ -9,34 +10,38 @@ import html
 import json
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.spec import Metric
 from results.cells import Cell, Sheet
+from results.reference.remarks import remarks_on
 
 DASH = "–"
+PAIRS, LISTS = {"ci95", "spread"}, {"deviations", "remarks", "differences", "notes"}  # fields of rows that CSV has to flatten
 APART = "{} tables: results of different protocols, backbones, data or tuning are never put into one"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Text of one field of a table, with the marks of its footnotes; `bold` for the best of a column."""
+    """Text of one field of a table, with the marks of its footnotes; `bold` for the best of a column, `beside` is a published number."""
 
     text: str
     marks: tuple[str, ...] = ()
     bold: bool = False
+    beside: str = ""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a table says, before any format: the first field of a row is the method."""
+class Grid:
+    """What a table says, before any format: the first `stub` fields of a row say what the row is, numbers follow."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[Entry, ...], ...]
     notes: tuple[tuple[str, str], ...]
+    stub: int = 1
 
 
 class Notes:
@@ -55,8 +60,12 @@ class Notes:
             self.marks[text] = name
         return self.marks[text]
 
+    def listed(self) -> tuple[tuple[str, str], ...]:
+        """(mark, text) of all notes in the order of their marks."""
+        return tuple((mark, text) for text, mark in self.marks.items())
 
-def layout(sheet: Sheet) -> Layout:
+
+def grid(sheet: Sheet) -> Grid:
     """Decide captions, numbers, marks and bold type of a sheet."""
     one_unit = len({metric.unit for _, metric in sheet.columns}) == 1
     scored = [c for c in sheet.cells.values() if c.value is not None]
@@ -72,20 +81,24 @@ def layout(sheet: Sheet) -> Layout:
             texts = [_deviates(d) for d in cell.deviations if d not in everywhere] + list(cell.remarks)
             if cell.reason:
                 texts.insert(0, _missing(cell))
-            row.append(Entry(number(cell, show_n), tuple(notes.mark(t) for t in texts), cell in bold))
+            beside = ""
+            if cell.published is not None:
+                beside = f"published {cell.published.text}"
+                texts += [f"published: {cell.published.source}", *remarks_on(cell.published)]
+            row.append(Entry(number(cell, show_n), tuple(notes.mark(t) for t in texts), cell in bold, beside))
         rows.append(tuple(row))
     header = ("method", *(_heading(name, metric, one_unit) for name, metric in sheet.columns))
-    return Layout(caption(sheet, scored, one_unit), header, tuple(rows), tuple((mark, text) for text, mark in notes.marks.items()))
+    return Grid(caption(sheet, scored, one_unit), header, tuple(rows), notes.listed())
 
 
-def number(cell: Cell, show_n: bool) -> str:
+def number(cell: Cell, show_n: bool, digits: int = 1) -> str:
     """"16.1 ± 0.4 (n=3)"; with several fine-tuning seeds "(n=3×2)"; a dash when there is no score."""
     if cell.value is None:
         return DASH
-    spread = f" ± {cell.std:.1f}" if cell.std is not None else ""
+    spread = f" ± {cell.std:.{digits}f}" if cell.std is not None else ""
     balanced = cell.n == cell.n_pretrain * cell.n_eval
     count = str(cell.n) if cell.n_eval == 1 else f"{cell.n_pretrain}×{cell.n_eval}" if balanced else f"{cell.n} of {cell.n_pretrain}×{cell.n_eval}"
-    return f"{cell.value:.1f}{spread}" + (f" (n={count})" if show_n else "")
+    return f"{cell.value:.{digits}f}{spread}" + (f" (n={count})" if show_n else "")
 
 
 def caption(sheet: Sheet, scored: Sequence[Cell], one_unit: bool) -> str:
@@ -133,17 +146,20 @@ def _missing(cell: Cell) -> str:
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-def markdown(sheets: Sequence[Sheet]) -> str:
+Rows = Sequence[Mapping[str, Any]]
+
+
+def markdown(grids: Sequence[Grid], rows: Rows) -> str:
     """GitHub tables, readable on a terminal."""
     from tabulate import tabulate
 
     def field(entry: Entry) -> str:
         text = f"**{_markdown(entry.text)}**" if entry.bold else _markdown(entry.text)
-        return text + "".join(f" [{m}]" for m in entry.marks)
+        return text + _markdown(entry.beside and f", {entry.beside}") + "".join(f" [{m}]" for m in entry.marks)
 
-    blocks = [APART.format(len(sheets)) + "."] if len(sheets) > 1 else []
-    for table in map(layout, sheets):
-        align = ("left", *["right"] * (len(table.header) - 1))
+    blocks = [APART.format(len(grids)) + "."] if len(grids) > 1 else []
+    for table in grids:
+        align = (*["left"] * table.stub, *["right"] * (len(table.header) - table.stub))
         fields = [list(map(field, row)) for row in table.rows]
         body = tabulate(fields, list(map(_markdown, table.header)), "github", colalign=align, disable_numparse=True)
         blocks += [_markdown(table.caption), body]
@@ -160,20 +176,21 @@ def _markdown(text: str) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}", "[": "{[}", "]": "{]}",
-    "±": r"$\pm$", "×": r"$\times$", "↓": r"$\downarrow$", "–": r"\textendash{}",
+    "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "↓": r"$\downarrow$", "–": r"\textendash{}",
 }
 
 
-def latex(sheets: Sequence[Sheet]) -> str:
+def latex(grids: Sequence[Grid], rows: Rows) -> str:
     r"""Floating tables for \usepackage{booktabs}."""
 
     def field(entry: Entry) -> str:
         text = rf"\textbf{{{_latex(entry.text)}}}" if entry.bold else _latex(entry.text)
-        return text + (rf"\textsuperscript{{{','.join(entry.marks)}}}" if entry.marks else "")
+        return text + _latex(entry.beside and f", {entry.beside}") + (rf"\textsuperscript{{{','.join(entry.marks)}}}" if entry.marks else "")
 
-    blocks = [f"% {APART.format(len(sheets))}."] if len(sheets) > 1 else []
-    for table in map(layout, sheets):
-        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}", rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+    blocks = [f"% {APART.format(len(grids))}."] if len(grids) > 1 else []
+    for table in grids:
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}",
+                 rf"\begin{{tabular}}{{{'l' * table.stub}{'r' * (len(table.header) - table.stub)}}}",
                  r"\toprule", " & ".join(map(_latex, table.header)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(field, row)) + r" \\" for row in table.rows]
         lines += [r"\bottomrule", r"\end{tabular}"]
@@ -187,15 +204,15 @@ def _latex(text: str) -> str:
     return re.sub("-(?=-)", "-{}", escaped)  # two hyphens of a flag would join into a dash
 
 
-def web(sheets: Sequence[Sheet]) -> str:
+def web(grids: Sequence[Grid], rows: Rows) -> str:
     """An HTML fragment of <table> elements with captions; footnotes in <tfoot>."""
 
     def field(entry: Entry) -> str:
         text = f"<strong>{html.escape(entry.text)}</strong>" if entry.bold else html.escape(entry.text)
-        return text + (f"<sup>{', '.join(entry.marks)}</sup>" if entry.marks else "")
+        return text + html.escape(entry.beside and f", {entry.beside}") + (f"<sup>{', '.join(entry.marks)}</sup>" if entry.marks else "")
 
-    lines = [f"<p>{html.escape(APART.format(len(sheets)))}.</p>"] if len(sheets) > 1 else []
-    for table in map(layout, sheets):
+    lines = [f"<p>{html.escape(APART.format(len(grids)))}.</p>"] if len(grids) > 1 else []
+    for table in grids:
         lines += ["<table>", f"<caption>{html.escape(table.caption)}</caption>", "<thead>"]
         lines += ["<tr>" + "".join(f'<th scope="col">{html.escape(h)}</th>' for h in table.header) + "</tr>", "</thead>", "<tbody>"]
         for name, *cells in table.rows:
@@ -208,29 +225,24 @@ def web(sheets: Sequence[Sheet]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rows(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
-    """One flat object per (method, evaluator, metric), in the order of the tables."""
-    return [sheet.cell(method, name, metric).as_row() for sheet in sheets for method in sheet.methods for name, metric in sheet.columns]
-
-
-def as_json(sheets: Sequence[Sheet]) -> str:
+def as_json(grids: Sequence[Grid], rows: Rows) -> str:
     """The list of objects of design.md, section 6."""
-    return json.dumps(rows(sheets), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(rows, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def csv(sheets: Sequence[Sheet]) -> str:
-    """The rows of the JSON; the interval in two columns, lists joined by "; "."""
+def csv(grids: Sequence[Grid], rows: Rows) -> str:
+    """The rows of the JSON; an interval in two columns, lists joined by "; "."""
     import pandas
 
-    frame = pandas.DataFrame(rows(sheets))
-    if not frame.empty:
-        place = list(frame.columns).index("ci95")
-        bounds = [pair or (None, None) for pair in frame.pop("ci95")]
-        frame.insert(place, "ci95_low", [low for low, _ in bounds])
-        frame.insert(place + 1, "ci95_high", [high for _, high in bounds])
-        for name in ("deviations", "remarks"):
-            frame[name] = frame[name].str.join("; ")
+    frame = pandas.DataFrame(rows)
+    for name in PAIRS & set(frame.columns):
+        place = list(frame.columns).index(name)
+        bounds = [pair or (None, None) for pair in frame.pop(name)]
+        frame.insert(place, f"{name}_low", [low for low, _ in bounds])
+        frame.insert(place + 1, f"{name}_high", [high for _, high in bounds])
+    for name in LISTS & set(frame.columns):
+        frame[name] = frame[name].str.join("; ")
     return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
-FORMATS: dict[str, Callable[[Sequence[Sheet]], str]] = {"markdown": markdown, "latex": latex, "csv": csv, "json": as_json, "html": web}
+FORMATS: dict[str, Callable[[Sequence[Grid], Rows], str]] = {"markdown": markdown, "latex": latex, "csv": csv, "json": as_json, "html": web}

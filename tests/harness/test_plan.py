@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness.plan import Planner
 from harness.request import Plan, Request
+from harness.settings import Settings
+from harness.spec import Augment, Recipe
 
 
 def plan(smoke_data: Path, methods: str, evals: str, **fields: object) -> Plan:
@@ -20,7 +23,29 @@ def test_a_value_that_is_the_recipes_own_is_no_deviation(smoke_data: Path) -> No
     assert same.cells[0].about["deviations"] == []
     assert [n.key for n in same.nodes] == [n.key for n in plan(smoke_data, "mae", "linear").nodes]
     other = plan(smoke_data, "mae", "linear", settings=("mae.mask_ratio=0.5",))
-    assert other.cells[0].about["deviations"] == ["mae.mask_ratio=0.5 (recipe: 0.75)"]
+    assert other.cells[0].about["deviations"] == ["mae.mask_ratio=0.5 (recipe: 0.75; arXiv 2111.06377; facebookresearch/mae @ efb2a80 (recipes A1))"]
+
+
+def test_a_deviation_names_the_source_of_the_value_that_it_replaces() -> None:
+    """"ours" and "Table 8" are different things to deviate from, and the most specific line of the recipe's sources is the one that is meant."""
+    sources = (("all", "Table 8"), ("epochs", "section 4.1"), ("augment", "Table 9"), ("augment.mixup", "ours"))
+    recipe = Recipe(batch=8, lr=1e-3, epochs=2, augment=Augment(mixup=0.8, cutmix=1.0), sources=sources)
+    words = ("mae.recipe.lr=0.1", "mae.recipe.epochs=3", "mae.recipe.augment.cutmix=0", "mae.recipe.augment.mixup=0")
+    _, notes = Settings(words).apply("mae.recipe", recipe)
+    assert notes == (
+        "mae.recipe.lr=0.1 (recipe: 0.001; Table 8)", "mae.recipe.epochs=3 (recipe: 2; section 4.1)",
+        "mae.recipe.augment.cutmix=0 (recipe: 1.0; Table 9)", "mae.recipe.augment.mixup=0 (recipe: 0.8; ours)")
+    _, (note,) = Settings(["mae.recipe.lr=0.1"]).apply("mae.recipe", replace(recipe, sources=()))
+    assert note == "mae.recipe.lr=0.1 (recipe: 0.001; no source given)"
+
+
+def test_a_record_carries_the_trainings_behind_its_checkpoint(smoke_data: Path) -> None:
+    """Tables decide by them beside which published number a score may stand; an evaluation's folder may have been copied without the others."""
+    (cell,) = plan(smoke_data, "beit", "linear").cells
+    assert cell.node is not None
+    (pretraining,) = cell.node.job(Path())["about"]["lineage"]
+    assert pretraining["kind"] == "pretrain" and pretraining["recipe"]["batch"] == 32 and "tokenizer" in pretraining["parents"]
+    assert "lineage" not in cell.node.about and cell.node.lineage == [pretraining]
 
 
 def test_an_own_classifier_is_scored_once_whatever_the_fine_tuning_seeds(smoke_data: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import results.table
 from harness.jobs import Node
 from harness.spec import Metric, UserError
-from harness.store import RECORD_SCHEMA, Result, Store, record_validator, write_json
+from harness.store import RECORD_SCHEMA, Result, Store, collect, record_validator, write_json
 from results.table import Table
 
 
@@ -93,6 +93,38 @@ def test_records_on_disk_become_cells(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("--format", "json", "--runs", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["value"], row["n"], row["status"], row["reason"]) == (15.0, 2, "failed", "seed 2: loss is not finite")
+
+
+def test_a_record_tells_what_its_checkpoint_went_through(found_lineage: tuple[dict, ...]) -> None:
+    # By these, and not by names alone, a score is put beside a published number; the pre-training's own folder may be gone.
+    assert [n["kind"] for n in found_lineage] == ["evaluate", "pretrain"] and found_lineage[1]["recipe"] == {"epochs": 800}
+
+
+@pytest.fixture
+def found_lineage(tmp_path: Path) -> tuple[dict, ...]:
+    """The lineage of a result that was read from a record, written as a job writes it."""
+    tokenizer, store = Node("asset", "dvae", {}), Store(tmp_path)
+    pretraining = Node("pretrain", "mae", {"seed": 0, "recipe": {"epochs": 800}}, {"tokenizer": tokenizer})
+    about = {"method": "mae", "eval": "ade20k", "protocol": "paper", "backbone": "vit-b16", "data": "data", "seed": 0, "eval_seed": 0, "columns": []}
+    job = (node := Node("evaluate", "ade20k-mae", {"seed": 0}, {"checkpoint": pretraining}, about)).job(tmp_path)
+    store.prepare()
+    store.folder(node).mkdir()
+    write_json(store.folder(node) / "job.json", job)
+    whole = dict.fromkeys(record_validator().schema["required"]) | {"identity": job["identity"], "about": job["about"], "deviations_found": []}
+    write_json(store.folder(node) / "record.json", {**whole, "schema": RECORD_SCHEMA, "metrics": {"mIoU": 1.0}, "start": "2026-01-01"})
+    (result,) = collect([tmp_path])
+    return result.lineage
+
+
+def test_a_layout_needs_no_runs_folder_and_a_wrong_one_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--layout", "mae-table5") == 0
+    assert "53.6" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--layout: unknown name 'mae-tabel5': did you mean mae-table5\? valid: beit-table1, ") as error:
+        run("--layout", "mae-tabel5")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such folder"):
+        run("--layout", "mae-table5", "--runs", "nowhere")
 
 
 def test_runs_can_be_repeated_and_listed(found: list[Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

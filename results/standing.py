@@ -1,0 +1,141 @@
+"""May a measured value stand beside a published number? What differs between the two, and whether the published one lies within the spread.
+
+The rule. It must be the same thing: method, evaluator, metric, architecture of the backbone, in a protocol whose recipes are the papers' and on
+the benchmark's complete official split. Otherwise it does not stand there (what keeps a value out that is the same by name is told). What may differ is
+told in footnotes: pre-training length, data of pre-training and of the tokenizer, head or probe, shared instead of published fine-tuning, and every
+deviation from a recipe. A verdict is given where nothing differs and the spread is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from harness.store import Result
+from results.cells import Cell, Sheet
+from results.reference.names import BACKBONES, EVALUATORS, FAMILY, METHODS, OWN, PROTOCOL, SCORED, counterpart
+from results.reference.published import METRICS, Published, published
+
+SIZE = (224, 224)  # of all pre-training in published.csv that has a counterpart here
+PARTS = ("patch", "width", "depth", "heads")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A measured cell and a published number of the same name. `barred`: why it cannot stand there; `differences`: what is told if it does."""
+
+    cell: Cell
+    row: Published
+    barred: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+    @property
+    def difference(self) -> float | None:
+        """Measured minus published, in the metric's unit."""
+        return None if self.cell.value is None or self.barred else self.cell.value - self.row.value
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """(low, high): where one further run would fall with 95 % probability; None below two pre-training seeds.
+
+        Student's t prediction interval, mean +- t(0.975, n - 1) s sqrt(1 + 1/n): a published number is one run more, not the mean of many.
+        """
+        n, std = self.cell.n_pretrain, self.cell.std
+        if std is None or self.cell.value is None or n < 2:
+            return None
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, n - 1)) * std * math.sqrt(1 + 1 / n)
+        return self.cell.value - half, self.cell.value + half
+
+    @property
+    def verdict(self) -> str:
+        """"within" or "outside" the spread (widened by half of the last published digit), or why there is none."""
+        if self.difference is None:
+            return "no verdict"
+        if self.differences:
+            return "no verdict: protocol differs"
+        if self.spread is None:
+            return f"no verdict: n = {self.cell.n_pretrain}"
+        rounding = 0.5 * 10.0**-self.row.digits + 1e-9
+        return "within" if self.spread[0] - rounding <= self.row.value <= self.spread[1] + rounding else "outside"
+
+
+def compare(cell: Cell, row: Published) -> Standing | None:
+    """How a measured cell stands to a published number; None when they are not of the same name (method, evaluator, metric, backbone), or when
+    the cell has no score or its record does not say how it came about (demo, smoke, records of older versions)."""
+    method, evaluator, example = counterpart(METHODS, row), counterpart(EVALUATORS, row), cell.example
+    if method is None or evaluator is None or example is None or cell.value is None or METRICS[row.metric] != cell.metric.name or len(example.lineage) < 2:
+        return None
+    evaluation, *trained = example.lineage
+    if evaluation.get("family") != FAMILY or architecture(trained) != BACKBONES.get(row.backbone):
+        return None
+    differences = []
+    for name, line in ((cell.method, method), (cell.eval, evaluator)):
+        if name in line.near:
+            differences.append(line.near[name])
+        elif name not in line.names:
+            return None
+    barred = [f"another configuration: {d}" for d in cell.deviations if changes_plugin(d, cell)]
+    official, scored = next((n for start, n in SCORED.items() if row.eval.startswith(start)), 0), images_scored(example)
+    if not scored or not official or scored % official:  # a multiple: each image scored under several corruptions
+        barred.append(f"scored on {scored or 'an unknown number of'} images ({cell.data}), the official split has {official}")
+    differences += training_differences(row, evaluation, trained)
+    if cell.protocol != PROTOCOL:
+        differences.append(f"protocol {cell.protocol}: not each method as published")
+    elif cell.tuning != "published":
+        differences.append("one fine-tuning recipe for all methods, not each paper's")
+    differences += [f"deviates from the recipe: {d}" for d in cell.deviations if not changes_plugin(d, cell)]
+    return Standing(cell, row, tuple(barred), tuple(differences))
+
+
+def architecture(trained: list[Mapping[str, Any]]) -> tuple[int, ...] | None:
+    """Patch side, width, blocks and heads of the pre-trained ViT."""
+    vit = next((t["vit"] for t in trained if t.get("vit")), None)
+    return tuple(vit[name] for name in PARTS) if vit else None
+
+
+def changes_plugin(deviation: str, cell: Cell) -> bool:
+    """Whether a deviation (text of --set) is one of the method's or evaluator's own fields, which makes it another method or evaluator.
+
+    A field `epochs` is the length of training, which is compared by itself."""
+    return any(deviation.startswith(f"{name}.") and not deviation.startswith((f"{name}.recipe.", f"{name}.epochs=")) for name in (cell.method, cell.eval))
+
+
+def images_scored(example: Result) -> int | None:
+    """Number of images that a score stands on, by the record's facts."""
+    found = example.facts.get("scored_images", example.facts.get("images_scored"))
+    return int(found) if isinstance(found, (int, float)) else None
+
+
+def training_differences(row: Published, evaluation: Mapping[str, Any], trained: list[Mapping[str, Any]]) -> list[str]:
+    """What differs in the training before the evaluation: its length, resolution and images, the tokenizer's images."""
+    found = []
+    first = trained[-1]  # the pre-training itself, where something trained on from it
+    recipes = [node["recipe"] for node in (*reversed(trained), evaluation) if node.get("recipe")]  # from scratch, the evaluation is the training
+    if row.epochs and recipes and (epochs := recipes[0].get("epochs")) != row.epochs:
+        length = f"{epochs:g} epochs" if epochs is not None else f"{recipes[0].get('iterations')} iterations"
+        found.append(f"{'trained' if row.method == 'scratch' else 'pre-trained'} for {length}, published with {row.epochs} epochs")
+    if (size := tuple((first.get("vit") or {}).get("size", SIZE))) != SIZE:
+        found.append(f"pre-trained at {size[0]}x{size[1]} pixels, published at {SIZE[0]}x{SIZE[1]}")
+    if first.get("recipe") and "imagenet" not in first.get("data", {}):
+        found.append(f"pre-trained on other images ({', '.join(first.get('data', {})) or 'none'}), published on ImageNet-1K")
+    made, given = ("tokenizer" in first.get(kind, {}) for kind in ("parents", "files"))
+    if (made or given) and made == ("DALLE" in row.pretrain_data):
+        found.append("tokenizer trained here, published with DALL-E's" if made else "DALL-E's tokenizer, published with another")
+    return found
+
+
+def with_published(sheet: Sheet) -> Sheet:
+    """A sheet whose cells have the published number of exactly their protocol, where there is one (`Cell.published`)."""
+    return replace(sheet, cells={key: replace(cell, published=same_protocol(cell)) for key, cell in sheet.cells.items()})
+
+
+def same_protocol(cell: Cell) -> Published | None:
+    """The published number that a cell repeats without any difference; of several the one of the method's own paper, then the first of the file."""
+    if cell.example is None or not cell.example.lineage or cell.example.lineage[0].get("family") != FAMILY:
+        return None
+    found = [s.row for row in published() if (s := compare(cell, row)) is not None and not s.barred and not s.differences]
+    return min(found, key=lambda row: row.paper not in OWN.get(row.method, ()), default=None)

@@ -1,0 +1,185 @@
+"""What may stand beside a published number, what is told about it, and when a verdict is given."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pandas
+import pytest
+
+from harness.spec import Metric
+from harness.store import Result
+from results.beside import LAYOUTS, fill, paper_table
+from results.reference.published import published
+from results.standing import Standing
+from results.table import Table
+
+VIT = {"patch": 16, "width": 768, "depth": 12, "heads": 12, "positions": "sincos-mae"}
+TOP1 = Metric("top-1")
+
+
+def measured(*scores: float, method: str = "mae", evaluator: str = "imagenet", epochs: float | None = 1600, metric: Metric = TOP1, **changed) -> list[Result]:
+    """Results of a paper run, one for each pre-training seed. `changed` replaces fields of the results, or parts of the identities."""
+    evaluation = {"kind": "evaluate", "family": changed.pop("family", "paper"), "recipe": {"epochs": 100}, "parents": {"checkpoint": "k"}}
+    pretraining = {"kind": "pretrain", "family": "paper", "recipe": {"epochs": epochs, "iterations": None}, "vit": {**VIT, **changed.pop("vit", {})},
+                   "data": {changed.pop("pretrained_on", "imagenet"): "f"}, "parents": changed.pop("parents", {}), "files": changed.pop("files", {})}
+    facts = {"scored_images": changed.pop("scored", 50_000)}
+    plain = Result(method=method, eval=evaluator, protocol="paper", backbone="vit-b16", data="data", seed=0, eval_seed=0, metrics={}, columns=(metric,),
+                   status="done", start="2026-01-01", settings=f"{method}{evaluator}{epochs}", lineage=(evaluation, pretraining), facts=facts)
+    return [replace(plain, seed=s, key=f"{method}{evaluator}{epochs}{s}{changed}", metrics={metric.name: v}, **changed) for s, v in enumerate(scores)]
+
+
+def standing(results: Sequence[Result], layout: str = "mae-table3", row: str = "MAE", column: str = "ViT-B") -> Standing | None:
+    (field,) = (f for f in fill(paper_table(layout), results) if (f.row.label, f.column.heading) == (row, column))
+    assert field.standing is None or field.kept_out is None
+    return field.standing or field.kept_out
+
+
+def beside_of(results: Sequence[Result]) -> list[float | None]:
+    return [row["published"] for row in json.loads(Table.render(results, "json"))]
+
+
+def test_the_same_protocol_gets_difference_spread_and_verdict() -> None:
+    s = standing(measured(83.4, 83.5, 83.6))
+    # t(0.975, 2) = 4.30265, s = 0.1: 0.430265 * sqrt(1 + 1/3)
+    assert s.difference == pytest.approx(-0.1) and s.spread == pytest.approx((83.5 - 0.49683, 83.5 + 0.49683), abs=1e-4) and s.verdict == "within"
+    assert (s.barred, s.differences) == ((), ())
+    assert standing(measured(82.4, 82.5, 82.6)).verdict == "outside"
+
+
+def test_one_seed_gives_no_verdict() -> None:
+    # A single run that happens to hit the number proves nothing, and one that misses it neither.
+    assert standing(measured(83.6)).verdict == "no verdict: n = 1"
+
+
+def test_a_spread_smaller_than_the_printed_digit_is_no_contradiction() -> None:
+    assert standing(measured(83.64, 83.641, 83.642)).verdict == "within"
+
+
+@pytest.mark.parametrize("changed", [{"family": "demo"}, {"family": "smoke"}, {"vit": {"width": 128}}, {"vit": {"patch": 14}}, {"method": "nobody"},
+                                     {"evaluator": "nothing"}, {"metric": Metric("top-5")}, {"lineage": ()}])
+def test_another_thing_never_stands_there(changed: dict) -> None:
+    results = measured(83.5, 83.6, **changed)
+    assert standing(results) is None and beside_of(results) == [None]
+
+
+@pytest.mark.parametrize(("changed", "told"), [
+    ({"epochs": 800}, "pre-trained for 800 epochs, published with 1600 epochs"),
+    ({"epochs": None}, "pre-trained for None iterations, published with 1600 epochs"),
+    ({"pretrained_on": "folder"}, "pre-trained on other images (folder), published on ImageNet-1K"),
+    ({"protocol": "paper-shared"}, "protocol paper-shared: not each method as published"),
+    ({"tuning": "shared"}, "one fine-tuning recipe for all methods, not each paper's"),
+    ({"deviations": ("imagenet.recipe.lr=1 (recipe: 2; FINETUNE.md)",)}, "deviates from the recipe: imagenet.recipe.lr=1 (recipe: 2; FINETUNE.md)"),
+])
+def test_what_differs_is_a_footnote_and_takes_the_verdict(changed: dict, told: str) -> None:
+    results = measured(83.5, 83.6, **changed)
+    s = standing(results)
+    assert s.differences == (told,) and s.barred == () and s.verdict == "no verdict: protocol differs" and s.difference == pytest.approx(-0.05)
+    assert told in Table.render_layout("mae-table3", results)
+    assert beside_of(results) == [None]  # an ordinary table puts exactly the same protocol beside, or nothing
+
+
+@pytest.mark.parametrize(("changed", "told"), [
+    ({"scored": 20}, "scored on 20 images (data), the official split has 50000"),
+    ({"facts": {}}, "scored on an unknown number of images"),
+    ({"deviations": ("mae.mask_ratio=0.6 (recipe: 0.75; A1)",)}, "another configuration: mae.mask_ratio=0.6"),
+    ({"deviations": ("imagenet.holdout=0.1 (recipe: 0; x)",)}, "another configuration: imagenet.holdout=0.1"),
+])
+def test_what_is_the_same_by_name_only_is_kept_out_and_it_is_said_why(changed: dict, told: str) -> None:
+    results = measured(83.5, 83.6, **changed)
+    assert told in standing(results).barred[0]
+    text = Table.render_layout("mae-table3", results)
+    assert told in text and "| 83.6 [" not in text and "83.5 ±" not in text and beside_of(results) == [None]
+
+
+def test_a_tokenizer_of_ones_own_is_told_where_the_paper_had_dall_es() -> None:
+    beit = {"method": "beit", "epochs": 800, "vit": {"positions": "learned"}}
+    own = standing(measured(83.0, 83.2, parents={"tokenizer": "k"}, **beit), row="BEiT")
+    assert own.differences == ("tokenizer trained here, published with DALL-E's",)
+    assert standing(measured(83.0, 83.2, files={"tokenizer": "sha"}, **beit), row="BEiT").differences == ()
+
+
+def test_lengths_of_one_method_find_their_own_rows() -> None:
+    # In an ordinary table the newest settings win; Table 4 has 300 and 800 epochs of the same method.
+    dalle = {"files": {"tokenizer": "sha256"}}
+    results = [*measured(82.9, 82.7, method="beit", epochs=300, **dalle), *measured(83.1, 83.3, method="beit", epochs=800, **dalle)]
+    for label, epochs in (("BEiT (300 epochs)", 300), ("longer pre-training (800 epochs)", 800)):
+        s = standing(results, "beit-table4", label, "ImageNet top-1")
+        assert s.cell.example.lineage[1]["recipe"]["epochs"] == epochs and s.differences == () and s.verdict == "within"
+
+
+def test_a_near_evaluator_stands_with_its_difference_named() -> None:
+    results = measured(45.0, 45.2, method="beit", evaluator="ade20k", epochs=800, metric=Metric("mIoU"), scored=2_000, files={"tokenizer": "s"})
+    s = standing(results, "beit-table3", "BEiT", "ADE20K mIoU")
+    assert s.differences == ("head UperNet, published with SETR-PUP",) and s.verdict.startswith("no verdict")
+
+
+def test_from_scratch_the_fine_tuning_is_the_training() -> None:
+    (result,) = measured(82.0, method="scratch")
+    evaluation, pretraining = result.lineage
+    trained = replace(result, lineage=({**evaluation, "recipe": {"epochs": 300}}, {**pretraining, "recipe": None}))
+    assert standing([trained], row="scratch").differences == ()
+    short = replace(result, lineage=({**evaluation, "recipe": {"epochs": 100}}, {**pretraining, "recipe": None}))
+    assert standing([short], row="scratch").differences == ("trained for 100 epochs, published with 300 epochs",)
+
+
+# ------------------------------------------------------------------------------------------------------ tables as printed
+
+
+def test_an_ordinary_table_shows_the_published_number_with_its_source() -> None:
+    results = [*measured(83.4, 83.6), *measured(83.4, 83.6, method="mae@pca")]
+    rows = json.loads(Table.render(results, "json"))
+    assert [(r["published"], r["published_source"]) for r in rows] == [(83.6, "MAE-paper Table 3"), (None, None)]
+    text = Table.render(results)
+    assert "**83.5 ± 0.1 (n=2)**, published 83.6 [a]" in text and "- [a] published: MAE-paper Table 3" in text and text.count("published 8") == 1
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_without_a_run_each_layout_prints_its_numbers_in_every_format(name: str) -> None:
+    table = paper_table(name)
+    numbers = [n.text for row in table.rows for column in table.columns if (n := table.number(row, column))]
+    for format in ("markdown", "latex", "html"):
+        text = Table.render_layout(name, [], format)
+        assert all(text.count(n) >= numbers.count(n) for n in numbers) and "Nothing of the same protocol is measured yet" in text
+    rows = json.loads(Table.render_layout(name, [], "json"))
+    assert [r["published_text"] for r in rows] == numbers and {r["value"] for r in rows} == {None} and {r["status"] for r in rows} == {"missing"}
+    frame = pandas.read_csv(io.StringIO(Table.render_layout(name, [], "csv")), dtype=str)
+    assert list(frame.published_text) == numbers and list(frame.columns)[:3] == ["method", "eval", "metric"]
+
+
+def test_a_measured_layout_shows_both_side_by_side() -> None:
+    results = [*measured(83.4, 83.5, 83.6), *measured(82.0, method="scratch", epochs=300)]
+    (line,) = (x for x in Table.render_layout("mae-table3", results).splitlines() if x.startswith("| MAE"))
+    assert [x.strip() for x in line.split("|")][3:5] == ["83.6", "83.5 ± 0.1 (n=3), −0.1 within"]
+    assert "82.0 (n=1), −0.3 no verdict" in Table.render_layout("mae-table3", results)
+    (row,) = (r for r in json.loads(Table.render_layout("mae-table3", results, "json")) if r["verdict"] == "within")
+    assert (row["method"], row["eval"], row["published"], row["value"], row["difference"]) == ("mae", "imagenet", 83.6, 83.5, pytest.approx(-0.1))
+    assert (row["layout"], row["row"], row["column"]) == ("mae-table3", "MAE IN1K", "ViT-B")
+
+
+def test_layouts_are_well_formed_in_html_and_latex() -> None:
+    opened: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    for name in LAYOUTS:
+        Checker().feed(Table.render_layout(name, measured(83.4, 83.6, epochs=300), "html"))
+        assert not opened
+        lines = [x for x in Table.render_layout(name, [], "latex").replace(r"\&", "").splitlines() if x.endswith(r"\\")]
+        assert len({x.count("&") for x in lines}) == 1, name
+
+
+def test_each_number_of_the_file_can_be_repeated_by_the_plugins_that_stand_for_it() -> None:
+    """The road back: a run of a row's counterpart with its length and images must find that number, or one of the same model printed elsewhere."""
+    found = []
+    for name, row in (("MAE", "norm-pix"), ("BEiT", "plain-ViT")):
+        p = next(r for r in published() if (r.method, r.variant, r.eval, r.backbone) == (name, row, "IN1K-ft-224", "ViT-B/16"))
+        found.append(beside_of(measured(p.value, method=name.lower(), epochs=p.epochs, files={"tokenizer": "s"} if name == "BEiT" else {})) == [p.value])
+    assert found == [True, True]
