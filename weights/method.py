@@ -100,7 +100,7 @@ class Weights:
 
         return TrainTransform(vit.size, recipe.augment)
 
-    def transfer(self, evaluator: str, protocol: Protocol) -> Overrides:
+    def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
         """None: the evaluator's own recipe. Which paper's values would suit is not in the file."""
         return Overrides()
 

@@ -16,7 +16,8 @@ from harness.augment import EvalTransform
 from harness.checkpoint import Backbone
 from harness.classifier import Classifier
 from harness.data import data_set, load_rgb
-from harness.plan import Planner, Request
+from harness.plan import Planner
+from harness.request import Request
 from harness.plugins import EvalContext, Session
 from harness.randomness import seed_all
 from harness.spec import Interrupted, JobFailed, Protocol, UserError, ViTConfig

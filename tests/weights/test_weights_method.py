@@ -19,8 +19,9 @@ from checkpoints import arguments, images, timm_beit, timm_vit, transformer
 from harness import plugins
 from harness.cli import main
 from harness.jobs import ordered
-from harness.plan import Planner, Request
+from harness.plan import Planner
 from harness.plugins import TrainContext
+from harness.request import Request
 from harness.spec import JobFailed, UserError, ViTConfig
 from harness.vit import ViT, resize_positions
 from weights.method import Weights, fingerprint
