@@ -70,7 +70,7 @@ def vit_config(arrays: Arrays, state: Mapping[str, Any], images: str) -> ViTConf
     shared, block = "rel_pos_bias.relative_position_bias_table" in state, "blocks.0.attn.relative_position_bias_table" in state
     return ViTConfig(
         size=arrays[images].shape[-2:], patch=config(arrays, "p"), width=config(arrays, "dim"), depth=config(arrays, "depth"),
-        heads=config(arrays, "heads"), positions="learned" if "pos_embed" in state else "none",
+        heads=config(arrays, "heads"), mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / config(arrays, "dim"), positions="learned" if "pos_embed" in state else "none",
         relative_bias="shared" if shared else "block" if block else "none", layer_scale=0.1 if "blocks.0.gamma_1" in state else None,
         key_bias="blocks.0.attn.q_bias" not in state,
     )
@@ -183,8 +183,9 @@ def initial_vit(table: Mapping[str, Mapping[str, Any]]) -> ViTConfig:
         tall = max(n for n in range(1, patches + 1) if patches % n == 0 and n * n <= patches)
         grid = (tall, patches // tall)
     return ViTConfig(
-        size=(grid[0] * patch, grid[1] * patch), patch=patch, width=width, heads=heads, depth=len({n.split(".")[1] for n in table if n.startswith("blocks.")}),
-        positions="learned" if "pos_embed" in table else "none", relative_bias="none" if not tables else "shared" if len(tables) == 1 else "block",
+        size=(grid[0] * patch, grid[1] * patch), patch=patch, width=width, heads=heads, mlp_ratio=table["blocks.0.mlp.fc1.bias"]["shape"][0] / width,
+        depth=len({n.split(".")[1] for n in table if n.startswith("blocks.")}), positions="learned" if "pos_embed" in table else "none",
+        relative_bias="none" if not tables else "shared" if tables[0].startswith("rel_pos_bias") else "block",
         layer_scale=float(table["blocks.0.gamma_1"]["mean"]) if "blocks.0.gamma_1" in table else None, key_bias="blocks.0.attn.q_bias" not in table,
     )
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from known_answers import PRECISIONS, cases, golden, section
+from known_answers import PRECISIONS, cases, config, golden, section
 
 from harness.optim import build_optimizer, parameter_groups
 from harness.positions import relative_index, resize_bias, resize_positions, sincos_positions, sincos_table, spread
@@ -68,11 +68,15 @@ def test_positions_are_interpolated_as_maes(case: str, precision: torch.dtype) -
 # -------------------------------------------------------------------------------------------------------------- relative bias
 
 
-@pytest.mark.parametrize("key", [key for key in BEIT if key.endswith("relative_position_index")])
-def test_relative_index_is_beits(key: str) -> None:
+@pytest.mark.parametrize("name", ["beit_pretrain", "beit_finetune"])
+def test_relative_index_is_beits(name: str) -> None:
     """Otherwise a loaded table would be read at other offsets."""
-    height, width = (n // int(BEIT["config/p"]) for n in BEIT["images"].shape[-2:])
-    np.testing.assert_array_equal(relative_index((height, width)).numpy(), BEIT[key])
+    arrays = golden(name)
+    grid = tuple(n // config(arrays, "p") for n in arrays["images"].shape[-2:])
+    tables = [value for key, value in arrays.items() if key.endswith("relative_position_index")]
+    assert tables
+    for table in tables:
+        np.testing.assert_array_equal(relative_index(grid).numpy(), table)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
