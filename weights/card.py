@@ -28,17 +28,25 @@ def model_card(record: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
     lines += ["", "Method, with every field:", "", *table(("field", "value"), flat(plugin))]
     lines += ["", "## Data", "", *(table(("data set", "fingerprint"), sorted(identity.get("data", {}).items())) or ["None."])]
     lines += ["", "## Cost", "", *table(("what", "value"), costs(record)), "", "## Results", ""]
-    rows = sorted((r["about"]["eval"], metric, f"{value:.2f}", r["about"].get("data", ""), r["about"].get("protocol", ""), str(r["about"]["eval_seed"]),
-                   "; ".join(r.get("deviations", ())) or "none") for r in results for metric, value in r["metrics"].items())
-    lines += table(("evaluation", "metric", "score (0..100)", "data", "protocol", "seed", "deviations"), rows) or ["No evaluation of this checkpoint is recorded."]
+    head = ("evaluation", "metric", "score (0..100)", "data", "protocol", "seed", "deviations")
+    lines += table(head, scores(results)) or ["No evaluation of this checkpoint is recorded."]
     if captions := sorted({r["about"]["caption"] for r in results if r["about"].get("caption")}):
         lines += ["", *(f"{c}." for c in captions)]
     deviations = [*record.get("deviations", ()), *record.get("deviations_found", ())]
     lines += ["", "## Deviations from the recipe", "", *([f"- {d}" for d in deviations] or ["None."])]
     packages = ", ".join(f"{k} {v}" for k, v in record["packages"].items())
-    commit = record["git"]["commit"]
-    lines += ["", "## Made with", "", f"{packages}; harness commit {commit or 'unknown'}{' with changes' if record['git']['dirty'] else ''}; {record['start'][:10]}."]
+    commit = f"{record['git']['commit'] or 'unknown'}{' with changes' if record['git']['dirty'] else ''}"
+    lines += ["", "## Made with", "", f"{packages}; harness commit {commit}; {record['start'][:10]}."]
     return "\n".join(lines) + "\n"
+
+
+def scores(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each metric of each evaluation."""
+    rows = []
+    for about, metrics, deviations in ((r["about"], r["metrics"], r.get("deviations", ())) for r in results):
+        where = (about.get("data", ""), about.get("protocol", ""), str(about["eval_seed"]), "; ".join(deviations) or "none")
+        rows += [(about["eval"], metric, f"{value:.2f}", *where) for metric, value in metrics.items()]
+    return sorted(rows)
 
 
 def plugin_name(plugin: Mapping[str, Any]) -> str:

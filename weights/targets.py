@@ -79,17 +79,20 @@ def for_transformers(backbone: Backbone) -> Export:
     """transformers' ViTModel, or its BeitModel when there is a relative bias or LayerScale.
 
     Raises:
-        UserError: neither can hold it: a k bias with one of these, or an image that is not square with a relative bias.
+        UserError: neither can hold it: a k bias together with one of these, or then an image that is not square.
     """
     config = backbone.config
     beit = config.relative_bias != "none" or config.layer_scale is not None
     if beit:
         beit_names(backbone, "transformers' BEiT")  # for its refusal
     square = config.size[0] == config.size[1]
+    if beit and not square:
+        raise UserError(f"export: images of {config.size[0]}x{config.size[1]} pixels: transformers' BEiT has positions for squares only: use --to timm")
     shared: dict[str, Any] = {
         "architectures": ["BeitModel" if beit else "ViTModel"], "model_type": "beit" if beit else "vit", "hidden_size": config.width,
-        "num_hidden_layers": config.depth, "num_attention_heads": config.heads, "intermediate_size": round(config.width * config.mlp_ratio), "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6, "image_size": config.size[0] if square else list(config.size), "patch_size": config.patch, "num_channels": 3,
+        "num_hidden_layers": config.depth, "num_attention_heads": config.heads, "intermediate_size": round(config.width * config.mlp_ratio),
+        "hidden_act": "gelu", "layer_norm_eps": 1e-6, "image_size": config.size[0] if square else list(config.size), "patch_size": config.patch,
+        "num_channels": 3,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02, "dtype": "float32",
     }
     if beit:
