@@ -215,7 +215,10 @@ class Planner:
             stage = {**self.about(method_name, first, before, about["seed"], eval_seed), "deviations": [*about["deviations"], *more]}
             parent = self.evaluate(first, before, method_name, method, parent, eval_seed, stage)
             ground, about["deviations"] = [stage["ground"]], stage["deviations"]
-        base, recipe, notes, overrides = None, None, (), Overrides()
+        base: Recipe | None = None
+        recipe: Recipe | None = None
+        notes: tuple[str, ...] = ()
+        overrides = Overrides()
         if getattr(evaluator, "trains", True):
             base = evaluator.recipe(self.setting, self.vit)
             if base is None:
