@@ -215,7 +215,8 @@ class Planner:
         overrides: Overrides = method.transfer(name, self.setting) if self.request.tuning == "published" else Overrides()
         base, own = recipe, None
         if overrides.recipe:
-            recipe = dataclasses.replace(recipe, **overrides.recipe)
+            sources = ((", ".join(overrides.recipe), overrides.source), *recipe.sources)
+            recipe = dataclasses.replace(recipe, **{"sources": sources, **overrides.recipe})
         recipe, notes = self.recipe(recipe, name)
         if overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
             eval_seed, notes = 0, ()
