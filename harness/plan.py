@@ -181,7 +181,8 @@ class Planner:
             base = self.recipe_of(name, evaluator, vit)
             if self.tuning == "published":
                 overrides = method.transfer(name, self.setting, vit)
-            recipe, notes = self.recipe(dataclasses.replace(base, **overrides.recipe), name)
+            changes = {"sources": ((", ".join(overrides.recipe), overrides.source), *base.sources), **overrides.recipe} if overrides.recipe else {}
+            recipe, notes = self.recipe(dataclasses.replace(base, **changes), name)
         if recipe is None or overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
             recipe, notes, eval_seed = None, (), parent.identity.get("eval_seed", 0)
         identity = {

@@ -176,7 +176,7 @@ def _markdown(text: str) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}", "[": "{[}", "]": "{]}",
-    "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "↓": r"$\downarrow$", "–": r"\textendash{}",
+    "±": r"$\pm$", "√": r"$\surd$", "−": "$-$", "×": r"$\times$", "↓": r"$\downarrow$", "–": r"\textendash{}",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +27,9 @@ class Table:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Flags of the command."""
         parser.add_argument("--format", choices=sorted(FORMATS), default="markdown", help="default: markdown")
-        parser.add_argument("--layout", metavar="NAME", help=f"a paper's table, its numbers beside the measured ones, if there are any: {', '.join(LAYOUTS)}")
+        parser.add_argument("--layout", metavar="NAME", help="a paper's table, its numbers beside the measured ones, if there are any (see below)")
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter  # names of layouts are not broken at their hyphens
+        parser.epilog = textwrap.fill(f"layouts: {', '.join(LAYOUTS)}", 78, break_on_hyphens=False)
         parser.add_argument("--methods", metavar="A,B", help="only these rows, in this order (names or groups)")
         parser.add_argument("--evals", metavar="C,D", help="only these columns, in this order (names or groups)")
         parser.add_argument("--protocol", metavar="NAME", help="only this protocol")

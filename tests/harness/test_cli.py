@@ -25,7 +25,7 @@ COMMANDS = {
     "status": {"run", "--runs"},
     "doctor": {"--data", "--runs"},
     "data": {"what", "names", "--protocol", "--data"},
-    "table": {"--format", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
+    "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
 }
 
 

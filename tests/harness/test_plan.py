@@ -10,7 +10,7 @@ import pytest
 from harness.plan import Planner
 from harness.request import Plan, Request
 from harness.settings import Settings
-from harness.spec import Augment, Recipe
+from harness.spec import Augment, Overrides, Recipe
 
 
 def plan(smoke_data: Path, methods: str, evals: str, **fields: object) -> Plan:
@@ -37,6 +37,14 @@ def test_a_deviation_names_the_source_of_the_value_that_it_replaces() -> None:
         "mae.recipe.augment.cutmix=0 (recipe: 1.0; Table 9)", "mae.recipe.augment.mixup=0 (recipe: 0.8; ours)")
     _, (note,) = Settings(["mae.recipe.lr=0.1"]).apply("mae.recipe", replace(recipe, sources=()))
     assert note == "mae.recipe.lr=0.1 (recipe: 0.001; no source given)"
+
+
+def test_what_a_method_sets_for_its_transfer_has_the_source_of_the_method(smoke_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a footnote would cite the evaluator's paper for a value that the method's paper set."""
+    monkeypatch.setattr("methods.mae.MAE.transfer", lambda *_: Overrides({"lr": 0.25, "warmup": 1}, source="MAE's own table"))
+    words = ("linear.recipe.lr=0.5", "linear.recipe.weight_decay=0.5")
+    (cell,) = plan(smoke_data, "mae", "linear", settings=words).cells
+    assert cell.about["deviations"][0] == "linear.recipe.lr=0.5 (recipe: 0.25; MAE's own table)" and "MAE's own" not in cell.about["deviations"][1]
 
 
 def test_a_record_carries_the_trainings_behind_its_checkpoint(smoke_data: Path) -> None:

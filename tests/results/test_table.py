@@ -10,6 +10,7 @@ import results.table
 from harness.jobs import Node
 from harness.spec import Metric, UserError
 from harness.store import RECORD_SCHEMA, Result, Store, collect, record_validator, write_json
+from results.beside import LAYOUTS
 from results.table import Table
 
 
@@ -125,6 +126,12 @@ def test_a_layout_needs_no_runs_folder_and_a_wrong_one_is_one_line(tmp_path: Pat
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no such folder"):
         run("--layout", "mae-table5", "--runs", "nowhere")
+
+
+def test_the_help_names_all_layouts_unbroken() -> None:
+    parser = argparse.ArgumentParser()
+    Table.add_arguments(parser)
+    assert set(LAYOUTS) <= set(parser.format_help().replace(",", " ").split())
 
 
 def test_runs_can_be_repeated_and_listed(found: list[Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
