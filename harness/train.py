@@ -198,9 +198,10 @@ def fit(
     samples = Samples(images, transform, session.seed, per_epoch * recipe.batch, session.on_bad_image == "skip", recipe.augment.repeats)
     metrics = Metrics(session.dir / "metrics.jsonl", stage, step) if lead else None
     cuda = session.device.type == "cuda"
-    if step == 0 and hasattr(objective, "prepare"):
+    prepare: Any = getattr(objective, "prepare", None)
+    if step == 0 and prepare is not None:
         some = stack([samples[i] for i in range(min(recipe.batch, PREPARE_IMAGES))])  # the same in every process, whatever the parts
-        objective.prepare({k: v.to(session.device) for k, v in some.items() if k != "bad"})
+        prepare({k: v.to(session.device) for k, v in some.items() if k != "bad"})
     stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     after_step = getattr(objective, "after_step", None)
@@ -221,7 +222,8 @@ def fit(
                 share = len(bad) / recipe.batch
                 with count_flops(facts, share), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
                     output, weight = weigh(objective(batch, step / total), len(bad))
-                    (output["loss"] if parts == 1 else output["loss"] * weight).backward()
+                    loss: Any = output["loss"] if parts == 1 else output["loss"] * weight
+                    loss.backward()
                 outputs.append((output, weight))
         except torch.OutOfMemoryError:
             if processes() > 1 or 2 * parts > recipe.batch:
@@ -253,8 +255,8 @@ def fit(
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
         stop = any_of(session.should_stop())
         if step < total and (stop or now - saved > session.checkpoint_every_s):
-            if not math.isfinite(loss := float(output["loss"].detach())):
-                raise JobFailed(f"{stage}: loss {loss} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
+            if not math.isfinite(last := float(output["loss"].detach())):
+                raise JobFailed(f"{stage}: loss {last} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
             save()
             saved = time.monotonic()
             if stop:
