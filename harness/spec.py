@@ -98,7 +98,8 @@ class Augment:
 class Recipe:
     """How something is trained. Exactly one of `epochs` and `iterations` is set; `warmup` is in the same unit.
 
-    `lr` is multiplied by batch / `lr_batch` (None: absolute). `batch` is the global batch. `schedule`: see `harness.optim.lr_at`. `no_decay` and `frozen` are
+    `lr` is multiplied by batch / `lr_batch` (None: absolute). `batch` is the global batch, however many devices
+    and micro-batches it is split over (`harness.batches`). `schedule`: see `harness.optim.lr_at`. `no_decay` and `frozen` are
     fnmatch patterns over parameter names; parameters with one dimension are exempt from weight decay when `decay_vectors` is False.
     `sources` names for each value the table and row it comes from, or "ours".
     """

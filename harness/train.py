@@ -256,8 +256,8 @@ def fit(
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
         stop = any_of(session.should_stop())
         if step < total and (stop or now - saved > session.checkpoint_every_s):
-            if not math.isfinite(loss := float(output["loss"].detach())):
-                raise JobFailed(f"{stage}: loss {loss} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
+            if not math.isfinite(last := float(output["loss"].detach())):
+                raise JobFailed(f"{stage}: loss {last} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
             save()
             saved = time.monotonic()
             if stop:
