@@ -124,7 +124,7 @@ class Metrics:
 
 
 @contextmanager
-def count_flops(facts: dict[str, Any], share: float) -> Iterator[None]:
+def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
     """Count the FLOPs of the first part (a `share` of a step) into facts (multiply and add = 2; matmuls, convolutions and attention), nothing later."""
     if facts["flops_per_step"] is not None:
         yield

@@ -110,7 +110,7 @@ class Weights:
         Raises:
             UserError: the backbone of this comparison is another one than the checkpoint's. It was named on the command line, so nothing is started.
         """
-        different = differences(self.architecture(self.loaded(), vit), vit)
+        different = differences(self.its_vit(self.loaded(), vit), vit)
         if different:
             raise UserError(f"--methods weights:{self.path}: not the backbone of this comparison: {'; '.join(different)}: choose a --protocol and --backbone "
                             f"that have the checkpoint's")
@@ -119,14 +119,14 @@ class Weights:
     def notes(self, vit: ViTConfig) -> tuple[str, ...]:
         """What had to be assumed or changed, for the table's footnotes."""
         loaded = self.loaded()
-        found, notes = self.architecture(loaded, vit), list(loaded.notes)
+        found, notes = self.its_vit(loaded, vit), list(loaded.notes)
         if not loaded.heads_from and self.heads is None:
             notes.append(f"number of heads not in the file: {vit.heads}, as the backbone's")
         if found.size != vit.size:
             notes.append(f"positions interpolated from {shown(found.size)} to {shown(vit.size)} pixels")
         return tuple(notes)
 
-    def architecture(self, loaded: Loaded, vit: ViTConfig) -> ViTConfig:
+    def its_vit(self, loaded: Loaded, vit: ViTConfig) -> ViTConfig:
         """The checkpoint's, with the number of heads from the file, from the user, or from the backbone."""
         if loaded.heads_from and self.heads not in (None, loaded.config.heads):
             raise UserError(f"--set weights:{self.path}.heads={self.heads}: the checkpoint has {loaded.config.heads} ({loaded.heads_from}): leave it out")
@@ -147,7 +147,7 @@ class Weights:
 
         assert vit is not None
         loaded = read(context.assets)
-        source = self.architecture(loaded, vit.config)
+        source = self.its_vit(loaded, vit.config)
         if different := differences(source, vit.config):
             raise JobFailed(f"the checkpoint is not the lent ViT: {'; '.join(different)}")
         source = replace(source, layer_scale=vit.config.layer_scale)  # its initial value: no part of trained weights

