@@ -70,8 +70,9 @@ def vit_config(arrays: Arrays, state: Mapping[str, Any], images: str) -> ViTConf
     shared, block = "rel_pos_bias.relative_position_bias_table" in state, "blocks.0.attn.relative_position_bias_table" in state
     return ViTConfig(
         size=arrays[images].shape[-2:], patch=config(arrays, "p"), width=config(arrays, "dim"), depth=config(arrays, "depth"),
-        heads=config(arrays, "heads"), mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / config(arrays, "dim"), positions="learned" if "pos_embed" in state else "none",
-        relative_bias="shared" if shared else "block" if block else "none", layer_scale=0.1 if "blocks.0.gamma_1" in state else None,
+        heads=config(arrays, "heads"), mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / config(arrays, "dim"),
+        positions="learned" if "pos_embed" in state else "none", relative_bias="shared" if shared else "block" if block else "none",
+        layer_scale=0.1 if "blocks.0.gamma_1" in state else None,
         key_bias="blocks.0.attn.q_bias" not in state,
     )
 
