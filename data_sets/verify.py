@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.data import data_set
+from harness.data import Count, data_set
 from harness.layout import check_layout
 from harness.spec import JobFailed, UserError
 
@@ -35,7 +35,7 @@ def compare_counts(name: str, folder: Path) -> tuple[list[str], list[str]]:
     was never found in a primary source, and where the number of classes differs: that is another set in this layout, which may be what is wanted.
     Sets that our generator made, and names without official numbers, are passed over.
     """
-    layout, problems, remarks = data_set(name.partition(":")[0]), [], []
+    layout, found = data_set(name.partition(":")[0]), dict[tuple[int, int, Count], list[str]]()
     if (folder / GENERATED).is_file():
         return [], []
     for split, official in layout.official.items():
@@ -43,9 +43,12 @@ def compare_counts(name: str, folder: Path) -> tuple[list[str], list[str]]:
             images, classes = layout.count(split, folder)
         except (UserError, KeyError, TypeError, ValueError):
             continue  # `verify` has said what is wrong with it
-        if (images, classes) == official[:2]:
-            continue
-        line = f"{folder}: {split} has {images} images of {classes} classes, the official {name} {official.images} of {official.classes}"
+        if (images, classes) != official[:2]:
+            found.setdefault((images, classes, official), []).append(split)
+    problems, remarks = [], []
+    for (images, classes, official), splits in found.items():
+        which = splits[0] if len(splits) == 1 else f"{splits[0]} (and {len(splits) - 1} more)"
+        line = f"{folder}: {which} has {images} images of {classes} classes, the official {name} {official.images} of {official.classes}"
         if classes != official.classes:
             remarks.append(f"{line}: another set in the same layout")
         elif not official.sure:

@@ -180,6 +180,9 @@ def test_counts_are_compared_with_the_official_ones(tmp_path: Path, monkeypatch:
         picture(tmp_path / file)
     problems, remarks = compare_counts("imagenet", tmp_path)
     assert problems == [] and len(remarks) == 2 and "1281167 of 1000" in remarks[0] and "another set" in remarks[0]
+    for split in data_set("imagenet-c").splits:
+        picture(tmp_path / "c" / split / "n01" / "1.jpg")
+    assert [line.count("gaussian_noise/1 (and 74 more) has 1 images of 1 classes") for line in compare_counts("imagenet-c", tmp_path / "c")[1]] == [1]
     layout = type(data_set("imagenet"))
     monkeypatch.setattr(layout, "official", {"train": Count(2, 2), "val": Count(2, 2)})
     problems, remarks = compare_counts("imagenet", tmp_path)

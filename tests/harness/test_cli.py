@@ -24,7 +24,7 @@ COMMANDS = {
     "list": {"what", "--protocol", "--runs"},
     "status": {"run", "--runs"},
     "doctor": {"--data", "--runs"},
-    "data": {"what", "names", "--protocol", "--data"},
+    "data": {"what", "names", "--protocol", "--data", "--archives", "--labels"},
     "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
 }
 
