@@ -86,6 +86,9 @@ def test_what_the_backbone_can_hold_exactly_is_loaded(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "beit.pth")
     method = Weights.from_argument(str(tmp_path / "beit.pth"))
     scaled = dataclasses.replace(BACKBONE, layer_scale=1e-5)
+    published = method.architecture(BACKBONE, True)
+    assert (published.layer_scale is None, published.key_bias, published.size) == (False, False, (64, 64)) and method.architecture(BACKBONE, False) == BACKBONE
+    assert method.skip(published) is None and method.skip(scaled) is None
     torch.testing.assert_close(lent(method, scaled).tokens(x), model.forward_features(x), atol=2e-5, rtol=1e-5)
     small = saved(tmp_path / "small.pth", img_size=32)
     method = Weights.from_argument(str(tmp_path / "small.pth"))
