@@ -24,6 +24,7 @@ COMMANDS = {
     "list": {"what", "--protocol", "--runs"},
     "status": {"run", "--runs"},
     "doctor": {"--data", "--runs"},
+    "export": {"run", "--to", "--out", "--runs"},
     "data": {"what", "names", "--protocol", "--data"},
     "table": {"--format", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
 }

@@ -66,10 +66,8 @@ def test_a_checkpoint_is_a_row(harness: Harness, smoke_data: Path, tmp_path: Pat
 def test_the_key_is_the_content(tmp_path: Path) -> None:
     saved(tmp_path / "one.pth")
     shutil.copy(tmp_path / "one.pth", tmp_path / "copy@home.pth")
-    saved(tmp_path / "other.pth", qkv_bias=True, drop_path_rate=0.0)
-    state = torch.load(tmp_path / "other.pth", weights_only=False)
-    state["model"]["cls_token"] += 1
-    torch.save(state, tmp_path / "other.pth")
+    state = saved(tmp_path / "other.pth").state_dict()
+    torch.save({"model": {**state, "cls_token": state["cls_token"] + 1}}, tmp_path / "other.pth")
 
     def key(name: str) -> str:
         plan = Planner(Request((f"weights:{tmp_path / name}",), ("linear",), "smoke")).plan()
