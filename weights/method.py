@@ -54,14 +54,14 @@ class Weights:
         Raises:
             UserError: nothing is there, or it is no checkpoint of a ViT in exactly one of the known styles.
         """
-        from weights.loading import files_of, read
+        from weights.loading import files_of, summary
         from weights.timm_models import fetch
 
         if not text:
             raise UserError("--methods weights: needs a file, a folder or the name of a timm model, as in weights:mae_pretrain_vit_base.pth")
         named = not Path(text).exists() and "/" not in text and Path(text).suffix not in SUFFIXES
         path = (fetch(text) if named else Path(text)).resolve()
-        loaded = read(files_of(path))
+        loaded = summary(files_of(path))
         return cls(loaded.mean, loaded.std, path=str(path))
 
     @property
@@ -76,10 +76,10 @@ class Weights:
         return f"weights-{self.loaded().style}-{sha256(files_of(Path(self.path))['weights'])[:8]}"
 
     def loaded(self) -> Loaded:
-        """The checkpoint."""
-        from weights.loading import files_of, read
+        """What the checkpoint is, without its tensors."""
+        from weights.loading import files_of, summary
 
-        return read(files_of(Path(self.path)))
+        return summary(files_of(Path(self.path)))
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         """None: nothing is trained."""
@@ -169,7 +169,8 @@ class Weights:
 
         loaded = read(context.assets)
         return {
-            "images_seen": None, "flops": None, "style": loaded.style, "heads_from": loaded.heads_from or "the backbone", "left_out": list(loaded.left_out),
+            "images_seen": None, "flops": None, "style": loaded.style, "heads_from": loaded.heads_from or ("the user" if self.heads else "the backbone"),
+            "left_out": list(loaded.left_out),
             "notes": list(loaded.notes), "fingerprint": fingerprint(vit),
         }
 
