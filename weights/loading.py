@@ -91,10 +91,25 @@ def read(files: Mapping[str, Path]) -> Loaded:
     Raises:
         UserError: one of them is damaged, malicious, no ViT, or not exactly what its style says.
     """
-    return _read(tuple((role, p, p.stat().st_mtime_ns, p.stat().st_size) for role, p in sorted(files.items())))
+    return _read(stamped(files))
 
 
-@lru_cache(maxsize=2)
+def summary(files: Mapping[str, Path]) -> Loaded:
+    """What `read` finds, without the tensors: all that planning needs, remembered for every file. Raises UserError as `read` does."""
+    return _summary(stamped(files))
+
+
+def stamped(files: Mapping[str, Path]) -> tuple[tuple[str, Path, int, int], ...]:
+    """Files with the time and size by which a change is noticed."""
+    return tuple((role, p, p.stat().st_mtime_ns, p.stat().st_size) for role, p in sorted(files.items()))
+
+
+@lru_cache
+def _summary(files: tuple[tuple[str, Path, int, int], ...]) -> Loaded:
+    return replace(_read.__wrapped__(files), state={})
+
+
+@lru_cache(maxsize=1)
 def _read(files: tuple[tuple[str, Path, int, int], ...]) -> Loaded:
     places = {role: path for role, path, _, _ in files}
     state, beside = unwrap(read_weights(places["weights"]), str(places["weights"]))

@@ -54,14 +54,14 @@ class Weights:
         Raises:
             UserError: nothing is there, or it is no checkpoint of a ViT in exactly one of the known styles.
         """
-        from weights.loading import files_of, read
+        from weights.loading import files_of, summary
         from weights.timm_models import fetch
 
         if not text:
             raise UserError("--methods weights: needs a file, a folder or the name of a timm model, as in weights:mae_pretrain_vit_base.pth")
         named = not Path(text).exists() and "/" not in text and Path(text).suffix not in SUFFIXES
         path = (fetch(text) if named else Path(text)).resolve()
-        loaded = read(files_of(path))
+        loaded = summary(files_of(path))
         return cls(loaded.mean, loaded.std, path=str(path))
 
     @property
@@ -76,10 +76,10 @@ class Weights:
         return f"weights-{self.loaded().style}-{sha256(files_of(Path(self.path))['weights'])[:8]}"
 
     def loaded(self) -> Loaded:
-        """The checkpoint."""
-        from weights.loading import files_of, read
+        """What the checkpoint is, without its tensors."""
+        from weights.loading import files_of, summary
 
-        return read(files_of(Path(self.path)))
+        return summary(files_of(Path(self.path)))
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         """None: nothing is trained."""
@@ -110,7 +110,7 @@ class Weights:
         Raises:
             UserError: the backbone of this comparison is another one than the checkpoint's. It was named on the command line, so nothing is started.
         """
-        different = differences(self.its_vit(self.loaded(), vit), vit)
+        different = differences(self.fitted(self.loaded(), vit), vit)
         if different:
             raise UserError(f"--methods weights:{self.path}: not the backbone of this comparison: {'; '.join(different)}: choose a --protocol and --backbone "
                             f"that have the checkpoint's")
@@ -119,15 +119,22 @@ class Weights:
     def notes(self, vit: ViTConfig) -> tuple[str, ...]:
         """What had to be assumed or changed, for the table's footnotes."""
         loaded = self.loaded()
-        found, notes = self.its_vit(loaded, vit), list(loaded.notes)
+        found, notes = self.fitted(loaded, vit), list(loaded.notes)
         if not loaded.heads_from and self.heads is None:
             notes.append(f"number of heads not in the file: {vit.heads}, as the backbone's")
         if found.size != vit.size:
             notes.append(f"positions interpolated from {shown(found.size)} to {shown(vit.size)} pixels")
         return tuple(notes)
 
-    def its_vit(self, loaded: Loaded, vit: ViTConfig) -> ViTConfig:
-        """The checkpoint's, with the number of heads from the file, from the user, or from the backbone."""
+    def architecture(self, vit: ViTConfig, published: bool) -> ViTConfig:
+        """The backbone of a protocol where each method has its ViT as published: with the checkpoint's positions, biases and LayerScale."""
+        if not published:
+            return vit
+        found = self.loaded().config
+        return replace(vit, positions=found.positions, relative_bias=found.relative_bias, layer_scale=found.layer_scale, key_bias=found.key_bias)
+
+    def fitted(self, loaded: Loaded, vit: ViTConfig) -> ViTConfig:
+        """The checkpoint's architecture, with the number of heads from the file, from the user, or from the backbone."""
         if loaded.heads_from and self.heads not in (None, loaded.config.heads):
             raise UserError(f"--set weights:{self.path}.heads={self.heads}: the checkpoint has {loaded.config.heads} ({loaded.heads_from}): leave it out")
         heads = loaded.config.heads if loaded.heads_from else self.heads or vit.heads
@@ -147,7 +154,7 @@ class Weights:
 
         assert vit is not None
         loaded = read(context.assets)
-        source = self.its_vit(loaded, vit.config)
+        source = self.fitted(loaded, vit.config)
         if different := differences(source, vit.config):
             raise JobFailed(f"the checkpoint is not the lent ViT: {'; '.join(different)}")
         source = replace(source, layer_scale=vit.config.layer_scale)  # its initial value: no part of trained weights
@@ -162,7 +169,8 @@ class Weights:
 
         loaded = read(context.assets)
         return {
-            "images_seen": None, "flops": None, "style": loaded.style, "heads_from": loaded.heads_from or "the backbone", "left_out": list(loaded.left_out),
+            "images_seen": None, "flops": None, "style": loaded.style, "heads_from": loaded.heads_from or ("the user" if self.heads else "the backbone"),
+            "left_out": list(loaded.left_out),
             "notes": list(loaded.notes), "fingerprint": fingerprint(vit),
         }
 
@@ -183,7 +191,7 @@ def differences(source: ViTConfig, target: ViTConfig) -> list[str]:
         ours, theirs = getattr(target, name), getattr(source, name)
         if name == "layer_scale":
             ours, theirs = (("none" if v is None else "present") for v in (ours, theirs))
-        holds = {"size": source.relative_bias == "none", "positions": ours == "learned", "key_bias": bool(ours)}.get(name, False)
+        holds = {"size": source.relative_bias == "none", "positions": ours == "learned" and theirs != "none", "key_bias": bool(ours)}.get(name, False)
         if ours != theirs and not holds:
             found.append(f"{name} {theirs if name != 'size' else shown(theirs)}, the backbone has {ours if name != 'size' else shown(ours)}")
     return found

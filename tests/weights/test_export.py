@@ -93,7 +93,8 @@ def test_the_card_says_what_the_records_say(tmp_path: Path) -> None:
     export(tmp_path / "run", RECORD, [{"about": about, "metrics": {"top-1": 61.234}, "deviations": []}], "hf", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     for line in ("| mask_ratio | 0.75 |", "| lr | 0.1 |", "| source of lr | Table 8 |", "| imagenet | abc |", "| images seen | 6,400 |",
-                 "| device-hours | 0.5 |", "| linear | top-1 | 61.23 | generated data | demo | 1 | none |", "- mae.mask_ratio=0.6 (recipe: 0.75)", "not comparable."):
+                 "| device-hours | 0.5 |", "| linear | top-1 | 61.23 | generated data | demo | 1 | none |",
+                 "- mae.mask_ratio=0.6 (recipe: 0.75)", "not comparable."):
         assert line in card.split("\n"), line
 
 

@@ -49,10 +49,14 @@ def test_timm_and_mmpretrain_vits(kind: str, names: str, tmp_path: Path) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", ["shared", "block", "none"])
-def test_timm_beit(bias: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", ["timm", "mmpretrain"])
+def test_timm_and_mmpretrain_beits(names: str, bias: str, tmp_path: Path) -> None:
     model = timm_beit(use_shared_rel_pos_bias=bias == "shared", use_rel_pos_bias=bias == "block", use_abs_pos_emb=bias != "shared")
-    torch.save(model.state_dict(), tmp_path / "beit.pth")
+    state = model.state_dict()
+    index = {"backbone.layers.0.attn.relative_position_index": torch.zeros(17, 17)}  # stored by mmpretrain, computed by us
+    torch.save({"state_dict": {**mm_keys(state), **index}} if names == "mmpretrain" else state, tmp_path / "beit.pth")
     loaded = read(files_of(tmp_path / "beit.pth"))
+    assert (loaded.style, loaded.left_out) == (("mmpretrain", tuple(index)) if names == "mmpretrain" else ("beit", ()))
     assert (loaded.config.relative_bias, loaded.config.key_bias, loaded.config.layer_scale is not None) == (bias, False, True)
     same(vit_of(loaded, heads=4).tokens(images()), model.forward_features(images()))
     assert any("zeros" in n for n in loaded.notes) == (bias == "shared")

@@ -67,10 +67,8 @@ def test_a_checkpoint_is_a_row(harness: Harness, smoke_data: Path, tmp_path: Pat
 def test_the_key_is_the_content(tmp_path: Path) -> None:
     saved(tmp_path / "one.pth")
     shutil.copy(tmp_path / "one.pth", tmp_path / "copy@home.pth")
-    saved(tmp_path / "other.pth", qkv_bias=True, drop_path_rate=0.0)
-    state = torch.load(tmp_path / "other.pth", weights_only=False)
-    state["model"]["cls_token"] += 1
-    torch.save(state, tmp_path / "other.pth")
+    state = saved(tmp_path / "other.pth").state_dict()
+    torch.save({"model": {**state, "cls_token": state["cls_token"] + 1}}, tmp_path / "other.pth")
 
     def key(name: str) -> str:
         plan = Planner(Request((f"weights:{tmp_path / name}",), ("linear",), "smoke")).plan()
@@ -87,6 +85,9 @@ def test_what_the_backbone_can_hold_exactly_is_loaded(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "beit.pth")
     method = Weights.from_argument(str(tmp_path / "beit.pth"))
     scaled = dataclasses.replace(BACKBONE, layer_scale=1e-5)
+    published = method.architecture(BACKBONE, True)
+    assert (published.layer_scale is None, published.key_bias, published.size) == (False, False, (64, 64)) and method.architecture(BACKBONE, False) == BACKBONE
+    assert method.skip(published) is None and method.skip(scaled) is None
     torch.testing.assert_close(lent(method, scaled).tokens(x), model.forward_features(x), atol=2e-5, rtol=1e-5)
     small = saved(tmp_path / "small.pth", img_size=32)
     method = Weights.from_argument(str(tmp_path / "small.pth"))
