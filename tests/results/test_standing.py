@@ -144,6 +144,7 @@ def test_what_was_never_published_is_told_unless_the_methods_paper_has_it() -> N
     chosen = replace(result, lineage=({**evaluation, "recipe": {"epochs": 100, "sources": sources}}, pretraining))
     assert told in Table.render([chosen]) and told in Table.render_layout("mae-table3", [chosen])
     assert json.loads(Table.render([chosen], "json"))[0]["remarks"] == [told]
+    assert [r["remarks"] for r in json.loads(Table.render_layout("mae-table3", [chosen], "json")) if r["value"]] == [[told]]
     demo = replace(chosen, lineage=({**chosen.lineage[0], "family": "demo"}, pretraining))
     assert "not published" not in Table.render([demo])  # the caption says it of the whole table
 
