@@ -214,10 +214,7 @@ class Planner:
             raise JobFailed(f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}")
         overrides: Overrides = method.transfer(name, self.setting) if self.request.tuning == "published" else Overrides()
         base, own = recipe, None
-        if overrides.recipe:
-            sources = ((", ".join(overrides.recipe), overrides.source), *recipe.sources)
-            recipe = dataclasses.replace(recipe, **{"sources": sources, **overrides.recipe})
-        recipe, notes = self.recipe(recipe, name)
+        recipe, notes = self.recipe(overrides.on(recipe), name)
         if overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
             eval_seed, notes = 0, ()
         else:

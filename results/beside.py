@@ -149,8 +149,9 @@ def rows_of(table: PaperTable, fields: list[Field]) -> list[dict[str, Any]]:
         }
         found.append({
             **cell, "remarks": [*cell["remarks"], *(choices(s.cell) if s else ())], "published": n.value, "published_source": n.source,
-            "published_text": n.text, "published_method": n.method, "published_variant": n.variant, "published_backbone": n.backbone, "published_data": n.pretrain_data, "published_epochs": n.epochs,
-            "published_eval": n.eval, "layout": table.name, "row": " ".join((f.row.label, *(t for t in f.row.texts if t != "-"))), "column": f.column.heading,
+            "published_text": n.text, "published_method": n.method, "published_variant": n.variant, "published_backbone": n.backbone,
+            "published_data": n.pretrain_data, "published_epochs": n.epochs, "published_eval": n.eval, "layout": table.name,
+            "row": " ".join((f.row.label, *(t for t in f.row.texts if t != "-"))), "column": f.column.heading,
             "difference": s.difference if s else None, "spread": list(s.spread) if s and s.spread else None, "verdict": s.verdict if s else None,
             "differences": list(s.differences) if s else [], "notes": list(remarks_on(n)),
         })
