@@ -181,8 +181,7 @@ class Planner:
             base = self.recipe_of(name, evaluator, vit)
             if self.tuning == "published":
                 overrides = method.transfer(name, self.setting, vit)
-            changes = {"sources": ((", ".join(overrides.recipe), overrides.source), *base.sources), **overrides.recipe} if overrides.recipe else {}
-            recipe, notes = self.recipe(dataclasses.replace(base, **changes), name)
+            recipe, notes = self.recipe(overrides.on(base), name)
         if recipe is None or overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
             recipe, notes, eval_seed = None, (), parent.identity.get("eval_seed", 0)
         identity = {

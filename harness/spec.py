@@ -174,6 +174,11 @@ class Overrides:
     use_head: bool = False
     source: str = ""
 
+    def on(self, recipe: Recipe) -> Recipe:
+        """A recipe with what is overridden; its sources say where that comes from."""
+        sources = ((", ".join(self.recipe), self.source), *recipe.sources)
+        return dataclasses.replace(recipe, **{"sources": sources, **self.recipe}) if self.recipe else recipe
+
 
 @dataclass(frozen=True)
 class Asset:

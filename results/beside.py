@@ -18,7 +18,7 @@ from results.reference.names import EVALUATORS, METHODS, counterpart
 from results.reference.paper_table import Column, PaperTable, Row
 from results.reference.published import LOWER_IS_BETTER, METRICS, SOURCES, Published
 from results.reference.remarks import remarks_on
-from results.standing import Standing, compare
+from results.standing import Standing, choices, compare
 
 LAYOUTS = {table.name: table for table in (*beit_tables.TABLES, *mae_tables.TABLES)}
 EMPTY: dict[str, Any] = dict.fromkeys(Cell("", "", Metric(""), "", "", "", "").as_row())
@@ -109,7 +109,7 @@ def _measured(field: Field, notes: Notes) -> Entry:
         return Entry(DASH, (notes.mark(_kept_out(field.kept_out)),) if field.kept_out else ())
     cell, digits = standing.cell, max(1, field.number.digits)
     difference = f"{standing.difference:+.{digits}f}".replace("-", "−")
-    texts = [*standing.differences, *cell.remarks, *([f"not complete: {cell.reason}"] if cell.reason else [])]
+    texts = [*standing.differences, *choices(cell), *cell.remarks, *([f"not complete: {cell.reason}"] if cell.reason else [])]
     return Entry(f"{number(cell, True, digits)}, {difference} {standing.verdict.partition(':')[0]}", tuple(notes.mark(t) for t in texts))
 
 
@@ -132,7 +132,8 @@ def _arrow(column: Column, fields: list[Field]) -> str:
 def rows_of(table: PaperTable, fields: list[Field]) -> list[dict[str, Any]]:
     """One object per field that has a published number: the keys of an ordinary table, and how the measured value stands to the number.
 
-    `method` and `eval` are ours where something is measured, else the plugins that would fill the field, null where none does.
+    `method`, `eval` and `backbone` are ours where something is measured. Else they are the plugins that would fill the field, as far as there are
+    any, and the paper's words.
     """
     found = []
     for f in fields:
@@ -141,14 +142,16 @@ def rows_of(table: PaperTable, fields: list[Field]) -> list[dict[str, Any]]:
         n, s = f.number, f.standing
         method, evaluator = counterpart(METHODS, n), counterpart(EVALUATORS, n)
         cell = s.cell.as_row() if s else EMPTY | {
-            "method": next(iter(method.names if method else ()), None), "eval": next(iter(evaluator.names if evaluator else ()), None), "n": 0,
-            "n_pretrain": 0, "n_eval": 0, "deviations": [], "remarks": [], "status": "missing", "reason": _kept_out(f.kept_out) if f.kept_out else "not run",
+            "method": next(iter(method.names if method else ()), n.method), "eval": next(iter(evaluator.names if evaluator else ()), n.eval),
+            "backbone": n.backbone, "n": 0, "n_pretrain": 0, "n_eval": 0, "deviations": [], "remarks": [], "status": "missing",
+            "reason": _kept_out(f.kept_out) if f.kept_out else "not run",
             "metric": METRICS[n.metric] or n.metric, "unit": UNITS.get(n.metric, "%"),
         }
         found.append({
-            **cell, "published": n.value, "published_source": n.source, "published_text": n.text, "published_method": n.method,
-            "published_variant": n.variant, "published_backbone": n.backbone, "published_data": n.pretrain_data, "published_epochs": n.epochs,
-            "published_eval": n.eval, "layout": table.name, "row": " ".join((f.row.label, *(t for t in f.row.texts if t != "-"))), "column": f.column.heading,
+            **cell, "remarks": [*cell["remarks"], *(choices(s.cell) if s else ())], "published": n.value, "published_source": n.source,
+            "published_text": n.text, "published_method": n.method, "published_variant": n.variant, "published_backbone": n.backbone,
+            "published_data": n.pretrain_data, "published_epochs": n.epochs, "published_eval": n.eval, "layout": table.name,
+            "row": " ".join((f.row.label, *(t for t in f.row.texts if t != "-"))), "column": f.column.heading,
             "difference": s.difference if s else None, "spread": list(s.spread) if s and s.spread else None, "verdict": s.verdict if s else None,
             "differences": list(s.differences) if s else [], "notes": list(remarks_on(n)),
         })

@@ -128,9 +128,25 @@ def training_differences(row: Published, evaluation: Mapping[str, Any], trained:
     return found
 
 
+def choices(cell: Cell) -> tuple[str, ...]:
+    """Footnotes on what the papers leave open and a recipe of theirs has filled in: values whose source begins with "ours"."""
+    lineage = cell.example.lineage if cell.example is not None else ()
+    found = []
+    for node in lineage if lineage and lineage[0].get("family") == FAMILY else ():
+        stage = {"pretrain": "pre-training"}.get(node.get("kind", ""), cell.eval if node is lineage[0] else "fine-tuning")
+        sources = {word.strip(): source for words, source in reversed((node.get("recipe") or {}).get("sources", ())) for word in words.split(",")}
+        by_source: dict[str, list[str]] = {}
+        for word, source in reversed(sources.items()):
+            by_source.setdefault(source, []).append("everything" if word == "all" else word)
+        found += [f"ours, not published: {', '.join(words)} of {stage}{source.removeprefix('ours')}" for source, words in by_source.items()
+                  if source.startswith("ours")]
+    return tuple(found)
+
+
 def with_published(sheet: Sheet) -> Sheet:
-    """A sheet whose cells have the published number of exactly their protocol, where there is one (`Cell.published`)."""
-    return replace(sheet, cells={key: replace(cell, published=same_protocol(cell)) for key, cell in sheet.cells.items()})
+    """A sheet whose cells have the published number of exactly their protocol, where there is one, and footnotes on what was never published."""
+    return replace(sheet, cells={key: replace(cell, published=same_protocol(cell), remarks=(*cell.remarks, *choices(cell)))
+                                 for key, cell in sheet.cells.items()})
 
 
 def same_protocol(cell: Cell) -> Published | None:

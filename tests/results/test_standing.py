@@ -136,6 +136,19 @@ def test_an_ordinary_table_shows_the_published_number_with_its_source() -> None:
     assert "**83.5 ± 0.1 (n=2)**, published 83.6 [a]" in text and "- [a] published: MAE-paper Table 3" in text and text.count("published 8") == 1
 
 
+def test_what_was_never_published_is_told_unless_the_methods_paper_has_it() -> None:
+    sources = [["warmup", "Table 2"], ["all", "Table 9"], ["lr, warmup", "ours: Table 9's, the values were never published"]]
+    (result,) = measured(75.0)
+    evaluation, pretraining = result.lineage
+    told = "ours, not published: lr of imagenet: Table 9's, the values were never published"
+    chosen = replace(result, lineage=({**evaluation, "recipe": {"epochs": 100, "sources": sources}}, pretraining))
+    assert told in Table.render([chosen]) and told in Table.render_layout("mae-table3", [chosen])
+    assert json.loads(Table.render([chosen], "json"))[0]["remarks"] == [told]
+    assert [r["remarks"] for r in json.loads(Table.render_layout("mae-table3", [chosen], "json")) if r["value"]] == [[told]]
+    demo = replace(chosen, lineage=({**chosen.lineage[0], "family": "demo"}, pretraining))
+    assert "not published" not in Table.render([demo])  # the caption says it of the whole table
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_without_a_run_each_layout_prints_its_numbers_in_every_format(name: str) -> None:
     table = paper_table(name)
