@@ -35,8 +35,16 @@ def plain(kind: str) -> list[str]:
     return [n for n in plugins.installed(kind) if not hasattr(plugins.load(kind, n), "from_argument")]
 
 
+def unlike(name: str) -> list[str]:
+    """Variants of a method, one of those that differ from one another in numbers only (eight mask ratios are one case here)."""
+    found: dict[str, str] = {}
+    for variant, fields in getattr(plugins.load("methods", name), "variants", {}).items():
+        found.setdefault(str(sorted((k, v if isinstance(v, (str, bool)) else "number") for k, v in fields.items())), f"{name}@{variant}")
+    return list(found.values())
+
+
 METHODS, EVALS = plain("methods"), plain("evals")
-VARIANTS = [f"{n}@{v}" for n in METHODS for v in getattr(plugins.load("methods", n), "variants", {})]
+VARIANTS = [v for n in METHODS for v in unlike(n)]
 
 
 def protocols_by_size() -> list[Any]:

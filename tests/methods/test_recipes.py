@@ -98,6 +98,12 @@ def test_a_size_that_no_paper_gives_is_named_with_those_that_exist(photos: Path)
 
 
 
+def test_data_is_the_users() -> None:
+    """Nothing is generated in place of ImageNet."""
+    with pytest.raises(UserError, match="--data: no folder for imagenet"):
+        Planner(Request(("mae",), ("imagenet",), protocol="paper")).plan()
+
+
 def test_shared_means_one_vit_and_one_fine_tuning_for_all(photos: Path) -> None:
     """paper-shared compares methods, paper reproduces papers; a ViT of a method's own is a footnote."""
     found = {p: planner(photos, "mae,beit", protocol=p).plan() for p in ("paper", "paper-shared")}
