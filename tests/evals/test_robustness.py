@@ -17,9 +17,9 @@ from harness.checkpoint import Backbone
 from harness.classifier import Classifier
 from harness.data import data_set, load_rgb
 from harness.plan import Planner
-from harness.request import Request
 from harness.plugins import EvalContext, Session
 from harness.randomness import seed_all
+from harness.request import Request
 from harness.spec import Interrupted, JobFailed, Protocol, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 

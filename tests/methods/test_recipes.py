@@ -13,7 +13,6 @@ from harness import plugins
 from harness.plan import Planner
 from harness.request import Request
 from harness.spec import UserError, ViTConfig
-from harness.vit import ViT
 from protocols.paper import BACKBONES, paper
 
 B, L, H = (BACKBONES[n] for n in ("vit-b16", "vit-l16", "vit-h14"))
