@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from evals.recipes import PUBLISHED, scaled_down, size_of
+from evals.recipes import PUBLISHED, scaled_down
 from harness.spec import JobFailed, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig, suggest
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class FineTuning:
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """paper: `evals.recipes`, for the sizes that the source has. demo, smoke: ours, with the usual recipe's name only."""
         if protocol.family == "paper":
-            return PUBLISHED[self.usual if self.by == "default" else self.by].recipe(size_of(vit))
+            return PUBLISHED[self.usual if self.by == "default" else self.by].recipe(vit.paper_size)
         return scaled_down(protocol.family) if self.by == "default" else None
 
     def skip(self, vit: ViTConfig) -> str | None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from evals.recipes import size_of
 from harness.spec import Augment, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Linear:
         if self.by == "beit":
             return self.beits(protocol.family, vit)
         if protocol.family == "paper":
-            if not size_of(vit):
+            if not vit.paper_size:
                 return None
             return Recipe(
                 batch=16384, lr=0.1, lr_batch=256, epochs=90, warmup=10, optimizer="lars", momentum=0.9, weight_decay=0.0, frozen=FROZEN,
@@ -85,7 +84,7 @@ class Linear:
 
     def beits(self, family: str, vit: ViTConfig) -> Recipe | None:
         """BEiT-paper App. D: AdamW, lr 4e-3 at batch 1024, 50 epochs, weight decay 1e-4, random resized crops and flips. ViT-B and ViT-L."""
-        if (family == "paper" and size_of(vit) not in MIDDLE) or family not in ("paper", "demo", "smoke"):
+        if (family == "paper" and vit.paper_size not in MIDDLE) or family not in ("paper", "demo", "smoke"):
             return None
         recipe = Recipe(
             batch=1024, lr=4e-3, epochs=50, weight_decay=1e-4, frozen=FROZEN, augment=Augment(crop_scale=(0.08, 1.0)),
@@ -106,7 +105,7 @@ class Linear:
 
         vit, beit = checkpoint.build(), self.by == "beit"
         if beit:
-            vit.blocks = vit.blocks[: self.layer or MIDDLE.get(size_of(vit.config)) or max(1, round(0.6 * vit.config.depth))]
+            vit.blocks = vit.blocks[: self.layer or MIDDLE.get(vit.config.paper_size) or max(1, round(0.6 * vit.config.depth))]
         return Classifier(
             vit, classes, mean=checkpoint.mean, std=checkpoint.std, pooling="plain-mean" if beit else "cls", augment=augment, head_std=PROBE_STD,
             probe=True, batch_norm=not beit,

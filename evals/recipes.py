@@ -8,18 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from harness.spec import Augment, Recipe, ViTConfig
+from harness.spec import Augment, Recipe
 
 POLICY = "rand-m9-mstd0.5-inc1"
 NO_DECAY = ("vit.pos_embed", "vit.cls_token")  # MAE's and BEiT's fine-tuning (recipes A2, A7); vectors are exempt anyway
 CROP = ("augment.crop_scale", "timm's default (recipes A2)")
 SIZES = ("B/16", "L/16", "H/14")
-
-
-def size_of(vit: ViTConfig) -> str:
-    """"B/16", "L/16" or "H/14" of a ViT at 224 pixels, the sizes that recipes are published for; "" for any other."""
-    known = {(16, 768, 12, 12): "B/16", (16, 1024, 24, 16): "L/16", (14, 1280, 32, 16): "H/14"}
-    return known.get((vit.patch, vit.width, vit.depth, vit.heads), "") if vit.size == (224, 224) else ""
 
 
 def augmentation(erasing: float = 0.0, repeats: int = 1, mixup: float = 0.8) -> Augment:
@@ -87,7 +81,7 @@ def beit(size: str) -> Recipe | None:
         1024, 4e-3 if base else 2e-3, 100 if base else 50,
         (("all", f"BEiT-paper Table 13, ImageNet, {'Base' if base else 'Large'} (recipes A7)"),
          ("lr", "ours: one of the paper's sweep of 2e-3 to 5e-3"), ("augment.repeats", "three views: DeiT's sampler (recipes A5, A7)")),
-        warmup=20 if base else 5, min_lr=1e-6, weight_decay=0.05, layer_decay=0.65 if base else 0.75, drop_path=0.1,
+        warmup=20 if base else 5, min_lr=1e-6, schedule="cosine-stepwise", weight_decay=0.05, layer_decay=0.65 if base else 0.75, drop_path=0.1,
         augment=augmentation(0.25, repeats=3 if base else 1),
     )
 
@@ -99,8 +93,8 @@ def beit_repo(size: str) -> Recipe | None:
     base = size == "B/16"
     return fine_tuning(
         1024, 4e-3 if base else 1e-3, 100 if base else 50, (("all", f"BEiT-repo README, {'base' if base else 'large'} from pt22k (recipes A7)"),),
-        warmup=20 if base else 5, min_lr=1e-6, weight_decay=0.05, layer_decay=0.65 if base else 0.75, drop_path=0.1 if base else 0.2,
-        augment=augmentation(0.25),
+        warmup=20 if base else 5, min_lr=1e-6, schedule="cosine-stepwise", weight_decay=0.05, layer_decay=0.65 if base else 0.75,
+        drop_path=0.1 if base else 0.2, augment=augmentation(0.25),
     )
 
 
@@ -135,7 +129,7 @@ def cifar_beit(size: str) -> Recipe | None:
         512, 3e-3, 150,
         (("all", "BEiT-paper Table 13, CIFAR-100, Base (recipes A7)"), ("lr", "ours: one of the paper's sweep of 2e-3 to 5e-3"),
          ("augment.repeats", "three views: DeiT's sampler (recipes A5, A7)")),
-        warmup=20, min_lr=1e-6, weight_decay=0.3, layer_decay=0.65, drop_path=0.1, augment=augmentation(repeats=3),
+        warmup=20, min_lr=1e-6, schedule="cosine-stepwise", weight_decay=0.3, layer_decay=0.65, drop_path=0.1, augment=augmentation(repeats=3),
     )
 
 

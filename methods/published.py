@@ -50,7 +50,8 @@ def beit_pretraining(vit: ViTConfig, epochs: int) -> Recipe | None:
         return None
     length = {800: "BEiT-paper Table 12", 300: "BEiT-paper Tables 4 and 5"}.get(epochs, "ours")
     return Recipe(
-        batch=2048, lr=1.5e-3, epochs=epochs, warmup=10, min_lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, no_decay=NO_DECAY, frozen=fixed(vit),
+        batch=2048, lr=1.5e-3, epochs=epochs, warmup=10, min_lr=1e-5, schedule="cosine-stepwise",
+        betas=(0.9, 0.999), weight_decay=0.05, no_decay=NO_DECAY, frozen=fixed(vit),
         clip=3.0 if vit.paper_size == "B/16" else 1.0, drop_path=0.1, augment=Augment(crop_scale=(0.08, 1.0), color_jitter=(0.4, 0.4, 0.4)),
         sources=(
             ("all", "BEiT-paper Table 12, BEiT-repo run_beit_pretraining.py (recipes A6)"), ("epochs", length),
@@ -100,7 +101,8 @@ def beit_finetuning(vit: ViTConfig) -> Recipe | None:
         return None
     base = vit.paper_size == "B/16"
     return Recipe(
-        batch=1024, lr=4e-3 if base else 2e-3, lr_batch=None, epochs=100 if base else 50, warmup=20 if base else 5, min_lr=1e-6, betas=(0.9, 0.999),
+        batch=1024, lr=4e-3 if base else 2e-3, lr_batch=None, epochs=100 if base else 50, warmup=20 if base else 5, min_lr=1e-6, schedule="cosine-stepwise",
+        betas=(0.9, 0.999),
         weight_decay=0.05, no_decay=NO_DECAY, layer_decay=0.65 if base else 0.75, drop_path=0.1, frozen=fixed(vit),
         augment=classification(erasing=0.25, repeats=3 if base else 1),
         sources=(
@@ -115,7 +117,8 @@ def beit_cifar(vit: ViTConfig) -> Recipe | None:
     if vit.paper_size != "B/16":
         return None
     return Recipe(
-        batch=512, lr=4e-3, lr_batch=None, epochs=150, warmup=20, min_lr=1e-6, betas=(0.9, 0.999), weight_decay=0.3, no_decay=NO_DECAY, layer_decay=0.65,
+        batch=512, lr=4e-3, lr_batch=None, epochs=150, warmup=20, min_lr=1e-6, schedule="cosine-stepwise",
+        betas=(0.9, 0.999), weight_decay=0.3, no_decay=NO_DECAY, layer_decay=0.65,
         drop_path=0.1, frozen=fixed(vit), augment=classification(repeats=3),
         sources=(("all", "BEiT-paper Table 13, CIFAR-100, Base (recipes A7)"), ("lr", "ours: one of Table 13's {2, 3, 4, 5}e-3"), INFERRED_CROP),
     )
@@ -140,6 +143,6 @@ def override(recipe: Recipe | None) -> Overrides:
         return Overrides()
     names = (
         "batch", "lr", "lr_batch", "epochs", "iterations", "warmup", "warmup_lr", "min_lr", "betas", "weight_decay", "no_decay", "layer_decay", "drop_path",
-        "clip", "ema", "augment",
+        "clip", "ema", "augment", "schedule",
     )
     return Overrides({name: getattr(recipe, name) for name in names}, source="; ".join(f"{what}: {where}" for what, where in recipe.sources))
