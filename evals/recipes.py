@@ -126,7 +126,7 @@ def cifar_beit(size: str) -> Recipe | None:
     if size != "B/16":
         return None
     return fine_tuning(
-        512, 3e-3, 150,
+        512, 4e-3, 150,
         (("all", "BEiT-paper Table 13, CIFAR-100, Base (recipes A7)"), ("lr", "ours: one of the paper's sweep of 2e-3 to 5e-3"),
          ("augment.repeats", "three views: DeiT's sampler (recipes A5, A7)")),
         warmup=20, min_lr=1e-6, schedule="cosine-stepwise", weight_decay=0.3, layer_decay=0.65, drop_path=0.1, augment=augmentation(repeats=3),
