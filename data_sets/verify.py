@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.data import Count, data_set
-from harness.layout import check_layout
+from harness.layout import GENERATED, check_as_made, check_layout
 from harness.spec import JobFailed, UserError
 
 Step = Callable[[int], None]
-GENERATED = "complete.json"  # what our generator leaves: such a set has the counts that it was made with
 
 
 def verify(name: str, folder: Path, step: Step = lambda images: None) -> list[str]:
@@ -25,6 +24,11 @@ def verify(name: str, folder: Path, step: Step = lambda images: None) -> list[st
         found = list(data_set(name.partition(":")[0]).problems(folder, step))
     except (UserError, KeyError, TypeError, ValueError) as error:
         found = [] if first else [f"{folder}: not in the layout of {name} ({error})"]
+    if not first and not found:
+        try:
+            check_as_made(name.partition(":")[0], folder)
+        except UserError as error:
+            return [str(error)]
     return found + [f for f in first if not any(f.startswith(g.partition(": ")[0]) for g in found)]  # each file's problem once
 
 

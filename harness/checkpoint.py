@@ -110,8 +110,3 @@ class States:
             except Exception as error:
                 warnings.warn(f"checkpoint {path.name} is damaged ({type(error).__name__}); going back to the one before", stacklevel=2)
         return None
-
-    def clear(self) -> None:
-        """Remove all states: the job is done and its result is stored."""
-        for path in self._files():
-            path.unlink(missing_ok=True)

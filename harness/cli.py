@@ -38,7 +38,7 @@ def check_packages() -> None:
         UserError: one resolves elsewhere than beside harness/.
     """
     root = Path(__file__).resolve().parents[1]
-    for name in ("methods", "evals", "results", "slurm", "protocols", "weights"):
+    for name in ("methods", "evals", "results", "slurm", "protocols", "weights", "data_sets"):
         found = find_spec(name)
         places = [Path(p).resolve() for p in (found.submodule_search_locations or ())] if found else []
         if root / name not in places[:1]:
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     listing.set_defaults(go=command_list)
 
     status = commands.add_parser("status", help="what is done, running, failed, missing, and why")
-    status.add_argument("run", nargs="?", metavar="RUN", help="a node: its folder's name, or the beginning of its key")
+    status.add_argument("run", nargs="?", metavar="RUN", help="a node: its folder's name, a part of it that no other has, or the beginning of its key")
     status.add_argument("--runs", default="runs")
     status.set_defaults(go=command_status)
 
@@ -123,6 +123,7 @@ def command_run(args: argparse.Namespace) -> int:
     from harness.launch import Display, cores, write_job
     from harness.plan import Planner
     from harness.request import Request
+    from harness.run import check_environment
     from harness.store import Store
 
     request = Request(
@@ -130,6 +131,7 @@ def command_run(args: argparse.Namespace) -> int:
         seeds=integers("--seeds", args.seeds), eval_seeds=integers("--eval-seeds", args.eval_seeds), data=args.data, pretrain_data=args.pretrain_data,
         settings=tuple(args.set), tuning=args.tuning, on_bad_image=args.on_bad_image,
     )
+    check_environment()
     launcher = plugins.load("launchers", args.launcher, "--launcher")()
     store = Store(Path(args.runs))
     planner = Planner(request)
@@ -256,12 +258,13 @@ def command_status(args: argparse.Namespace) -> int:
                 continue
             about = job.get("about", {})
             progress = read_json(folder / "progress.json") if state.status == "running" else None
-            detail = ", ".join(f"{k} {v:.2f}" for k, v in record["metrics"].items()) if record else state.reason
+            detail = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items()) if record else state.reason
             if progress:
                 detail = f"step {progress['step']}/{progress['steps']}, {progress['images_per_s']:.0f} images/s, {progress['seconds_left'] or 0:.0f} s left"
             print(f"{state.status:12} {job['key']} {about.get('title', job['name'])} seed {about.get('seed')}{': ' + detail if detail else ''}")
         return 0
     found = [f for f in folders if f.name == Path(args.run).name or f.name.rsplit("-", 1)[-1].startswith(args.run)]
+    found = found or [f for f in folders if args.run in f.name]
     if len(found) != 1:
         what = "no such run" if not found else f"{len(found)} runs fit"
         raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)])}")
@@ -295,6 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where, what = error.filename or "writing", error.strerror or error
+        print(f"harness: {where}: {what}: mend that (space, permissions), then give the same line again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -179,10 +179,8 @@ def locate(data: str | None, setting: Setting) -> dict[str, Path]:
         raise UserError(f"--data {data}: no such folder or file: name the folder that holds {', '.join(sorted(folder_names().values())[:4])}, ...")
     if path.is_dir():
         return folders_below(path)
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
+    import tomllib
+
     try:
         body = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -220,7 +218,12 @@ def missing(names: Iterable[str], folders: Mapping[str, Path]) -> list[str]:
 
 
 def images_below(folder: Path) -> list[str]:
-    """Relative paths of all image files below a folder, nested, hidden ones left out, sorted."""
+    """Relative paths of all image files below a folder: those of `files_below` with the suffix of an image."""
+    return [f for f in files_below(folder) if f.lower().endswith(SUFFIXES)]
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative paths of all files below a folder, nested, links followed once, hidden ones left out, sorted."""
     found, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:  # a link to a folder above
@@ -229,7 +232,7 @@ def images_below(folder: Path) -> list[str]:
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         base = os.path.relpath(parent, folder)
-        found += [f if base == "." else f"{base}/{f}" for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+        found += [f if base == "." else f"{base}/{f}" for f in files if not f.startswith(".")]
     return sorted(found)
 
 

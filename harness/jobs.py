@@ -17,6 +17,7 @@ from harness.canonical import digest
 from harness.spec import UserError
 
 SCHEMA = 1
+JOB_PARTS = ("identity", "about", "where", "parents")
 Kind = Literal["asset", "pretrain", "evaluate"]
 
 
@@ -82,7 +83,7 @@ def read_job(path: Path) -> dict[str, Any]:
     """job.json as data.
 
     Raises:
-        UserError: the file is missing, no JSON, or of another schema version.
+        UserError: the file is missing, no JSON, damaged, or of another schema version.
     """
     try:
         body = json.loads(path.read_text())
@@ -91,4 +92,8 @@ def read_job(path: Path) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("schema") != SCHEMA:
         found = body.get("schema") if isinstance(body, dict) else None
         raise UserError(f"{path}: job of schema version {found}, this harness reads {SCHEMA}: use the version that wrote it, or another --runs")
+    wrong = [f for f in ("kind", "name", "key") if not isinstance(body.get(f), str)] + [f for f in JOB_PARTS if not isinstance(body.get(f), dict)]
+    wrong += [f"parents.{role}" for role, p in (body.get("parents") or {}).items() if not isinstance(p, dict) or "folder" not in p] if not wrong else []
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} is missing or damaged: move its folder away, then run again")
     return body

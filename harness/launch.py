@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from harness.jobs import Node
 from harness.run import BUSY, execute, stop_on_signal
-from harness.store import State, Store, read_json, write_json
+from harness.store import State, Store, lock_owner, read_json, write_json
 
 POLL_S = 0.2
 LINE_EVERY_S = 15.0
@@ -85,7 +85,7 @@ class Local:
                         elif all(status[p.key] == "done" for p in node.parents.values()) and len(self.running) < slots:
                             state = store.state(store.folder(node)).status
                             if state in ("done", "failed", "running"):  # running: another harness has it, its result is waited for
-                                status[node.key] = state
+                                status[node.key] = "elsewhere" if state == "running" else state
                                 continue
                             self.start(node, store, threads, slots)
                             status[node.key] = "running"
@@ -99,6 +99,7 @@ class Local:
     def start(self, node: Node, store: Store, threads: int, slots: int) -> None:
         """Start a node's process; what it prints goes to its log."""
         job = write_job(node, store)
+        (job.parent / "progress.json").unlink(missing_ok=True)  # of an earlier start
         taken = {slot for _, slot in self.running.values()}
         slot = next(s for s in range(slots) if s not in taken)
         environment = {
@@ -133,12 +134,15 @@ class Local:
             elif code < 0 or code == 130:  # killed or stopped from outside: the next run goes on from its last state
                 status[key] = "killed"
             else:
-                write_json(folder / "failure.json", {"message": f"its process ended with exit code {code}: see {folder / 'log.txt'}", "type": "Exit",
-                                                     "traceback": "", "time": time.time()})
                 status[key] = "failed"
+                message = f"its process ended with exit code {code}: see {folder / 'log.txt'}"
+                try:
+                    write_json(folder / "failure.json", {"message": message, "type": "Exit", "traceback": "", "time": time.time()})
+                except OSError as error:  # a full disk, which may be why it ended; the others may still end well
+                    print(f"{folder.name}: {message}; that cannot be noted there ({error.strerror})", file=sys.stderr)
 
     def stop(self, store: Store, nodes: Sequence[Node]) -> None:
-        """Ask what still runs to save and end, and wait; a second signal does not wait."""
+        """Ask what still runs to save and end, and wait; a second signal does not wait for any."""
         for process, _ in self.running.values():
             process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 60
@@ -146,6 +150,7 @@ class Local:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                deadline = 0.0
                 process.kill()
                 process.wait()
         self.running.clear()
@@ -195,16 +200,17 @@ class Display:
             state = status.get(node.key, "missing")
             if self.before.get(node.key) != state:
                 self.before[node.key] = state
-                if state == "running":
+                if state in ("running", "elsewhere"):
                     self.begun[node.key] = now
-                    self.line(f"[{number}/{len(self.nodes)}] {node.about['title']} seed {node.about['seed']}: started")
+                    what = "started" if state == "running" else f"waits for {lock_owner(self.store.folder(node)) or 'another process'}"
+                    self.line(f"[{number}/{len(self.nodes)}] {node.about['title']} seed {node.about['seed']}: {what}")
                 elif state in ("done", "failed", "killed") and node.key in self.begun:
                     took = self.durations[node.key] = now - self.begun[node.key]
                     self.line(f"[{number}/{len(self.nodes)}] {node.about['title']} seed {node.about['seed']}: {state} in {clock(took)}{self.score(node)}")
         if now - self.last < (1.0 if self.tty else LINE_EVERY_S):
             return
         self.last = now
-        parts = [p for n in self.nodes if status.get(n.key) == "running" and (p := self.progress(n))]
+        parts = [p for n in self.nodes if status.get(n.key) in ("running", "elsewhere") and (p := self.progress(n))]
         done = sum(s == "done" for s in status.values())
         text = " | ".join([f"{done}/{len(self.nodes)} done", *parts, f"run: {self.left(status)}"])
         if self.tty:
@@ -232,7 +238,7 @@ class Display:
         """A running node's part of the line."""
         p = read_json(self.store.folder(node) / "progress.json")
         if not isinstance(p, dict):
-            return f"{node.about['title']}: starting"
+            return f"{node.about['title']}: {'ending' if (self.store.folder(node) / 'record.json').exists() else 'starting'}"
         loss = "" if p["loss"] is None else f" loss {p['loss']:.3f}"
         left = "" if p["seconds_left"] is None else f" {clock(p['seconds_left'])} left"
         return f"{node.about['title']} {p['step']}/{p['steps']}{loss} {p['images_per_s']:.0f} images/s{left}"
@@ -247,16 +253,16 @@ class Display:
         fallback = [d for ds in kinds.values() for d in ds]
         for node in self.nodes:
             state = status.get(node.key, "missing")
-            if state == "running":
-                p = read_json(self.store.folder(node) / "progress.json")
-                waiting += float(p["seconds_left"] or 0.0) if isinstance(p, dict) else 0.0
+            p = read_json(self.store.folder(node) / "progress.json") if state in ("running", "elsewhere") else None
+            if isinstance(p, dict):
+                waiting += float(p["seconds_left"] or 0.0)
             elif state not in ENDED:
                 sample = kinds.get(node.kind) or fallback
                 if not sample:
                     known += 1
                     continue
                 waiting += sum(sample) / len(sample)
-        busy = max(1, min(room()[0], sum(s == "running" for s in status.values()) or 1))
+        busy = max(1, min(room()[0], sum(s in ("running", "elsewhere") for s in status.values()) or 1))
         return f"{clock(waiting / busy)} left" + (f" and {known} jobs not timed yet" if known else "")
 
     def close(self) -> None:

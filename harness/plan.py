@@ -1,6 +1,6 @@
 """From the words of the command line to a graph of nodes: names -> plugins, data, recipes, precision, keys, and the cells of the table.
 
-Nothing is started here, and everything that can be wrong with the request is found here.
+Nothing is started here. What can be found wrong with the request without doing any of it is found here; `harness.layout` says what is looked at in data.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Planner:
             if not self.folders["folder"].is_dir():
                 raise UserError(f"--pretrain-data {request.pretrain_data}: no such folder: name a folder of images")
         self.pending: set[str] = set()
+        self.generated = self.request.data is None and self.setting.generator is not None  # whether anything reads generated data
         self._fingerprints: dict[str, str] = {}
         self._nodes: dict[str, Node] = {}
 
@@ -61,6 +62,8 @@ class Planner:
                 self.pending.add(name)
                 return "to be generated"
             layout.check_layout(kind, folder)
+            if self.request.data is None:
+                layout.check_as_made(kind, folder)
             self._fingerprints[name] = layout.fingerprint(kind, folder)
         return self._fingerprints[name]
 
@@ -132,7 +135,7 @@ class Planner:
         """The node that pre-trains a method, with its assets and parent. Raises JobFailed with the reason when it cannot run here."""
         vit = self.architecture(method, self.vit)
         if (reason := method.skip(vit)) is not None:
-            raise JobFailed(reason)
+            raise self.settings.refusal(name, reason)
         notes: tuple[str, ...] = method.notes(vit) if hasattr(method, "notes") else ()
         recipe, trains = None, getattr(method, "trains", True)
         if trains:
@@ -166,7 +169,7 @@ class Planner:
         """The node that scores a checkpoint. Raises JobFailed with the reason when it cannot run here."""
         vit = self.architecture(method, self.vit)
         if (reason := evaluator.skip(vit)) is not None:
-            raise JobFailed(reason)
+            raise self.settings.refusal(name, reason)
         ground: list[str] = []
         if first := getattr(evaluator, "after", ""):  # it goes on from the model that another evaluator has fine-tuned
             before, more = self.settings.apply(first, plugins.build("evals", first))
@@ -199,10 +202,10 @@ class Planner:
 
     def about(self, method: str, name: str, evaluator: Any, seed: int, eval_seed: int) -> dict[str, Any]:
         """What the table must know of a cell."""
-        generated = self.request.data is None and self.setting.generator is not None
-        shown = "generated data" if generated else Path(self.request.data or "").resolve().stem
+        generated, place = self.generated, Path(self.request.data or ".").resolve()
+        shown = "generated data" if generated else "own data" if self.request.data is None else place.name if place.is_dir() else place.stem
         if self.request.pretrain_data:
-            shown += f", pre-trained on {Path(self.request.pretrain_data).name}"
+            shown += f", pre-trained on {Path(self.request.pretrain_data).resolve().name}"
         return {
             "method": method, "eval": name, "protocol": self.setting.name, "backbone": self.backbone, "data": shown, "seed": seed, "eval_seed": eval_seed,
             "columns": [{"name": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better} for m in evaluator.columns],
@@ -223,6 +226,10 @@ class Planner:
         """
         methods = [(n, *self.settings.apply(n, plugins.build("methods", n)), named) for n, named in names("methods", self.request.methods)]
         evaluators = [(n, *self.settings.apply(n, plugins.build("evals", n)), explicit) for n, explicit in names("evals", self.request.evals)]
+        read = {s for _, e, *_ in evaluators for s in e.datasets(self.setting)}
+        if self.request.pretrain_data is None:
+            read |= {s for _, m, *_ in methods for s in m.datasets(self.setting)}
+        self.generated &= any(":" not in s for s in read)
         cells, tops = [], []
         for seed in self.request.seeds:
             for method_name, method, method_notes, named in methods:

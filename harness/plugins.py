@@ -80,7 +80,6 @@ class TrainContext:
     total_steps: int
     assets: Mapping[str, Path] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
-    group: Any = None
 
 
 @dataclass
@@ -202,9 +201,12 @@ def load(kind: str, name: str, flag: str | None = None) -> Any:
     if ":" in name and "/" not in name:
         module, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            plugin = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"{flag}: {name} cannot be imported ({error})") from error
+        if kind in ("methods", "evals") and not dataclasses.is_dataclass(plugin):
+            raise UserError(f"{flag}: {name} is no plugin, which is a dataclass: see `harness/plugins.py`")
+        return plugin
     raise UserError(f"{flag}: unknown name {name!r}: {suggest(name, found)}")
 
 
@@ -231,6 +233,8 @@ def build(kind: str, name: str) -> Any:
         if hasattr(cls, "from_argument"):
             raise UserError(f"{flag}: {base} needs an argument, as in {base}:PATH")
         plugin = cls() if isinstance(cls, type) else cls
+        if "@" in name and not variant:
+            raise UserError(f"{flag}: {name!r} names no variant: leave the @ out, or {suggest('', getattr(plugin, 'variants', {}))}")
     if variant:
         variants = getattr(plugin, "variants", {})
         if variant not in variants:

@@ -57,7 +57,9 @@ class Usage:
     def __init__(self, folder: Path) -> None:
         self.path, self.started = folder / "usage.json", time.monotonic()
         before = read_json(self.path)
-        self.before = before if isinstance(before, dict) else {"seconds": 0.0, "start": datetime.datetime.now(datetime.timezone.utc).isoformat()}
+        if not isinstance(before, dict) or not {"seconds", "start"} <= set(before):
+            before = {"seconds": 0.0, "start": datetime.datetime.now(datetime.UTC).isoformat()}
+        self.before = before
 
     def seconds(self) -> float:
         """Seconds so far."""
@@ -84,7 +86,7 @@ def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usag
             "gemm": machine["gemm"],
         },
         "precision": "bf16" if session.dtype == torch.bfloat16 else "fp32", "start": usage.before["start"],
-        "end": datetime.datetime.now(datetime.timezone.utc).isoformat(), "wall_s": round(seconds, 3), "device_hours": seconds / 3600,
+        "end": datetime.datetime.now(datetime.UTC).isoformat(), "wall_s": round(seconds, 3), "device_hours": seconds / 3600,
         "images_seen": facts.get("images_seen"), "flops": facts.get("flops"),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "deviations": list(job["about"].get("deviations", ())),

@@ -31,7 +31,7 @@ def set_up_machine(folder: Path) -> dict[str, Any]:
     """Threads and GEMM mode: chosen at the job's first start, reused on resume, so that the numbers stay the same. Import torch after this."""
     chosen = read_json(folder / "machine.json")
     if not isinstance(chosen, dict):
-        chosen = {"threads": int(os.environ.get("HARNESS_THREADS", "1")), "gemm": "highest"}
+        chosen = {"threads": number_from("HARNESS_THREADS", default=1), "gemm": "highest"}
         write_json(folder / "machine.json", chosen)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a busy core beside us would otherwise cost a factor of six (performance.md, item 5)
     os.environ["OMP_NUM_THREADS"] = str(chosen["threads"])
@@ -65,19 +65,25 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
     seed = identity["seed"] if "eval_seed" not in identity else identity["seed"] * 1_000_003 + identity["eval_seed"]
     return Session(
         dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, report=report,
-        folders={k: Path(v) for k, v in where["folders"].items()}, workers=int(os.environ.get("HARNESS_WORKERS", "0")),
-        on_bad_image=where["on_bad_image"], checkpoint_every_s=float(os.environ.get("HARNESS_CHECKPOINT_S", "30")),
+        folders={k: Path(v) for k, v in where["folders"].items()}, workers=number_from("HARNESS_WORKERS", 0, 0),
+        on_bad_image=where["on_bad_image"], checkpoint_every_s=number_from("HARNESS_CHECKPOINT_S", 0, 30),
         should_stop=should_stop, log=log, micro_batch=number_from("HARNESS_MICRO_BATCH"),
         force_accumulation=os.environ.get("HARNESS_FORCE_ACCUMULATION", "") not in ("", "0"),
     )
 
 
-def number_from(name: str) -> int | None:
-    """A positive integer of an environment variable, None when it is not set. Raises UserError."""
+def number_from(name: str, least: int = 1, default: Any = None) -> Any:
+    """An integer of an environment variable, `default` when it is not set. Raises UserError."""
     text = os.environ.get(name, "")
-    if text and not (text.isdecimal() and int(text) > 0):
-        raise UserError(f"{name}={text}: expected a number of images, 1 or more")
-    return int(text) if text else None
+    if text and not (text.isdecimal() and int(text) >= least):
+        raise UserError(f"{name}={text}: expected a whole number, {least} or more")
+    return int(text) if text else default
+
+
+def check_environment() -> None:
+    """Look at the variables that jobs will read. Raises UserError."""
+    for name, least in (("HARNESS_MICRO_BATCH", 1), ("HARNESS_THREADS", 1), ("HARNESS_WORKERS", 0), ("HARNESS_CHECKPOINT_S", 0)):
+        number_from(name, least)
 
 
 def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.canonical import parse_as
-from harness.spec import Recipe, UserError, fields_of_type, suggest
+from harness.spec import JobFailed, Recipe, UserError, fields_of_type, suggest
 
 
 class Settings:
@@ -61,6 +61,11 @@ class Settings:
             target = value
             self.used.add(key)
         return target, tuple(notes)
+
+    def refusal(self, prefix: str, reason: str) -> JobFailed | UserError:
+        """Why a plugin cannot run here, to be raised: its cells are skipped, but where the user has set a field of it that is an error of the request."""
+        own = next((key for key in self.values if key.startswith(prefix + ".")), None)
+        return JobFailed(reason) if own is None else UserError(f"--set {own}={self.values[own]}: {reason}")
 
     def unused(self) -> list[str]:
         """Keys that no part of the plan took."""

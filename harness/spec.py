@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,19 @@ class ViTConfig:
         return sizes.get((self.patch, self.width, self.depth, self.heads), "") if self.size == (224, 224) else ""
 
 
+def within(whose: str, owner: Any, **ranges: tuple[float, float | None]) -> None:
+    """Check numeric fields, and each number of those that hold several: name=(lowest, highest or None). A field that is None is passed over.
+
+    Raises:
+        UserError: one lies outside.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(owner, name)
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not low <= number <= (math.inf if high is None else high):
+                raise UserError(f"{whose} {name} must be {f'at least {low:g}' if high is None else f'from {low:g} to {high:g}'}, not {number:g}")
+
+
 @dataclass(frozen=True)
 class Augment:
     """Image augmentation of a recipe. Sizes are fractions of the area; a value of 0 or None switches a part off."""
@@ -92,6 +106,13 @@ class Augment:
     mixup_switch_prob: float = 0.5
     smoothing: float = 0.0
     repeats: int = 1
+
+    def __post_init__(self) -> None:
+        within("augment's", self, crop_scale=(0, 1), crop_ratio=(0, None), flip=(0, 1), color_jitter=(0, None), erasing=(0, 1), mixup=(0, None),
+               cutmix=(0, None), mixup_prob=(0, 1), mixup_switch_prob=(0, 1), smoothing=(0, 1), repeats=(1, None))
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if not 0 < low <= high:
+                raise UserError(f"augment's {name} must rise from above 0, not {low:g}, {high:g}")
 
 
 @dataclass(frozen=True)
@@ -136,8 +157,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
             raise UserError("a recipe needs either epochs or iterations, and not both")
-        if self.batch < 1 or (self.epochs or self.iterations or 0) <= 0:
-            raise UserError("a recipe's batch and length must be positive")
+        within(
+            "a recipe's", self, batch=(1, None), epochs=(0, None), iterations=(1, None), lr=(0, None), lr_batch=(1, None), warmup=(0, None),
+            warmup_lr=(0, None), min_lr=(0, None), poly_power=(0, None), eps=(0, None), momentum=(0, 1), betas=(0, 1), weight_decay=(0, None),
+            weight_decay_end=(0, None), layer_decay=(0, 1), drop_path=(0, 1), clip=(0, None), ema=(0, 1),
+        )
+        if (self.epochs or self.iterations or 0) <= 0:
+            raise UserError("a recipe's length must be above 0")
 
     @property
     def peak_lr(self) -> float:

@@ -70,9 +70,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             f"{path}: record of schema version {record.get('schema')}, this harness reads {RECORD_SCHEMA}: "
             f"use the version that wrote it, or another --runs"
         )
-    if lost := sorted(set(record_validator().schema["required"]) - set(record)):
-        raise UserError(f"{path}: {', '.join(lost[:3])} missing: a damaged record; move its folder away, then run again")
+    wrong = [name for name, types in record_shape().items() if name not in record or not isinstance(record[name], types)]
+    if wrong or not all(isinstance(v, (int, float)) for v in record["metrics"].values()):
+        raise UserError(f"{path}: {', '.join(wrong[:3]) or 'metrics'} missing or damaged: move its folder away, then run again")
     return record
+
+
+@cache
+def record_shape() -> dict[str, tuple[type, ...]]:
+    """Field of a record -> the types that the schema allows. Checked on reading: the whole schema, which is checked on writing, takes 100 times as long."""
+    types: dict[str, tuple[type, ...]] = {
+        "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "null": (type(None),),
+    }
+    found = {}
+    for name, told in record_validator().schema["properties"].items():
+        allowed = told.get("type", [])
+        found[name] = tuple(t for word in ([allowed] if isinstance(allowed, str) else allowed) for t in types[word]) or (object,)
+    return found
 
 
 class Locked(Exception):
@@ -118,9 +132,19 @@ def is_locked(folder: Path) -> bool:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
+    except IsADirectoryError:
+        raise UserError(f"{folder / 'lock'}: is a folder: remove it") from None
     except OSError:
         return True
     return False
+
+
+def lock_owner(folder: Path) -> str:
+    """Who holds a node's lock, as its owner wrote it; "" in the instant before that."""
+    try:
+        return (folder / "lock").read_text().strip()
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -173,7 +197,7 @@ class Store:
             raise UserError(f"--runs {self.root}: cannot be read ({error.strerror}): choose another folder or mend its permissions") from error
         if exists:
             body = read_json(self.root / ".harness.json")
-            if not isinstance(body, dict) or not isinstance(layout := body.get("layout"), int):
+            if not isinstance(body, dict) or not isinstance(layout := body.get("layout"), int) or layout < 1:
                 raise UserError(f"--runs {self.root}: .harness.json is damaged: restore it as {{\"layout\": {LAYOUT}}}, or choose another folder")
             if layout != LAYOUT:
                 raise UserError(
@@ -190,7 +214,7 @@ class Store:
         if read_record(folder) is not None:
             return State("done")
         if is_locked(folder):
-            return State("running", (folder / "lock").read_text().strip())
+            return State("running", lock_owner(folder))
         failure = read_json(folder / "failure.json")
         if failure is not None:
             return State("failed", str(failure.get("message", "failed")) if isinstance(failure, dict) else "failed")
@@ -202,7 +226,7 @@ class Store:
         """State of a node's folder; one that waits for a parent which failed says which and why."""
         state = self.state(folder)
         if state.status in ("missing", "interrupted"):
-            for role, parent in ((read_json(folder / "job.json") or {}).get("parents") or {}).items():
+            for role, parent in read_job(folder / "job.json")["parents"].items() if (folder / "job.json").exists() else ():
                 above = self.explain(self.root / parent["folder"])
                 if above.status in ("failed", "interrupted"):
                     return State("failed", above.reason if above.reason.startswith("its ") else f"its {role} {above.status}: {above.reason}")
@@ -289,8 +313,9 @@ def collect(roots: Iterable[Path]) -> list[Result]:
             state, record = store.explain(folder), read_record(folder)
             try:
                 found = result_of(job["about"], state.status, state.reason, record, job["key"])
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{folder / 'job.json'}: {error} missing: a damaged job; move its folder away, then run again") from error
+            except (KeyError, TypeError, ValueError) as error:
+                name = "record.json" if record else "job.json"
+                raise UserError(f"{folder / name}: damaged ({type(error).__name__}: {error}): move its folder away, then run again") from error
             usage = read_json(folder / "usage.json")  # a job without a record has started all the same
-            results.append(found if record or not isinstance(usage, dict) else replace(found, start=usage["start"]))
+            results.append(found if record or not isinstance(usage, dict) else replace(found, start=str(usage.get("start", ""))))
     return results

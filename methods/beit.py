@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.augment import Normalize, TrainTransform, color_jitter, crop_resize, random_resized_crop_box, to_tensor
 from harness.classifier import FINE_TUNE_STD, Classifier
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_beit
 from methods import ablations, published
 from methods.dalle import STRIDE, load_tokenizer
@@ -57,6 +57,9 @@ class BEiT:
     init_std: float | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        within("beit's", self, mask_patches=(1, None), mask_minimum=(1, None), epochs=(1, None), init_std=(1e-6, None), std=(1e-6, None))
 
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "masked image modelling: tokens of a discrete VAE predicted for block-wise masked patches (40 %)"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.augment import TrainTransform
-from harness.spec import Augment, JobFailed, Recipe, ViTConfig
+from harness.spec import Augment, JobFailed, Recipe, UserError, ViTConfig, within
 from methods.codebook import start_from_images
 from methods.dalle import STRIDE, Decoder, Encoder, logit_laplace, map_pixels, save_tokenizer, unmap_pixels
 
@@ -56,6 +56,12 @@ class DVAE:
     usage_weight: float = 0.0
     spread: float = 0.0
     holdout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if any(side < STRIDE or side % STRIDE for side in self.size):
+            raise UserError(f"dvae's size must be multiples of {STRIDE} pixels, not {self.size[0]}x{self.size[1]}")
+        within("dvae's", self, codes=(2, None), width=(8, None), blocks=(1, None), initial=(1, None), kl_weight=(0, None), kl_span=(0, 1),
+               usage_weight=(0, None), temperature_start=(1e-3, None), temperature=(1e-3, None), temperature_span=(0, 1), spread=(0, None), holdout=(0, 0.9))
 
     name: ClassVar[str] = "dvae"
     version: ClassVar[int] = 1

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from harness.augment import Normalize, color_jitter, crop_resize, random_resized_crop_box, to_tensor
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_mae, sincos_positions
 from methods import ablations, published
 from methods.dalle import STRIDE, load_tokenizer
@@ -63,6 +63,8 @@ class MAE:
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"mask_ratio must be between 0 and 1, not {self.mask_ratio}")
+        within("mae's", self, decoder_width=(4, None), decoder_depth=(1, None), decoder_heads=(1, None), epochs=(1, None), components=(1, None),
+               std=(1e-6, None))
         if self.masking == "grid" and self.mask_ratio != 0.75:
             raise UserError(f"grid masking hides 0.75 of the patches, mask_ratio cannot be {self.mask_ratio}")
 
@@ -105,7 +107,9 @@ class MAE:
         """Width, depth and heads of the decoder for a backbone."""
         narrow = max(64, vit.width // 2 // 32 * 32)
         width, depth, heads = (512, 8, 16) if vit.width >= 384 else (narrow, 2, narrow // 32)
-        return self.decoder_width or width, self.decoder_depth or depth, self.decoder_heads or heads
+        asked = zip((self.decoder_width, self.decoder_depth, self.decoder_heads), (width, depth, heads), strict=True)
+        width, depth, heads = (usual if own is None else own for own, usual in asked)
+        return width, depth, heads
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """Pre-training values. paper: MAE-paper Table 8 (see `methods.published`); demo, smoke: ours, scaled down."""

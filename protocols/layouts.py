@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from harness.data import folder_names
+from harness.layout import GENERATED, fingerprint
 from harness.randomness import generator
 from harness.spec import UserError
 from protocols import scenes
@@ -252,7 +253,7 @@ def make(name: str, place: Path, scale: str, pool: ProcessPoolExecutor) -> None:
         for job, part in zip(jobs, counted(pool.map(draw_range, jobs), name, sum(counts.values()), chunk), strict=True):
             drawn[job[2]] += part
         write_lists(name, temporary, drawn)
-        (temporary / "complete.json").write_text(json.dumps({"world": WORLD, "scale": scale, **counts}))
+        (temporary / GENERATED).write_text(json.dumps({"world": WORLD, "scale": scale, **counts, "fingerprint": fingerprint(name, temporary)}))
         temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

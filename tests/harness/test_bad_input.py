@@ -31,7 +31,14 @@ WORDS = {
     "unknown set name": ((*run(), "--set", "rotatoin.turns=2"), "did you mean rotation"),
     "set without value": ((*run(), "--set", "rotation.turns"), "expected NAME.FIELD=VALUE"),
     "set of a wrong type": ((*run(), "--set", "rotation.turns=many"), "int"),
-    "set refused": ((*run(), "--set", "rotation.recipe.batch=0"), "positive"),
+    "set refused": ((*run(), "--set", "rotation.recipe.batch=0"), "at least 1"),
+    "an lr below 0": ((*run(methods="mae"), "--set", "mae.recipe.lr=-1"), "lr must be at least 0"),
+    "a crop that is none": ((*run(methods="mae"), "--set", "mae.recipe.augment.crop_scale=3,4"), "crop_scale must be from 0 to 1"),
+    "a decoder without width": ((*run(methods="mae"), "--set", "mae.decoder_width=0"), "decoder_width must be at least 4"),
+    "a set value that the backbone cannot have": ((*run(methods="mae"), "--set", "mae.decoder_heads=7"), "--set mae.decoder_heads=7: a decoder of width"),
+    "an image that the patch does not divide": ((*run(evals="imagenet"), "--set", "imagenet.size=37"), "--set imagenet.size=37"),
+    "a variant without a name": ((*run(methods="mae@"),), "names no variant"),
+    "a name that is no plugin": ((*run(methods="os:getcwd"),), "no plugin"),
     "set recipe field": ((*run(), "--set", "rotation.recipe.leaning_rate=1"), "rotation.recipe"),
     "empty methods": (("run", "--methods", ",", "--evals", "nearest-mean"), "--methods: the list is empty"),
     "empty evals": (("run", "--methods", "rotation", "--evals", ","), "--evals: the list is empty"),
@@ -64,6 +71,22 @@ def test_words(case: str, harness: Call, tmp_path: Path) -> None:
     """Mistyped names, flags and values."""
     words, expected = WORDS[case]
     check(harness(*words), expected, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["HARNESS_MICRO_BATCH", "HARNESS_THREADS", "HARNESS_WORKERS", "HARNESS_CHECKPOINT_S"])
+def test_environment(name: str, harness: Call, tmp_path: Path) -> None:
+    """What every job would stumble over, one after the other."""
+    check(harness(*run(), **{name: "abc"}), f"{name}=abc", tmp_path)
+
+
+def test_generated_data_that_lost_files(smoke_data: Path, harness: Call, tmp_path: Path) -> None:
+    """The default place is a cache, which other programs clean: half a set is not taken for the whole."""
+    copy = tmp_path / "cache" / smoke_data.name
+    shutil.copytree(smoke_data, copy)
+    next((copy / "imagenet" / "train").rglob("*.jpg")).unlink()
+    check(harness(*run(), HARNESS_DATA=str(copy.parent)), "not as it was generated", tmp_path)
+    verified = harness("data", "verify", "imagenet", "--protocol", "smoke", HARNESS_DATA=str(copy.parent))
+    assert verified.returncode == 1 and "not as it was generated" in verified.stdout + verified.stderr
 
 
 def test_patch_that_does_not_divide_the_image() -> None:
@@ -192,11 +215,27 @@ def test_damaged_files_in_runs(harness: Call, tmp_path: Path) -> None:
     line = (*run(), "--set", "rotation.recipe.iterations=1", "--set", "nearest-mean.images=5")
     assert harness(*line).returncode == 0
     record = next((tmp_path / "runs").glob("evaluate-*/record.json"))
-    record.write_text('{"schema": 1}')
-    done = harness("table")
-    assert done.returncode == 2 and "a damaged record" in done.stderr and done.stderr.count("\n") == 1
-    status = harness("status")
-    assert status.returncode == 0 and status.stdout.count("damaged") >= 1 and status.stdout.count("done") == 1
+    whole = json.loads(record.read_text())
+    for body in ({"schema": 1}, {**whole, "metrics": None}, {**whole, "metrics": [1]}, {**whole, "metrics": {"top-1": "?"}}, {**whole, "about": 3}):
+        record.write_text(json.dumps(body))
+        done = harness("table")
+        assert done.returncode == 2 and "record.json" in done.stderr and done.stderr.count("\n") == 1
+        status = harness("status")
+        assert status.returncode == 0 and status.stdout.count("damaged") >= 1 and status.stdout.count("done") == 1
+    record.unlink()
+    (record.parent / "usage.json").write_text("{}")
+    assert harness("table").returncode in (0, 1)
+    job = record.with_name("job.json")
+    whole = json.loads(job.read_text())
+    for body in ({**whole, "parents": [1]}, {**whole, "parents": {"checkpoint": 1}}, {k: v for k, v in whole.items() if k != "name"}):
+        job.write_text(json.dumps(body))
+        done = harness("table")
+        assert done.returncode == 2 and "job.json" in done.stderr and done.stderr.count("\n") == 1
+        assert harness("status").returncode == 0
+    job.write_text(json.dumps(whole))
+    (record.parent / "lock").unlink(missing_ok=True)
+    (record.parent / "lock").mkdir()
+    assert "lock: is a folder" in harness("status").stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only folder and a small file system are made by mounting, which root alone may")

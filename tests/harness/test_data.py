@@ -228,7 +228,21 @@ def test_fingerprint_follows_the_data_and_not_the_place(tmp_path: Path) -> None:
     (one / "list.txt").write_text("a 1\n")  # same size
     second = layout.fingerprint("places365", one)
     (one / "a/1.jpg").rename(one / "a/2.jpg")
-    assert len({first, second, layout.fingerprint("places365", one)}) == 3
+    third = layout.fingerprint("places365", one)
+    content = bytearray((one / "a/2.jpg").read_bytes())
+    content[-3] ^= 1
+    (one / "a/2.jpg").write_bytes(content)  # another picture of the same size
+    assert len({first, second, third, layout.fingerprint("places365", one)}) == 4
+
+
+def test_fingerprint_of_a_folder_with_links(tmp_path: Path) -> None:
+    """A link to a folder above is followed once, as it is when images are read; one to nowhere is named."""
+    picture(tmp_path / "sub/1.jpg")
+    (tmp_path / "sub/up").symlink_to("..")
+    assert layout.fingerprint("imagefolder", tmp_path) == layout.fingerprint("imagefolder", tmp_path)
+    (tmp_path / "sub/2.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(UserError, match=r"2\.jpg: cannot be read"):
+        layout.fingerprint("imagefolder", tmp_path)
 
 
 def test_fingerprint_of_a_large_set_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
