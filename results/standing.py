@@ -106,7 +106,7 @@ def changes_plugin(deviation: str, cell: Cell) -> bool:
 
 def images_scored(example: Result) -> int | None:
     """Number of images that a score stands on, by the record's facts."""
-    found = example.facts.get("scored_images", example.facts.get("images_scored"))
+    found = example.facts.get("scored_images")
     return int(found) if isinstance(found, (int, float)) else None
 
 

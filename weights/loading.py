@@ -157,18 +157,14 @@ def convert(state: Mapping[str, Tensor], hints: Hints, where: str) -> Loaded:
     if abs(energy(ours.values()) - before) > 1e-6 * before:
         raise UserError(f"{where}: the numbers changed on the way from style {style.name}: please report it with the file's source")
     notes = []
-    if "pos_embed" not in ours and config.relative_bias != "none":
-        ours["pos_embed"] = torch.zeros(1, 1 + config.patches, config.width)
-        notes.append("no absolute positions in the file: a table of zeros")
     fc_norm = [ours.pop(k) for k in ("fc_norm.weight", "fc_norm.bias") if k in ours]
     if fc_norm and style.norm_optional and not {"norm.weight", "norm.bias"} & set(ours):
         ours |= {"norm.weight": torch.ones(config.width), "norm.bias": torch.zeros(config.width)}
         notes.append("fine-tuned with mean pooling, no norm for single tokens in the file: final norm without scale and shift")
     check_contract(ours, config, where)
-    if torch.allclose(table := ours["pos_embed"], sincos_positions(config.width, config.grid), atol=1e-5):
-        config = replace(config, positions="sincos-mae")
-    elif torch.allclose(table, sincos_positions(config.width, config.grid, "sincos-moco"), atol=1e-5):
-        config = replace(config, positions="sincos-moco")
+    for layout in ("sincos-mae", "sincos-moco") if config.positions != "none" else ():
+        if torch.allclose(ours["pos_embed"], sincos_positions(config.width, config.grid, layout), atol=1e-5):
+            config = replace(config, positions=layout)
     (mean, std), assumed = statistics_of(style, hints, bool(fc_norm))
     if assumed:
         notes.append(f"mean and std are not in the file: {assumed}")
@@ -206,7 +202,8 @@ def architecture(ours: Mapping[str, Tensor], hints: Hints, where: str) -> tuple[
         heads, source = 1, ""
     config = ViTConfig(
         size=(grid[0] * side, grid[1] * side), patch=side, width=width, depth=1 + max(int(k.split(".")[1]) for k in ours if k.startswith("blocks.")),
-        heads=heads, mlp_ratio=hidden.shape[0] / width, relative_bias=kind, layer_scale=0.1 if "blocks.0.ls1.gamma" in ours else None,
+        heads=heads, mlp_ratio=hidden.shape[0] / width, positions="none" if tables and "pos_embed" not in ours else "learned",
+        relative_bias=kind, layer_scale=0.1 if "blocks.0.ls1.gamma" in ours else None,
         key_bias=qkv is None or bool(qkv[width : 2 * width].any()),
     )
     return config, source

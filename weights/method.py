@@ -118,12 +118,16 @@ class Weights:
 
     def notes(self, vit: ViTConfig) -> tuple[str, ...]:
         """What had to be assumed or changed, for the table's footnotes."""
-        loaded = self.loaded()
+        return self.notes_on(self.loaded(), vit)
+
+    def notes_on(self, loaded: Loaded, vit: ViTConfig) -> tuple[str, ...]:
+        """The same of a checkpoint that is read already: in its job a method knows no path."""
         found, notes = self.fitted(loaded, vit), list(loaded.notes)
         if not loaded.heads_from and self.heads is None:
             notes.append(f"number of heads not in the file: {vit.heads}, as the backbone's")
         if found.size != vit.size:
-            notes.append(f"positions interpolated from {shown(found.size)} to {shown(vit.size)} pixels")
+            pixels = f"{shown(found.size)} to {shown(vit.size)} pixels"
+            notes.append(f"position tables interpolated from {shown(found.grid)} to {shown(vit.grid)} patches ({pixels})")
         return tuple(notes)
 
     def architecture(self, vit: ViTConfig, published: bool) -> ViTConfig:
@@ -171,7 +175,7 @@ class Weights:
         return {
             "images_seen": None, "flops": None, "style": loaded.style, "heads_from": loaded.heads_from or ("the user" if self.heads else "the backbone"),
             "left_out": list(loaded.left_out),
-            "notes": list(loaded.notes), "fingerprint": fingerprint(vit),
+            "notes": list(self.notes_on(loaded, vit.config)), "fingerprint": fingerprint(vit),
         }
 
 
@@ -184,14 +188,15 @@ def differences(source: ViTConfig, target: ViTConfig) -> list[str]:
     """Why weights of one architecture cannot stand in another: all fields but those that the target can hold exactly.
 
     A fixed sine-cosine table is a learned one with these values; a k bias of zero is a k bias; the initial value of LayerScale is no part of trained
-    weights; another image size means interpolated positions.
+    weights; another image size means interpolated tables of positions, of which a relative one needs two patches on each side.
     """
     found = []
+    resizable = source.relative_bias == "none" or min(*source.grid, *target.grid) > 1
     for name in (f.name for f in fields(ViTConfig)):
         ours, theirs = getattr(target, name), getattr(source, name)
         if name == "layer_scale":
             ours, theirs = (("none" if v is None else "present") for v in (ours, theirs))
-        holds = {"size": source.relative_bias == "none", "positions": ours == "learned" and theirs != "none", "key_bias": bool(ours)}.get(name, False)
+        holds = {"size": resizable, "positions": ours == "learned" and theirs != "none", "key_bias": bool(ours)}.get(name, False)
         if ours != theirs and not holds:
             found.append(f"{name} {theirs if name != 'size' else shown(theirs)}, the backbone has {ours if name != 'size' else shown(ours)}")
     return found

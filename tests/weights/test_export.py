@@ -32,6 +32,8 @@ CASES = {
     "shared": ViTConfig((32, 32), 8, 48, 2, 4, relative_bias="shared", layer_scale=0.1, key_bias=False),
     "block": ViTConfig((32, 32), 8, 48, 2, 4, relative_bias="block", key_bias=False),
     "block, not square": ViTConfig((32, 48), 8, 48, 2, 4, relative_bias="block", key_bias=False),
+    "shared alone": ViTConfig((32, 32), 8, 48, 2, 4, positions="none", relative_bias="shared", layer_scale=0.1, key_bias=False),
+    "block alone": ViTConfig((32, 32), 8, 48, 2, 4, positions="none", relative_bias="block", key_bias=False),
 }
 PAIRS = [(case, target) for case in CASES for target in ("timm", "hf") if (case, target) != ("block, not square", "hf")]
 
@@ -71,6 +73,7 @@ def test_the_target_computes_our_features(case: str, target: str, tmp_path: Path
     again = read(files_of(out))  # and what goes out comes in
     assert again.mean == (0.1, 0.2, 0.3) and set(again.state) == set(vit.state_dict())
     assert all(torch.equal(again.state[k], v) for k, v in vit.state_dict().items())
+    assert (again.config.positions == "none") == (config.positions == "none") == case.endswith("alone")
 
 
 def test_what_a_target_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -79,9 +82,10 @@ def test_what_a_target_cannot_hold_is_refused(tmp_path: Path) -> None:
     for case, target, key_bias, says in (
         ("shared", "timm", True, "relative bias and a k bias"), ("shared", "hf", True, "relative bias and a k bias"),
         ("layer scale", "hf", True, "LayerScale and a k bias"), ("block, not square", "hf", False, "32x48 pixels"),
+        ("block alone", "timm", True, "relative bias and a k bias"), ("without any positions", "hf", True, "no positions"),
     ):
         folder = tmp_path / case / target
-        made(folder, dataclasses.replace(CASES[case], key_bias=key_bias))
+        made(folder, dataclasses.replace(CASES.get(case, dataclasses.replace(CASES["plain"], positions="none")), key_bias=key_bias))
         with pytest.raises(UserError, match=says):
             export(folder, RECORD, [], target, folder / "out")
         assert not (folder / "out").exists()
