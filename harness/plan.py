@@ -167,6 +167,8 @@ class Planner:
         vit = self.architecture(method, self.vit)
         if (reason := evaluator.skip(vit)) is not None:
             raise JobFailed(reason)
+        if getattr(evaluator, "needs_classifier", False) and not getattr(method, "leaves_classifier", getattr(method, "needs_labels", False)):
+            raise JobFailed(f"{method_name} brings no classifier of its own, and {name} trains none")
         ground: list[str] = []
         if first := getattr(evaluator, "after", ""):  # it goes on from the model that another evaluator has fine-tuned
             before, more = self.settings.apply(first, plugins.build("evals", first))

@@ -30,6 +30,7 @@ class Weights:
     Attributes:
         mean, std: what its input was normalised with; taken from the file, or what the code that made it defaults to.
         heads: number of attention heads, where the file does not tell and the width is none of the published ones.
+        size: side of the images in pixels that the ViT is built for, such as the 384 that a file was fine-tuned at; None: the backbone's.
         fingerprint: mean absolute output on a fixed image, as an earlier record has it (facts.fingerprint.mean_abs); another one fails the
             job. None: it is recorded only.
         path: where it lies. No part of the identity: the sha256 of the files is.
@@ -38,10 +39,11 @@ class Weights:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     heads: int | None = None
+    size: int | None = None
     fingerprint: float | None = None
     path: str = field(default="", compare=False, metadata={"identity": False})
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     trains: ClassVar[bool] = False
     summary: ClassVar[str] = "a checkpoint as it is (weights:FILE, weights:FOLDER or weights:TIMM_NAME): MAE, BEiT, timm, Hugging Face, mmpretrain"
     source: ClassVar[str] = "key names of each: weights/keys.py"
@@ -54,7 +56,8 @@ class Weights:
         Raises:
             UserError: nothing is there, or it is no checkpoint of a ViT in exactly one of the known styles.
         """
-        from weights.loading import files_of, summary
+        from weights.files import files_of
+        from weights.loading import summary
         from weights.timm_models import fetch
 
         if not text:
@@ -69,15 +72,21 @@ class Weights:
         return None
 
     @property
+    def leaves_classifier(self) -> bool:
+        """Whether the file has a classifier that can be scored as it is."""
+        return self.loaded().classifier is not None
+
+    @property
     def label(self) -> str:
         """Names the run's folders by what the file holds, not by where it lies: a moved file is not evaluated again."""
-        from weights.loading import files_of, sha256
+        from weights.files import files_of, sha256
 
-        return f"weights-{self.loaded().style}-{sha256(files_of(Path(self.path))['weights'])[:8]}"
+        return f"weights-{self.loaded().style}-{sha256(next(iter(files_of(Path(self.path)).values())))[:8]}"
 
     def loaded(self) -> Loaded:
         """What the checkpoint is, without its tensors."""
-        from weights.loading import files_of, summary
+        from weights.files import files_of
+        from weights.loading import summary
 
         return summary(files_of(Path(self.path)))
 
@@ -91,7 +100,7 @@ class Weights:
 
     def assets(self, protocol: Protocol, vit: ViTConfig) -> Mapping[str, Asset]:
         """The checkpoint's files: their sha256 is in the key."""
-        from weights.loading import files_of, sha256
+        from weights.files import files_of, sha256
 
         return {role: Asset(file=str(path), sha256=sha256(path)) for role, path in files_of(Path(self.path)).items()}
 
@@ -131,7 +140,10 @@ class Weights:
         return tuple(notes)
 
     def architecture(self, vit: ViTConfig, published: bool) -> ViTConfig:
-        """The backbone of a protocol where each method has its ViT as published: with the checkpoint's positions, biases and LayerScale."""
+        """The backbone of a protocol where each method has its ViT as published: with the checkpoint's positions, biases and LayerScale. Its image size is the
+        backbone's, for which there are recipes, unless `size` is set."""
+        if self.size is not None:
+            vit = replace(vit, size=(self.size, self.size))
         if not published:
             return vit
         found = self.loaded().config
@@ -166,6 +178,18 @@ class Weights:
         value = fingerprint(vit)["mean_abs"]
         if self.fingerprint is not None and abs(value - self.fingerprint) > TOLERANCE * abs(self.fingerprint):
             raise JobFailed(f"the loaded ViT gives {value:.6g} on the fixed image, its fingerprint is {self.fingerprint:.6g}: other weights, or read otherwise")
+
+    def classifier(self, context: TrainContext) -> dict[str, Any] | None:
+        """The file's own classifier. A thousand classes are called by ImageNet-1K's synsets in their order, any others by numbers."""
+        from timm.data import ImageNetInfo
+
+        from weights.loading import read
+
+        found = read(context.assets).classifier
+        if found is None:
+            return None
+        count, synsets = len(found["state"]["head.bias"]), ImageNetInfo("imagenet-1k").label_names()
+        return {**found, "classes": synsets if count == len(synsets) else [str(i) for i in range(count)]}
 
     def facts(self, vit: ViT, context: TrainContext) -> dict[str, Any]:
         """For the record. What the checkpoint's training has cost is not known here."""

@@ -17,7 +17,8 @@ from harness.checkpoint import Backbone
 from harness.spec import UserError, ViTConfig
 from harness.vit import ViT
 from weights.export import export
-from weights.loading import files_of, read
+from weights.files import files_of
+from weights.loading import read
 
 RECORD: dict[str, Any] = {
     "identity": {"plugin": {"class": "methods.mae:MAE", "mask_ratio": 0.75}, "recipe": {"class": "x:Recipe", "lr": 0.1, "sources": [["lr", "Table 8"]]},
