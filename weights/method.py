@@ -131,7 +131,7 @@ class Weights:
 
     def notes_on(self, loaded: Loaded, vit: ViTConfig) -> tuple[str, ...]:
         """The same of a checkpoint that is read already: in its job a method knows no path."""
-        found, notes = self.fitted(loaded, vit), list(loaded.notes)
+        found, notes = self.fitted(loaded, vit), [f"as read: {note}" for note in loaded.notes]
         if not loaded.heads_from and self.heads is None:
             notes.append(f"number of heads not in the file: {vit.heads}, as the backbone's")
         if found.size != vit.size:

@@ -24,6 +24,7 @@ from harness.plugins import TrainContext
 from harness.request import Request
 from harness.spec import JobFailed, UserError, ViTConfig
 from harness.vit import ViT, resize_bias, resize_positions
+from results.reference.names import AS_READ
 from weights.method import Weights, differences, fingerprint
 
 SMOKE = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}  # the smoke protocol's backbone
@@ -109,6 +110,7 @@ def test_a_relative_bias_of_another_image_size_is_brought_over(bias: str, tmp_pa
     torch.testing.assert_close(made.relative_bias[-1].table, resize_bias(theirs, (12, 12), (8, 8)))  # type: ignore[index]
     files = {role: Path(a.file or "") for role, a in method.assets(None, target).items()}  # type: ignore[arg-type]
     facts = dataclasses.replace(method, path="").facts(made, TrainContext(target, None, 0, files))  # type: ignore[arg-type]
+    assert any(n.startswith(AS_READ) for n in facts["notes"])  # results/ knows these by their beginning
     for notes in (method.notes(target), facts["notes"]):
         assert "position tables interpolated from 12x12 to 8x8 patches (96x96 to 64x64 pixels)" in notes
     assert differences(target, dataclasses.replace(target, size=(8, 64)))[0].startswith("size 64x64")
