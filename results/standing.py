@@ -96,8 +96,10 @@ def compare(cell: Cell, row: Published) -> Standing | None:
     elif cell.tuning != "published":
         differences.append("one fine-tuning recipe for all methods, not each paper's")
     deviations = [d for d in cell.deviations if not changes_plugin(d, cell) and not (release and d.startswith(AS_READ))]
-    notes = (f"published for {checkpoint_name(cell.method)}; taken by name",) if release else ()
-    return Standing(cell, row, tuple(barred), (*differences, *(f"deviates from the recipe: {d}" for d in deviations)), notes)
+    notes = [f"published for {checkpoint_name(cell.method)}; taken by name"] if release else []
+    if release and cell.n_pretrain > 1:
+        notes.append("one checkpoint: its seeds are those of what was trained on it, not of pre-training")
+    return Standing(cell, row, tuple(barred), (*differences, *(f"deviates from the recipe: {d}" for d in deviations)), tuple(notes))
 
 
 def architecture(trained: list[Mapping[str, Any]]) -> tuple[int, ...] | None:

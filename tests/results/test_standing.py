@@ -163,7 +163,7 @@ def test_what_is_known_of_a_release_is_told_beside_a_number() -> None:
     assert row["remarks"] == list(s.notes) and row["verdict"].startswith("no verdict")
     mae = of_file("mae_pretrain_vit_base.pth", 83.5, 83.7)
     assert standing([*mae, *measured(83.5, 83.7)]).notes == ()  # what was pre-trained here comes first
-    assert standing(mae).verdict == "within"
+    assert standing(mae).verdict == "within" and standing(mae).notes[1].startswith("one checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------------ tables as printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,9 +78,17 @@ def test_the_target_computes_our_features(case: str, target: str, tmp_path: Path
     assert (again.config.positions == "none") == (config.positions == "none") == case.endswith("alone")
 
 
-def test_what_a_target_cannot_hold_is_refused(tmp_path: Path) -> None:
-    import dataclasses
+@torch.no_grad()
+def test_a_vit_without_any_positions_is_one_in_timm_too(tmp_path: Path) -> None:
+    vit = made(tmp_path / "run", dataclasses.replace(CASES["plain"], positions="none"))
+    export(tmp_path / "run", RECORD, [], "timm", tmp_path / "out")
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    torch.testing.assert_close(model.forward_features(images()), vit.tokens(images()), atol=2e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="missing pos_embed"):  # a file that lacks its table must not be taken for one that needs none
+        read(files_of(tmp_path / "out"))
 
+
+def test_what_a_target_cannot_hold_is_refused(tmp_path: Path) -> None:
     for case, target, key_bias, says in (
         ("shared", "timm", True, "relative bias and a k bias"), ("shared", "hf", True, "relative bias and a k bias"),
         ("layer scale", "hf", True, "LayerScale and a k bias"), ("block, not square", "hf", False, "32x48 pixels"),
