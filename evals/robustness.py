@@ -37,9 +37,9 @@ class Robustness:
     groups: ClassVar[tuple[str, ...]] = ("robustness",)
     data: ClassVar[str]
     source: ClassVar[str] = "MAE-paper Table 13 and appendix (recipes A12)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "448": {"after": "imagenet@448"},  # MAE-paper Table 13, row ViT-H at 448 pixels
-        "head": {"after": ""},
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"448": {"after": "imagenet@448"}, "head": {"after": ""}}
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "448": "MAE-paper Table 13, row ViT-H at 448 pixels", "head": "the classifier that the checkpoint brings with it, as `head` scores it",
     }
 
     @property

@@ -86,7 +86,8 @@ class Planner:
         recipe: Recipe | None = plugin.recipe(self.setting, vit)
         if recipe is None:
             known = [n for n, v in self.setting.backbones.items() if plugin.recipe(self.setting, self.architecture(plugin, v)) is not None]
-            reason = f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}"
+            at = "" if vit.size == self.vit.size else f" at {vit.size[0]}x{vit.size[1]} pixels"
+            reason = f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}{at}"
             if known:
                 raise UserError(f"--backbone: {reason}: no source gives one; there is one for {', '.join(known)}")
             raise JobFailed(reason)

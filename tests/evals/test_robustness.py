@@ -140,5 +140,8 @@ def test_the_graph_scores_the_fine_tuned_model(smoke_data: Path, tmp_path: Path)
     assert len({c.node.key for c in seeds.cells}) == 2  # type: ignore[attr-defined]
     own = Planner(Request(("supervised",), ("imagenet-a",), "smoke", data=str(root), eval_seeds=(0, 1))).plan()
     assert len({c.node.key for c in own.cells if c.node}) == 1  # nothing is fine-tuned, so its seed changes nothing
+    left = Planner(Request(("supervised", "mae"), ("head",), "smoke", data=str(root))).plan()
+    assert [n.name for n in left.nodes] == ["supervised", "head-supervised"] and left.cells[1].node is None
+    assert left.cells[1].skipped == "mae brings no classifier of its own, and head trains none"
     with pytest.raises(UserError, match="imagenet-sketch: no such folder"):
         plan("imagenet-sketch")
