@@ -1,4 +1,4 @@
-"""Robustness without training: the classifier that was fine-tuned on ImageNet, scored on ImageNet-A, -R, -Sketch and -C (recipes A12)."""
+"""Robustness without training: a classifier of ImageNet's classes, scored on ImageNet-A, -R, -Sketch and -C (recipes A12)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from harness.spec import JobFailed, Metric, Outcome, Protocol, Recipe, ViTConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from harness.augment import EvalTransform
     from harness.checkpoint import Backbone
     from harness.classifier import Classifier
     from harness.data import ImageList
     from harness.plugins import EvalContext
 
+OWN = "the checkpoint's own"
+
+
 @dataclass(frozen=True)
 class Robustness:
-    """Top-1 of the `after` evaluator's model among the classes that the test set has (200 in -A and -R: the arg-max is taken among them).
+    """Top-1 of a classifier among the classes that the test set has (200 in -A and -R: the arg-max is taken among them).
 
     Attributes:
-        after: the evaluator whose fine-tuned model is scored.
+        after: the evaluator whose fine-tuned model is scored; "": none, the classifier that the checkpoint brings with it.
     """
 
     after: str = "imagenet"
@@ -33,7 +37,15 @@ class Robustness:
     groups: ClassVar[tuple[str, ...]] = ("robustness",)
     data: ClassVar[str]
     source: ClassVar[str] = "MAE-paper Table 13 and appendix (recipes A12)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"448": {"after": "imagenet@448"}}  # MAE-paper Table 13, row ViT-H at 448 pixels
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"448": {"after": "imagenet@448"}, "head": {"after": ""}}
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "448": "MAE-paper Table 13, row ViT-H at 448 pixels", "head": "the classifier that the checkpoint brings with it, as `head` scores it",
+    }
+
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether the method itself has to leave one."""
+        return not self.after
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         """The test set."""
@@ -56,7 +68,6 @@ class Robustness:
         import numpy as np
 
         from evals.robustness_metrics import predict_among
-        from harness.augment import EvalTransform
         from harness.checkpoint import write_atomically
         from harness.data import read_images
         from harness.scoring import score
@@ -66,15 +77,20 @@ class Robustness:
         assert images.labels is not None
         model = fine_tuned(checkpoint)
         indices = places_among(images, model, self.data)
-        size = checkpoint.config.size
-        transform = EvalTransform(size, 0.875 if max(size) <= 224 else 1.0)
+        transform = self.preparation(checkpoint.config.size)
         correct = np.zeros(len(images), dtype=bool)  # an image that cannot be read, and may be skipped, counts as wrong
         places, scores = score(model, images, transform, session, stage=self.data, read=lambda scores: scores)
         correct[places] = predict_among(scores, indices) == images.labels[places]
         path = session.dir / "outcomes.npz"
         write_atomically(path, lambda stream: np.savez_compressed(stream, correct=correct, label=images.labels))
-        facts = {"images_seen": 0, "flops": 0.0, "scored_images": len(images), "classes": len(images.classes), "model": self.after}
+        facts = {"images_seen": 0, "flops": 0.0, "scored_images": len(images), "classes": len(images.classes), "model": self.after or OWN}
         return Outcome({"top-1": 100.0 * float(correct.mean())}, path, facts)
+
+    def preparation(self, size: tuple[int, int]) -> EvalTransform:
+        """Resized and cropped as for fine-tuning's own test images."""
+        from harness.augment import EvalTransform
+
+        return EvalTransform(size, 0.875 if max(size) <= 224 else 1.0)
 
 
 def fine_tuned(checkpoint: Backbone) -> Classifier:
@@ -82,7 +98,7 @@ def fine_tuned(checkpoint: Backbone) -> Classifier:
     from harness.classifier import Classifier
 
     if checkpoint.classifier is None:
-        raise JobFailed("the checkpoint has no classifier: robustness is scored on a model that was fine-tuned on ImageNet")
+        raise JobFailed("the checkpoint has no classifier: what is scored here is a model that was fine-tuned on ImageNet")
     return Classifier.restore(checkpoint.build(), checkpoint.classifier, checkpoint.mean, checkpoint.std)
 
 
@@ -93,7 +109,7 @@ def places_among(images: ImageList, model: Classifier, name: str) -> Any:
     known = {c: i for i, c in enumerate(model.classes)}
     if unknown := [c for c in images.classes if c not in known]:
         raise JobFailed(
-            f"{name}: {unknown[0]!r} is no class of the fine-tuned classifier ({len(known)} classes such as {model.classes[0]!r}): "
+            f"{name}: {unknown[0]!r} is no class of the classifier ({len(known)} classes such as {model.classes[0]!r}): "
             "both must be called by ImageNet's folder names"
         )
     return np.array([known[c] for c in images.classes], dtype=np.int64)
@@ -174,7 +190,7 @@ class ImageNetC(Robustness):
         write_atomically(session.dir / "outcomes.npz", lambda stream: np.savez_compressed(stream, **packed))
         accuracy = {c: [float(correct[f"{c}/{severity}"].mean()) for severity in range(1, 6)] for c in ALEXNET_ERROR}
         facts = {
-            "images_seen": 0, "flops": 0.0, "scored_images": sum(map(len, correct.values())), "model": self.after, "mean_error": mean_error(accuracy),
+            "images_seen": 0, "flops": 0.0, "scored_images": sum(map(len, correct.values())), "model": self.after or OWN, "mean_error": mean_error(accuracy),
             "corruption_errors": corruption_errors(accuracy),
         }
         return Outcome({"mCE": mean_corruption_error(accuracy)}, session.dir / "outcomes.npz", facts)

@@ -89,7 +89,8 @@ class Planner:
         recipe: Recipe | None = plugin.recipe(self.setting, vit)
         if recipe is None:
             known = [n for n, v in self.setting.backbones.items() if plugin.recipe(self.setting, self.architecture(plugin, v)) is not None]
-            reason = f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}"
+            at = "" if vit.size == self.vit.size else f" at {vit.size[0]}x{vit.size[1]} pixels"
+            reason = f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}{at}"
             if known:
                 raise UserError(f"--backbone: {reason}: no source gives one; there is one for {', '.join(known)}")
             raise JobFailed(reason)
@@ -170,6 +171,8 @@ class Planner:
         vit = self.architecture(method, self.vit)
         if (reason := evaluator.skip(vit)) is not None:
             raise self.settings.refusal(name, reason)
+        if getattr(evaluator, "needs_classifier", False) and not getattr(method, "leaves_classifier", getattr(method, "needs_labels", False)):
+            raise JobFailed(f"{method_name} brings no classifier of its own, and {name} trains none")
         ground: list[str] = []
         if first := getattr(evaluator, "after", ""):  # it goes on from the model that another evaluator has fine-tuned
             before, more = self.settings.apply(first, plugins.build("evals", first))

@@ -135,7 +135,9 @@ class Method(Trainable, Protocol):
     one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it. Optional are `architecture(vit, published)`
     -> ViTConfig (the ViT that it gets in place of a protocol's backbone; `published`: the protocol wants each method as published), and
     beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row). Also optional: notes(vit) -> footnotes
-    of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record, asked for once its objective is made."""
+    of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record, asked for once its objective is made, and for one that
+    trains nothing classifier(context) -> the read-out that its weights come with; `leaves_classifier`: whether there is one (by default: where labels
+    are needed)."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -159,7 +161,7 @@ class Method(Trainable, Protocol):
 class Evaluator(Protocol):
     """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains
     nothing and has no recipe, and `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's
-    checkpoint/backbone.pt, classifier included), not the pre-training's."""
+    checkpoint/backbone.pt, classifier included), not the pre-training's. `needs_classifier`: it scores the classifier that the method leaves."""
 
     version: ClassVar[int]
     columns: ClassVar[tuple[Metric, ...]]

@@ -139,7 +139,9 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
         state = {k: v.detach().cpu().contiguous() for k, v in exported.state_dict().items()}
         if set(state) != set(ViT(exported.config).state_dict()):
             raise JobFailed(f"{job['name']}: exports other keys than the lent ViT's")
-        classifier = objective.classifier() if objective is not None and hasattr(objective, "classifier") else None
+        classifier = objective.classifier() if hasattr(objective, "classifier") else None
+        if objective is None and hasattr(plugin, "classifier"):
+            classifier = plugin.classifier(context)
         Backbone(exported.config, plugin.mean, plugin.std, state, classifier, {"method": job["name"]}).save(folder / "checkpoint" / "backbone.pt")
     return {"metrics": metrics, "outcomes": None, "facts": facts}
 

@@ -95,7 +95,8 @@ def deit(vit: ViTConfig) -> Recipe | None:
 def beit_finetuning(vit: ViTConfig) -> Recipe | None:
     """BEiT-paper Table 13, ImageNet-1K, columns Base and Large (recipes A7): absolute lr, layer decay 0.65 and 0.75, repeated augmentation for Base only.
 
-    The paper takes the best of lr {2, 3, 4, 5}e-3; one value of it is chosen here.
+    The paper takes the best of lr {2, 3, 4, 5}e-3; one value of it is chosen here. `evals.recipes.beit` has the same values and a test holds the two
+    together: the intermediate fine-tuning trains by this one, and methods and evaluators do not import each other.
     """
     if vit.paper_size not in ("B/16", "L/16"):
         return None
@@ -109,18 +110,6 @@ def beit_finetuning(vit: ViTConfig) -> Recipe | None:
             ("all", f"BEiT-paper Table 13, ImageNet-1K, {'Base' if base else 'Large'} (recipes A7)"),
             ("lr", "ours: one of Table 13's {2, 3, 4, 5}e-3" + (", BEiT-repo README's value" if base else ", which won is not published")), INFERRED_CROP,
         ),
-    )
-
-
-def beit_cifar(vit: ViTConfig) -> Recipe | None:
-    """BEiT-paper Table 13, CIFAR-100, Base (recipes A7): 150 epochs of batch 512, weight decay 0.3, no erasing, repeated augmentation."""
-    if vit.paper_size != "B/16":
-        return None
-    return Recipe(
-        batch=512, lr=4e-3, lr_batch=None, epochs=150, warmup=20, min_lr=1e-6, schedule="cosine-stepwise",
-        betas=(0.9, 0.999), weight_decay=0.3, no_decay=NO_DECAY, layer_decay=0.65,
-        drop_path=0.1, frozen=fixed(vit), augment=classification(repeats=3),
-        sources=(("all", "BEiT-paper Table 13, CIFAR-100, Base (recipes A7)"), ("lr", "ours: one of Table 13's {2, 3, 4, 5}e-3"), INFERRED_CROP),
     )
 
 

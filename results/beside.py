@@ -58,7 +58,7 @@ def fill(table: PaperTable, results: Iterable[Result]) -> list[Field]:
         for column in table.columns:
             published = table.number(row, column)
             found = [s for s in (compare(cell, published) for cell in cells) if s is not None] if published is not None else []
-            found.sort(key=lambda s: (len(s.barred) > 0, len(s.differences), -s.cell.n_pretrain, s.cell.status != "done"))
+            found.sort(key=lambda s: (len(s.barred) > 0, len(s.differences), len(s.notes), -s.cell.n_pretrain, s.cell.status != "done"))
             best = found[0] if found else None
             fields.append(Field(row, column, published, best if best and not best.barred else None, best if best and best.barred else None))
     return fields
@@ -109,7 +109,7 @@ def _measured(field: Field, notes: Notes) -> Entry:
         return Entry(DASH, (notes.mark(_kept_out(field.kept_out)),) if field.kept_out else ())
     cell, digits = standing.cell, max(1, field.number.digits)
     difference = f"{standing.difference:+.{digits}f}".replace("-", "−")
-    texts = [*standing.differences, *choices(cell), *cell.remarks, *([f"not complete: {cell.reason}"] if cell.reason else [])]
+    texts = [*standing.notes, *standing.differences, *choices(cell), *cell.remarks, *([f"not complete: {cell.reason}"] if cell.reason else [])]
     return Entry(f"{number(cell, True, digits)}, {difference} {standing.verdict.partition(':')[0]}", tuple(notes.mark(t) for t in texts))
 
 
@@ -148,7 +148,7 @@ def rows_of(table: PaperTable, fields: list[Field]) -> list[dict[str, Any]]:
             "metric": METRICS[n.metric] or n.metric, "unit": UNITS.get(n.metric, "%"),
         }
         found.append({
-            **cell, "remarks": [*cell["remarks"], *(choices(s.cell) if s else ())], "published": n.value, "published_source": n.source,
+            **cell, "remarks": [*cell["remarks"], *((*choices(s.cell), *s.notes) if s else ())], "published": n.value, "published_source": n.source,
             "published_text": n.text, "published_method": n.method, "published_variant": n.variant, "published_backbone": n.backbone,
             "published_data": n.pretrain_data, "published_epochs": n.epochs, "published_eval": n.eval, "layout": table.name,
             "row": " ".join((f.row.label, *(t for t in f.row.texts if t != "-"))), "column": f.column.heading,

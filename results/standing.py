@@ -3,7 +3,8 @@
 The rule. It must be the same thing: method, evaluator, metric, architecture of the backbone, in a protocol whose recipes are the papers' and on
 the benchmark's complete official split. Otherwise it does not stand there (what keeps a value out that is the same by name is told). What may differ is
 told in footnotes: pre-training length, data of pre-training and of the tokenizer, head or probe, shared instead of published fine-tuning, and every
-deviation from a recipe. A verdict is given where nothing differs and the spread is known.
+deviation from a recipe. A verdict is given where nothing differs and the spread is known. A checkpoint of somebody else's (`weights:`) is what it is
+called: one that is known by its name stands beside its authors' numbers, which a note says; any other stands nowhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from harness.store import Result
 from results.cells import Cell, Sheet
-from results.reference.names import BACKBONES, EVALUATORS, FAMILY, METHODS, OWN, PROTOCOL, SCORED, counterpart
+from results.reference.names import AS_IT_IS, AS_READ, BACKBONES, EVALUATORS, FAMILY, METHODS, OWN, PROTOCOL, SCORED, checkpoint_name, counterpart, released
 from results.reference.published import METRICS, Published, published
 
 SIZE = (224, 224)  # of all pre-training in published.csv that has a counterpart here
@@ -24,12 +25,14 @@ PARTS = ("patch", "width", "depth", "heads")
 
 @dataclass(frozen=True)
 class Standing:
-    """A measured cell and a published number of the same name. `barred`: why it cannot stand there; `differences`: what is told if it does."""
+    """A measured cell and a published number of the same name. `barred`: why it cannot stand there; `differences`: what is told if it does, and takes
+    the verdict; `notes`: what is told besides."""
 
     cell: Cell
     row: Published
     barred: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def difference(self) -> float | None:
@@ -67,13 +70,18 @@ def compare(cell: Cell, row: Published) -> Standing | None:
     """How a measured cell stands to a published number; None when they are not of the same name (method, evaluator, metric, backbone), or when
     the cell has no score or its record does not say how it came about (demo, smoke, records of older versions)."""
     method, evaluator, example = counterpart(METHODS, row), counterpart(EVALUATORS, row), cell.example
-    if method is None or evaluator is None or example is None or cell.value is None or METRICS[row.metric] != cell.metric.name or len(example.lineage) < 2:
+    release = released(cell.method, cell.eval, row)
+    if evaluator is None or example is None or (method is None and release is None):
+        return None
+    if cell.value is None or METRICS[row.metric] != cell.metric.name or len(example.lineage) < 2:
         return None
     evaluation, *trained = example.lineage
     if evaluation.get("family") != FAMILY or architecture(trained) != BACKBONES.get(row.backbone):
         return None
     differences = []
-    for name, line in ((cell.method, method), (cell.eval, evaluator)):
+    for name, line in ((cell.method, None if release else method), (AS_IT_IS.get(cell.eval, cell.eval), evaluator)):
+        if line is None:  # a release is that method
+            continue
         if name in line.near:
             differences.append(line.near[name])
         elif name not in line.names:
@@ -82,13 +90,16 @@ def compare(cell: Cell, row: Published) -> Standing | None:
     official, scored = next((n for start, n in SCORED.items() if row.eval.startswith(start)), 0), images_scored(example)
     if not scored or not official or scored % official:  # a multiple: each image scored under several corruptions
         barred.append(f"scored on {scored or 'an unknown number of'} images ({cell.data}), the official split has {official}")
-    differences += training_differences(row, evaluation, trained)
+    differences += release.differences(row, cell.eval) if release else training_differences(row, evaluation, trained)
     if cell.protocol != PROTOCOL:
         differences.append(f"protocol {cell.protocol}: not each method as published")
     elif cell.tuning != "published":
         differences.append("one fine-tuning recipe for all methods, not each paper's")
-    differences += [f"deviates from the recipe: {d}" for d in cell.deviations if not changes_plugin(d, cell)]
-    return Standing(cell, row, tuple(barred), tuple(differences))
+    deviations = [d for d in cell.deviations if not changes_plugin(d, cell) and not (release and d.startswith(AS_READ))]
+    notes = [f"published for {checkpoint_name(cell.method)}; taken by name"] if release else []
+    if release and cell.n_pretrain > 1:
+        notes.append("one checkpoint: its seeds are those of what was trained on it, not of pre-training")
+    return Standing(cell, row, tuple(barred), (*differences, *(f"deviates from the recipe: {d}" for d in deviations)), tuple(notes))
 
 
 def architecture(trained: list[Mapping[str, Any]]) -> tuple[int, ...] | None:
@@ -106,7 +117,7 @@ def changes_plugin(deviation: str, cell: Cell) -> bool:
 
 def images_scored(example: Result) -> int | None:
     """Number of images that a score stands on, by the record's facts."""
-    found = example.facts.get("scored_images", example.facts.get("images_scored"))
+    found = example.facts.get("scored_images")
     return int(found) if isinstance(found, (int, float)) else None
 
 
@@ -145,13 +156,17 @@ def choices(cell: Cell) -> tuple[str, ...]:
 
 def with_published(sheet: Sheet) -> Sheet:
     """A sheet whose cells have the published number of exactly their protocol, where there is one, and footnotes on what was never published."""
-    return replace(sheet, cells={key: replace(cell, published=same_protocol(cell), remarks=(*cell.remarks, *choices(cell)))
-                                 for key, cell in sheet.cells.items()})
+
+    def beside(cell: Cell) -> Cell:
+        same = same_protocol(cell)
+        return replace(cell, published=same.row if same else None, remarks=(*cell.remarks, *choices(cell), *(same.notes if same else ())))
+
+    return replace(sheet, cells={key: beside(cell) for key, cell in sheet.cells.items()})
 
 
-def same_protocol(cell: Cell) -> Published | None:
+def same_protocol(cell: Cell) -> Standing | None:
     """The published number that a cell repeats without any difference; of several the one of the method's own paper, then the first of the file."""
     if cell.example is None or not cell.example.lineage or cell.example.lineage[0].get("family") != FAMILY:
         return None
-    found = [s.row for row in published() if (s := compare(cell, row)) is not None and not s.barred and not s.differences]
-    return min(found, key=lambda row: row.paper not in OWN.get(row.method, ()), default=None)
+    found = [s for row in published() if (s := compare(cell, row)) is not None and not s.barred and not s.differences]
+    return min(found, key=lambda s: s.row.paper not in OWN.get(s.row.method, ()), default=None)

@@ -16,13 +16,15 @@ EPS = (1e-12, 1e-6)  # ours is 1e-6; transformers writes 1e-12 even for MAE and 
 
 @dataclass(frozen=True)
 class Hints:
-    """What the tensors themselves do not tell. `size` is (height, width) in pixels, `statistics` (mean, std); None where it is not said."""
+    """What the tensors themselves do not tell. `size` is (height, width) in pixels, `statistics` (mean, std), `pooling` what a classifier reads
+    ("cls", "mean", or "other" than ours can); None where it is not said."""
 
     heads: int | None = None
     heads_from: str = ""
     size: tuple[int, int] | None = None
     statistics: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
     notes: tuple[str, ...] = ()
+    pooling: str | None = None
 
 
 def from_json(described: Mapping[str, Mapping[str, Any]], where: str) -> Hints:
@@ -96,7 +98,10 @@ def from_timm_model(model: nn.Module, cfg: Mapping[str, Any], where: str) -> Hin
         raise UserError(f"{where}: a ViT without exactly one class token with a position of its own: the shared ViT has that")
     mean, std = cfg.get("mean"), cfg.get("std")
     heads, size = int(block.attn.num_heads), pair(parts.patch_embed.img_size)
-    return Hints(heads, "timm", size, (triple(mean), triple(std)) if mean and std else None)
+    normed = not isinstance(parts.fc_norm, nn.Identity)
+    pooling = {("token", False): "cls", ("avg", True): "mean"}.get((parts.global_pool, normed), "other")
+    pooling = "other" if getattr(parts, "pool_include_prefix", False) else pooling
+    return Hints(heads, "timm", size, (triple(mean), triple(std)) if mean and std else None, pooling=pooling)
 
 
 def pair(value: Any) -> tuple[int, int]:

@@ -67,12 +67,14 @@ class Style:
     Attributes:
         take: (pattern of a whole key, our name) of everything that is loaded; q, k and v parts are joined afterwards.
         leave: patterns of keys that a file of this style may hold besides and that are left out: heads, decoders, mask tokens.
+        head: pattern of what stands before ".weight" and ".bias" of a fine-tuned classifier; those keys are among `leave`.
         norm_optional: models fine-tuned with mean pooling have no norm for single tokens, only `fc_norm`.
     """
 
     name: str
     take: tuple[tuple[str, str], ...]
     leave: tuple[str, ...]
+    head: str = ""
     norm_optional: bool = True
 
 
@@ -80,12 +82,12 @@ HEAD = r"head\.(?:weight|bias)"
 STYLES = {
     style.name: style for style in (
         Style("mae-pretrain", TIMM, ("mask_token", r"decoder_.*"), norm_optional=False),
-        Style("vit", TIMM, (HEAD,)),
-        Style("beit", BEIT, ("mask_token", INDEX, HEAD, r"lm_head\.(?:weight|bias)")),
-        Style("mmpretrain", MM, (r"(?:neck|head|target_generator|data_preprocessor)\..*", r"backbone\.mask_token", INDEX)),
+        Style("vit", TIMM, (HEAD,), head="head"),
+        Style("beit", BEIT, ("mask_token", INDEX, HEAD, r"lm_head\.(?:weight|bias)"), head="head"),
+        Style("mmpretrain", MM, (r"(?:neck|head|target_generator|data_preprocessor)\..*", r"backbone\.mask_token", INDEX), head=r"head\.(?:layers\.head|fc)"),
         Style("hf-mae", HF, (r"decoder\..*",), norm_optional=False),
-        Style("hf-vit", HF, (_HF + r"embeddings\.mask_token", r"classifier\..*", r"decoder\..*", _HF + r"pooler\.dense\..*")),
-        Style("hf-beit", HF, (_HF + r"embeddings\.mask_token", INDEX, r"classifier\..*", r"lm_head\..*")),
+        Style("hf-vit", HF, (_HF + r"embeddings\.mask_token", r"classifier\..*", r"decoder\..*", _HF + r"pooler\.dense\..*"), head="classifier"),
+        Style("hf-beit", HF, (_HF + r"embeddings\.mask_token", INDEX, r"classifier\..*", r"lm_head\..*"), head="classifier"),
     )
 }
 
@@ -166,6 +168,12 @@ def join(found: dict[str, Tensor], place: str, where: str) -> None:
         if set(parts) != {"q", "k", "v"} or f"{place}.qkv.{kind}" in found:
             raise UserError(f"{where}: {place} has {', '.join(sorted(parts))} of q, k and v as {kind}: damaged, or another architecture")
         found[f"{place}.qkv.{kind}"] = torch.cat([parts[p] for p in "qkv"])
+
+
+def read_out(state: Mapping[str, Tensor], style: Style) -> dict[str, Tensor]:
+    """"head.weight" (classes, width) and "head.bias" (classes,) of a fine-tuned classifier, as far as the file has them."""
+    found = ((re.fullmatch(rf"{style.head}\.(weight|bias)", key), value) for key, value in state.items()) if style.head else ()
+    return {f"head.{match.group(1)}": value.detach().float().contiguous() for match, value in found if match}
 
 
 def describe(content: object) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from argparse import Namespace
 from collections.abc import Mapping
@@ -15,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.pickles import read_weights
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, UserError, ViTConfig
 from harness.vit import ViT, sincos_positions
 from weights.architecture import Hints, from_json
-from weights.keys import Style, detect, listed, rename, unwrap
+from weights.files import BESIDE, read_config, read_state
+from weights.keys import Style, detect, listed, read_out, rename
 
 HALF = (0.5, 0.5, 0.5)
 PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # DeiT Ti, S; ViT-B, L, H of the ViT and MAE papers
-WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
-FILES = {"config": "config.json", "preprocessor": "preprocessor_config.json"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,8 @@ class Loaded:
         heads_from: where the number of heads stands, "" when nowhere.
         left_out: keys of the file that are no part of the backbone.
         notes: what had to be assumed or filled in, for the footnotes.
+        classifier: what `harness.classifier` restores, but for the names of its classes; None when the file has none that reads the class token
+            or the mean of the patches.
     """
 
     config: ViTConfig
@@ -49,40 +47,7 @@ class Loaded:
     heads_from: str
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-def files_of(path: Path) -> dict[str, Path]:
-    """Role -> file of a checkpoint: the file itself, or those in a folder of Hugging Face's or timm's.
-
-    Raises:
-        UserError: nothing is there, or a folder without weights.
-    """
-    if path.is_file():
-        return {"weights": path}
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder: name a checkpoint, or a timm model")
-    weights = next((path / n for n in WEIGHT_NAMES if (path / n).is_file()), None)
-    if weights is None:
-        shards = " (weights in several pieces are not read: save them as one file)" if list(path.glob("*.index.json")) else ""
-        raise UserError(f"{path}: no {' or '.join(WEIGHT_NAMES)} in it{shards}: name a folder that transformers or timm saved")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json in it: name a folder that transformers or timm saved, or the file {weights.name} itself")
-    return {"weights": weights, **{role: path / name for role, name in FILES.items() if (path / name).is_file()}}
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    stat = path.stat()
-    return _sha256(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache
-def _sha256(path: Path, changed: int, size: int) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(2**20):
-            total.update(piece)
-    return total.hexdigest()
+    classifier: Mapping[str, Any] | None = None
 
 
 def read(files: Mapping[str, Path]) -> Loaded:
@@ -106,27 +71,17 @@ def stamped(files: Mapping[str, Path]) -> tuple[tuple[str, Path, int, int], ...]
 
 @lru_cache
 def _summary(files: tuple[tuple[str, Path, int, int], ...]) -> Loaded:
-    return replace(_read.__wrapped__(files), state={})
+    loaded = _read.__wrapped__(files)
+    return replace(loaded, state={}, classifier=loaded.classifier and {**loaded.classifier, "state": {}})
 
 
 @lru_cache(maxsize=1)
 def _read(files: tuple[tuple[str, Path, int, int], ...]) -> Loaded:
     places = {role: path for role, path, _, _ in files}
-    state, beside = unwrap(read_weights(places["weights"]), str(places["weights"]))
-    described = {role: read_config(path) for role, path in places.items() if role != "weights"}
+    state, beside = read_state(places)
+    described = {role: read_config(path) for role, path in places.items() if role in BESIDE}
     hints = from_json(described, str(places.get("config", ""))) if "config" in described else from_arguments(beside.get("args"))
-    return convert(state, hints, str(places["weights"]))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
-    try:
-        body = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({type(error).__name__}): download it again") from error
-    if not isinstance(body, dict):
-        raise UserError(f"{path}: holds no JSON object: download it again")
-    return body
+    return convert(state, hints, str(places["weights"] if "weights" in places else places["index"].parent))
 
 
 def from_arguments(arguments: object) -> Hints:
@@ -157,22 +112,34 @@ def convert(state: Mapping[str, Tensor], hints: Hints, where: str) -> Loaded:
     if abs(energy(ours.values()) - before) > 1e-6 * before:
         raise UserError(f"{where}: the numbers changed on the way from style {style.name}: please report it with the file's source")
     notes = []
-    if "pos_embed" not in ours and config.relative_bias != "none":
-        ours["pos_embed"] = torch.zeros(1, 1 + config.patches, config.width)
-        notes.append("no absolute positions in the file: a table of zeros")
-    fc_norm = [ours.pop(k) for k in ("fc_norm.weight", "fc_norm.bias") if k in ours]
+    fc_norm = {k: ours.pop(k) for k in ("fc_norm.weight", "fc_norm.bias") if k in ours}
+    classifier = classifier_of({**read_out(state, style), **fc_norm}, "norm.weight" in ours, hints.pooling, config.width)
     if fc_norm and style.norm_optional and not {"norm.weight", "norm.bias"} & set(ours):
         ours |= {"norm.weight": torch.ones(config.width), "norm.bias": torch.zeros(config.width)}
         notes.append("fine-tuned with mean pooling, no norm for single tokens in the file: final norm without scale and shift")
     check_contract(ours, config, where)
-    if torch.allclose(table := ours["pos_embed"], sincos_positions(config.width, config.grid), atol=1e-5):
-        config = replace(config, positions="sincos-mae")
-    elif torch.allclose(table, sincos_positions(config.width, config.grid, "sincos-moco"), atol=1e-5):
-        config = replace(config, positions="sincos-moco")
-    (mean, std), assumed = statistics_of(style, hints, bool(fc_norm))
+    for layout in ("sincos-mae", "sincos-moco") if config.positions != "none" else ():
+        if torch.allclose(ours["pos_embed"], sincos_positions(config.width, config.grid, layout), atol=1e-5):
+            config = replace(config, positions=layout)
+    (mean, std), assumed = statistics_of(style, hints, config)
     if assumed:
         notes.append(f"mean and std are not in the file: {assumed}")
-    return Loaded(config, ours, mean, std, style.name, heads_from, left_out, (*hints.notes, *notes))
+    return Loaded(config, ours, mean, std, style.name, heads_from, left_out, (*hints.notes, *notes), classifier)
+
+
+def classifier_of(parts: Mapping[str, Tensor], normed: bool, told: str | None, width: int) -> dict[str, Any] | None:
+    """The read-out of a fine-tuned file: of the class token where it has a norm for single tokens, of the patches' mean where it has fc_norm instead.
+
+    Args:
+        parts: the head's weight and bias, and fc_norm's, as far as they are there.
+        normed: whether there is a final norm for single tokens.
+        told: what the configuration beside the file says that is pooled, None: nothing.
+    """
+    pooling, shape = "cls" if normed else "mean", tuple(parts["head.weight"].shape) if "head.weight" in parts else ()
+    names = {"head.weight", "head.bias", *(() if normed else ("fc_norm.weight", "fc_norm.bias"))}
+    if set(parts) != names or told not in (None, pooling) or len(shape) != 2 or shape[1] != width or shape[0] < 2 or parts["head.bias"].shape != shape[:1]:
+        return None
+    return {"pooling": pooling, "probe": False, "state": dict(parts)}
 
 
 def energy(tensors: Any) -> Tensor:
@@ -206,7 +173,8 @@ def architecture(ours: Mapping[str, Tensor], hints: Hints, where: str) -> tuple[
         heads, source = 1, ""
     config = ViTConfig(
         size=(grid[0] * side, grid[1] * side), patch=side, width=width, depth=1 + max(int(k.split(".")[1]) for k in ours if k.startswith("blocks.")),
-        heads=heads, mlp_ratio=hidden.shape[0] / width, relative_bias=kind, layer_scale=0.1 if "blocks.0.ls1.gamma" in ours else None,
+        heads=heads, mlp_ratio=hidden.shape[0] / width, positions="none" if tables and "pos_embed" not in ours else "learned",
+        relative_bias=kind, layer_scale=0.1 if "blocks.0.ls1.gamma" in ours else None,
         key_bias=qkv is None or bool(qkv[width : 2 * width].any()),
     )
     return config, source
@@ -246,11 +214,11 @@ def check_contract(ours: Mapping[str, Tensor], config: ViTConfig, where: str) ->
         raise UserError(f"{where}: not exactly a {shown}: {'; '.join(parts)}: a part of a checkpoint, or another architecture")
 
 
-def statistics_of(style: Style, hints: Hints, fine_tuned: bool) -> tuple[tuple[Any, Any], str]:
+def statistics_of(style: Style, hints: Hints, config: ViTConfig) -> tuple[tuple[Any, Any], str]:
     """((mean, std), what was assumed when the file does not say it)."""
     if hints.statistics is not None:
         return hints.statistics, ""
     if style.name in ("beit", "hf-beit", "hf-vit"):
         return (HALF, HALF), "0.5, the default of the code that made it"  # recipes A6, A7; transformers' ViT and BEiT processors
-    quiet = style.name in ("mae-pretrain", "hf-mae")  # MAE's code knows no other (recipes A1)
+    quiet = style.name in ("mae-pretrain", "hf-mae") or config.positions == "sincos-mae"  # MAE's code knows no other (recipes A1)
     return (IMAGENET_MEAN, IMAGENET_STD), "" if quiet else "ImageNet's"

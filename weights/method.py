@@ -30,6 +30,7 @@ class Weights:
     Attributes:
         mean, std: what its input was normalised with; taken from the file, or what the code that made it defaults to.
         heads: number of attention heads, where the file does not tell and the width is none of the published ones.
+        size: side of the images in pixels that the ViT is built for, such as the 384 that a file was fine-tuned at; None: the backbone's.
         fingerprint: mean absolute output on a fixed image, as an earlier record has it (facts.fingerprint.mean_abs); another one fails the
             job. None: it is recorded only.
         path: where it lies. No part of the identity: the sha256 of the files is.
@@ -38,10 +39,11 @@ class Weights:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     heads: int | None = None
+    size: int | None = None
     fingerprint: float | None = None
     path: str = field(default="", compare=False, metadata={"identity": False})
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     trains: ClassVar[bool] = False
     summary: ClassVar[str] = "a checkpoint as it is (weights:FILE, weights:FOLDER or weights:TIMM_NAME): MAE, BEiT, timm, Hugging Face, mmpretrain"
     source: ClassVar[str] = "key names of each: weights/keys.py"
@@ -54,7 +56,8 @@ class Weights:
         Raises:
             UserError: nothing is there, or it is no checkpoint of a ViT in exactly one of the known styles.
         """
-        from weights.loading import files_of, summary
+        from weights.files import files_of
+        from weights.loading import summary
         from weights.timm_models import fetch
 
         if not text:
@@ -69,15 +72,21 @@ class Weights:
         return None
 
     @property
+    def leaves_classifier(self) -> bool:
+        """Whether the file has a classifier that can be scored as it is."""
+        return self.loaded().classifier is not None
+
+    @property
     def label(self) -> str:
         """Names the run's folders by what the file holds, not by where it lies: a moved file is not evaluated again."""
-        from weights.loading import files_of, sha256
+        from weights.files import files_of, sha256
 
-        return f"weights-{self.loaded().style}-{sha256(files_of(Path(self.path))['weights'])[:8]}"
+        return f"weights-{self.loaded().style}-{sha256(next(iter(files_of(Path(self.path)).values())))[:8]}"
 
     def loaded(self) -> Loaded:
         """What the checkpoint is, without its tensors."""
-        from weights.loading import files_of, summary
+        from weights.files import files_of
+        from weights.loading import summary
 
         return summary(files_of(Path(self.path)))
 
@@ -91,7 +100,7 @@ class Weights:
 
     def assets(self, protocol: Protocol, vit: ViTConfig) -> Mapping[str, Asset]:
         """The checkpoint's files: their sha256 is in the key."""
-        from weights.loading import files_of, sha256
+        from weights.files import files_of, sha256
 
         return {role: Asset(file=str(path), sha256=sha256(path)) for role, path in files_of(Path(self.path)).items()}
 
@@ -118,16 +127,23 @@ class Weights:
 
     def notes(self, vit: ViTConfig) -> tuple[str, ...]:
         """What had to be assumed or changed, for the table's footnotes."""
-        loaded = self.loaded()
-        found, notes = self.fitted(loaded, vit), list(loaded.notes)
+        return self.notes_on(self.loaded(), vit)
+
+    def notes_on(self, loaded: Loaded, vit: ViTConfig) -> tuple[str, ...]:
+        """The same of a checkpoint that is read already: in its job a method knows no path."""
+        found, notes = self.fitted(loaded, vit), [f"as read: {note}" for note in loaded.notes]
         if not loaded.heads_from and self.heads is None:
             notes.append(f"number of heads not in the file: {vit.heads}, as the backbone's")
         if found.size != vit.size:
-            notes.append(f"positions interpolated from {shown(found.size)} to {shown(vit.size)} pixels")
+            pixels = f"{shown(found.size)} to {shown(vit.size)} pixels"
+            notes.append(f"position tables interpolated from {shown(found.grid)} to {shown(vit.grid)} patches ({pixels})")
         return tuple(notes)
 
     def architecture(self, vit: ViTConfig, published: bool) -> ViTConfig:
-        """The backbone of a protocol where each method has its ViT as published: with the checkpoint's positions, biases and LayerScale."""
+        """The backbone of a protocol where each method has its ViT as published: with the checkpoint's positions, biases and LayerScale. Its image size is the
+        backbone's, for which there are recipes, unless `size` is set."""
+        if self.size is not None:
+            vit = replace(vit, size=(self.size, self.size))
         if not published:
             return vit
         found = self.loaded().config
@@ -163,6 +179,18 @@ class Weights:
         if self.fingerprint is not None and abs(value - self.fingerprint) > TOLERANCE * abs(self.fingerprint):
             raise JobFailed(f"the loaded ViT gives {value:.6g} on the fixed image, its fingerprint is {self.fingerprint:.6g}: other weights, or read otherwise")
 
+    def classifier(self, context: TrainContext) -> dict[str, Any] | None:
+        """The file's own classifier. A thousand classes are called by ImageNet-1K's synsets in their order, any others by numbers."""
+        from timm.data import ImageNetInfo
+
+        from weights.loading import read
+
+        found = read(context.assets).classifier
+        if found is None:
+            return None
+        count, synsets = len(found["state"]["head.bias"]), ImageNetInfo("imagenet-1k").label_names()
+        return {**found, "classes": synsets if count == len(synsets) else [str(i) for i in range(count)]}
+
     def facts(self, vit: ViT, context: TrainContext) -> dict[str, Any]:
         """For the record. What the checkpoint's training has cost is not known here."""
         from weights.loading import read
@@ -171,7 +199,7 @@ class Weights:
         return {
             "images_seen": None, "flops": None, "style": loaded.style, "heads_from": loaded.heads_from or ("the user" if self.heads else "the backbone"),
             "left_out": list(loaded.left_out),
-            "notes": list(loaded.notes), "fingerprint": fingerprint(vit),
+            "notes": list(self.notes_on(loaded, vit.config)), "fingerprint": fingerprint(vit),
         }
 
 
@@ -184,14 +212,15 @@ def differences(source: ViTConfig, target: ViTConfig) -> list[str]:
     """Why weights of one architecture cannot stand in another: all fields but those that the target can hold exactly.
 
     A fixed sine-cosine table is a learned one with these values; a k bias of zero is a k bias; the initial value of LayerScale is no part of trained
-    weights; another image size means interpolated positions.
+    weights; another image size means interpolated tables of positions, of which a relative one needs two patches on each side.
     """
     found = []
+    resizable = source.relative_bias == "none" or min(*source.grid, *target.grid) > 1
     for name in (f.name for f in fields(ViTConfig)):
         ours, theirs = getattr(target, name), getattr(source, name)
         if name == "layer_scale":
             ours, theirs = (("none" if v is None else "present") for v in (ours, theirs))
-        holds = {"size": source.relative_bias == "none", "positions": ours == "learned" and theirs != "none", "key_bias": bool(ours)}.get(name, False)
+        holds = {"size": resizable, "positions": ours == "learned" and theirs != "none", "key_bias": bool(ours)}.get(name, False)
         if ours != theirs and not holds:
             found.append(f"{name} {theirs if name != 'size' else shown(theirs)}, the backbone has {ours if name != 'size' else shown(ours)}")
     return found

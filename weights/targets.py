@@ -46,7 +46,9 @@ def for_timm(backbone: Backbone) -> Export:
     if config.relative_bias != "none":
         name, model, tensors = "beit_base_patch16_224", "Beit", beit_names(backbone, "timm's Beit")
         shared = config.relative_bias == "shared"
-        arguments |= {"use_abs_pos_emb": True, "use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
+        arguments |= {"use_abs_pos_emb": config.positions != "none", "use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
+    elif config.positions == "none":
+        arguments |= {"pos_embed": "none"}
     size = config.size
     cfg = {
         "num_classes": 0, "input_size": [3, *size], "pool_size": None, "crop_pct": 0.875 if max(size) <= 224 else 1.0, "interpolation": "bicubic",
@@ -79,13 +81,15 @@ def for_transformers(backbone: Backbone) -> Export:
     """transformers' ViTModel, or its BeitModel when there is a relative bias or LayerScale.
 
     Raises:
-        UserError: neither can hold it: a k bias together with one of these, or then an image that is not square.
+        UserError: neither can hold it: a k bias together with one of these, or then an image that is not square; no positions of any kind.
     """
     config = backbone.config
     beit = config.relative_bias != "none" or config.layer_scale is not None
     if beit:
         beit_names(backbone, "transformers' BEiT")  # for its refusal
     square = config.size[0] == config.size[1]
+    if config.positions == "none" and not beit:
+        raise UserError("export: no positions and no relative bias: transformers' ViT has a table of positions always: use --to timm")
     if beit and not square:
         raise UserError(f"export: images of {config.size[0]}x{config.size[1]} pixels: transformers' BEiT has positions for squares only: use --to timm")
     shared: dict[str, Any] = {
@@ -97,7 +101,8 @@ def for_transformers(backbone: Backbone) -> Export:
     }
     if beit:
         shared |= {
-            "layer_scale_init_value": config.layer_scale or 0.0, "use_absolute_position_embeddings": True, "use_mean_pooling": False, "use_mask_token": False,
+            "layer_scale_init_value": config.layer_scale or 0.0, "use_absolute_position_embeddings": config.positions != "none",
+            "use_mean_pooling": False, "use_mask_token": False,
             "use_relative_position_bias": config.relative_bias == "block", "use_shared_relative_position_bias": config.relative_bias == "shared",
             "drop_path_rate": 0.0,
         }

@@ -62,7 +62,7 @@ class Work:
         """Facts of the training as `harness.train.fit` gives them."""
         return {
             "steps": self.steps, "images_seen": self.steps * self.recipe.batch, "flops": self.steps * (self.facts["flops_per_step"] or 0.0),
-            "seconds": round(self.facts["seconds"], 3), "loss": self.facts["loss"], "images_scored": len(self.test),
+            "seconds": round(self.facts["seconds"], 3), "loss": self.facts["loss"], "scored_images": len(self.test),
         }
 
 

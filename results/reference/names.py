@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import PurePath
 
 from results.reference.published import Published
 
@@ -107,6 +109,64 @@ EVALUATORS: tuple[Counterpart, ...] = (
     # robustness
     *(Counterpart((ours,), eval=theirs) for ours, theirs in ROBUSTNESS), *(Counterpart((f"{ours}@448",), eval=f"{theirs}-448") for ours, theirs in ROBUSTNESS),
 )
+# evaluators that score the classifier which a checkpoint brings with it, and the one whose fine-tuned model that classifier stands for
+AS_IT_IS: Mapping[str, str] = {"head": "imagenet", **{f"{ours}@head": ours for ours, _ in ROBUSTNESS}}
+AS_READ = "as read: "  # how `weights:` begins a note on what a file does not say itself; of a file that is known by name it is no difference
+
+
+@dataclass(frozen=True)
+class Released:
+    """A checkpoint that its authors released, known by name alone, and the published rows that it stands for.
+
+    Attributes:
+        names: what the file or folder is called, without its suffix: as its authors have it, timm's model, the repository at Hugging Face (fnmatch).
+        method, variants, backbone: of the rows (variants by fnmatch).
+        data, epochs: of its pre-training. What a row has otherwise is a difference.
+        tuned: the rows are about its own classifier (evaluators of AS_IT_IS); otherwise about what is trained on it here.
+    """
+
+    names: tuple[str, ...]
+    method: str
+    variants: tuple[str, ...]
+    backbone: str
+    data: str
+    epochs: int
+    tuned: bool = False
+
+    def stands_for(self, name: str, row: Published) -> bool:
+        """Whether a checkpoint of this name is what a row was measured with, or the same but for length and data."""
+        same = (row.method, row.backbone) == (self.method, self.backbone) and any(fnmatchcase(row.variant, v) for v in self.variants)
+        return same and any(fnmatchcase(name, n) for n in self.names)
+
+    def differences(self, row: Published, evaluator: str) -> list[str]:
+        """What differs from a row that it stands for, by what is known of the release."""
+        found = []
+        if row.pretrain_data != self.data:
+            found.append(f"the released weights are pre-trained on {self.data}, published on {row.pretrain_data}")
+        if row.epochs not in (None, self.epochs):
+            found.append(f"the released weights are pre-trained for {self.epochs} epochs, published with {row.epochs} epochs")
+        if evaluator == "imagenet" and not self.tuned and self.method != "MAE":
+            found.append("fine-tuned by MAE's recipe, as any checkpoint of unknown origin is, not by that of its method")
+        return found
+
+
+NORMALISED = ("norm-pix*", "*pixel-norm")
+SIZES = (("base", "ViT-B/16"), ("large", "ViT-L/16"), ("huge", "ViT-H/14"))
+DEIT = ("deit_base_patch16_224-b5f2ef4d", "deit_base_patch16_224.fb_in1k")
+RELEASED: tuple[Released, ...] = (
+    # MAE-repo README: the checkpoints of the paper, brought over from TensorFlow; FINETUNE.md: those fine-tuned from them
+    *(Released((f"mae_pretrain_vit_{size}", f"vit_{size}_patch1[46]_224.mae", f"vit-mae-{size}"), "MAE", NORMALISED, backbone, "IN1K", 1600)
+      for size, backbone in SIZES),
+    *(Released((f"mae_finetuned_vit_{size}",), "MAE", NORMALISED, backbone, "IN1K", 1600, tuned=True) for size, backbone in SIZES),
+    # BEiT-repo README: with LayerScale and relative bias, on ImageNet-22K alone (recipes A6)
+    *(Released((f"beit_{size}_patch16_224_pt22k", f"beit-{size}-patch16-224-pt22k"), "BEiT", ("LayerScale+relpos", "official-code-rerun"), backbone,
+               "IN22K+DALLE", 150) for size, backbone in SIZES[:2]),
+    # DINO-repo README
+    Released(("dino_vitbase16_pretrain", "vit_base_patch16_224.dino", "dino-vitb16"), "DINO", ("default",), "ViT-B/16", "IN1K", 400),
+    # DeiT-repo README: its own accuracy, and what was trained on from it
+    Released(DEIT, "scratch", ("DeiT",), "ViT-B/16", "none", 300, tuned=True),
+    Released(DEIT, "supervised", ("DeiT", "DeiT-weights"), "ViT-B/16", "IN1K-labels", 300),
+)
 # patch side, width, blocks, heads of the backbones; others (iGPT, ViT-L/7) have no counterpart
 BACKBONES: Mapping[str, tuple[int, int, int, int]] = {
     "ViT-Ti/16": (16, 192, 12, 3), "ViT-S/16": (16, 384, 12, 6), "ViT-S/16-12h": (16, 384, 12, 12), "ViT-B/16": (16, 768, 12, 12),
@@ -122,6 +182,23 @@ OWN: Mapping[str, tuple[str, ...]] = {
     "MAE": ("MAE", "MAE-repo"), "BEiT": ("BEiT", "BEiT-repo"), "MoCo-v3": ("MoCo3", "MoCo3-repo"), "DINO": ("DINO", "DINO-repo"),
     "scratch": ("MAE", "DeiT-repo"),
 }
+
+
+def checkpoint_name(method: str) -> str:
+    """What the checkpoint of a method `weights:...` is called: its file without the suffix, its folder, or timm's name; "" for other methods."""
+    if not method.startswith("weights:"):
+        return ""
+    path = PurePath(method.removeprefix("weights:"))
+    stem = path.stem if path.suffix in (".pth", ".pt", ".bin", ".safetensors") else path.name
+    inside = path.parent if stem in ("model", "pytorch_model") else path  # the file in a folder of transformers or timm
+    cached = [part for part in inside.parts if part.startswith("models--")]  # Hugging Face's cache: models--ORGANISATION--NAME/snapshots/COMMIT
+    return cached[-1].rpartition("--")[2] if cached else inside.name if inside is not path else stem
+
+
+def released(method: str, evaluator: str, row: Published) -> Released | None:
+    """The release that a method is by its name, when a row is about it and about what the evaluator does with it."""
+    name, tuned = checkpoint_name(method), evaluator in AS_IT_IS
+    return next((r for r in RELEASED if r.tuned == tuned and r.stands_for(name, row)), None)
 
 
 def counterpart(lines: tuple[Counterpart, ...], row: Published) -> Counterpart | None:

@@ -174,7 +174,7 @@ def test_batch_of_one_trains(checkpoint: Backbone, sets: dict[str, Path], tmp_pa
 def test_holdout_scores_training_images_that_are_not_trained_on(name: str, checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path) -> None:
     evaluator = dataclasses.replace(EVALUATORS[name], holdout=0.34)
     outcome, _ = evaluate(name, checkpoint, tmp_path, sets, evaluator=evaluator, recipe=recipe_of(name, iterations=1))
-    assert outcome.facts["images_scored"] == 3
+    assert outcome.facts["scored_images"] == 3
     assert outcome.outcomes is not None
     with np.load(outcome.outcomes) as saved:
         numbers = {int(n[4:8]) for n in saved["names"]} if name == "ade20k" else set(saved["images"].tolist())

@@ -82,7 +82,7 @@ def test_the_arg_max_is_taken_among_the_classes_of_the_set(tmp_path: Path) -> No
 def test_a_class_that_the_classifier_does_not_know_is_named(tmp_path: Path) -> None:
     """Classes by other names would be compared with the wrong ones."""
     data = pictures(tmp_path / "data", ("n02", "n09"), 1)
-    with pytest.raises(JobFailed, match="'n09' is no class of the fine-tuned classifier"):
+    with pytest.raises(JobFailed, match="'n09' is no class of the classifier"):
         ImageNetSketch().run(fine_tuned(), EvalContext(session(tmp_path / "job", "imagenet-sketch", data), TINY, None))
     with pytest.raises(JobFailed, match="no classifier"):
         ImageNetSketch().run(dataclasses.replace(fine_tuned(), classifier=None), EvalContext(session(tmp_path / "job", "imagenet-sketch", data), TINY, None))
@@ -140,5 +140,8 @@ def test_the_graph_scores_the_fine_tuned_model(smoke_data: Path, tmp_path: Path)
     assert len({c.node.key for c in seeds.cells}) == 2  # type: ignore[attr-defined]
     own = Planner(Request(("supervised",), ("imagenet-a",), "smoke", data=str(root), eval_seeds=(0, 1))).plan()
     assert len({c.node.key for c in own.cells if c.node}) == 1  # nothing is fine-tuned, so its seed changes nothing
+    left = Planner(Request(("supervised", "mae"), ("head",), "smoke", data=str(root))).plan()
+    assert [n.name for n in left.nodes] == ["supervised", "head-supervised"] and left.cells[1].node is None
+    assert left.cells[1].skipped == "mae brings no classifier of its own, and head trains none"
     with pytest.raises(UserError, match="imagenet-sketch: no such folder"):
         plan("imagenet-sketch")

@@ -12,7 +12,7 @@ from harness import plugins
 from harness.spec import UserError
 from results.beside import LAYOUTS
 from results.reference import published as reader
-from results.reference.names import BACKBONES, EVALUATORS, METHODS, SCORED, counterpart
+from results.reference.names import AS_IT_IS, BACKBONES, EVALUATORS, METHODS, RELEASED, SCORED, counterpart
 from results.reference.published import METRICS, published
 from results.reference.remarks import REMARKS, remarks_on
 
@@ -84,6 +84,16 @@ def test_names_of_our_side_are_plugins_or_known_to_be_awaited() -> None:
     unknown = {name for kind, lines in (("methods", METHODS), ("evals", EVALUATORS)) for line in lines for name in (*line.names, *line.near)
                if not exists(kind, name)}
     assert unknown - AWAITED == set()
+
+
+def test_each_release_stands_for_a_row() -> None:
+    """One that stands for none is a misspelt variant or backbone; a name that two rows of one kind claim would be ambiguous."""
+    for release in RELEASED:
+        name = release.names[0].replace("[46]", "6")
+        rows = [r for r in published() if release.stands_for(name, r)]
+        assert any(r.pretrain_data == release.data or "22K" in release.data for r in rows), release
+        assert [r for r in RELEASED if r.tuned == release.tuned and set(r.names) & set(release.names)] == [release]
+    assert all(exists("evals", name) for pair in AS_IT_IS.items() for name in pair)
 
 
 AWAITED = {name for line in (

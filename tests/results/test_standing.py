@@ -125,6 +125,47 @@ def test_from_scratch_the_fine_tuning_is_the_training() -> None:
     assert standing([short], row="scratch").differences == ("trained for 100 epochs, published with 300 epochs",)
 
 
+def of_file(name: str, *scores: float, **changed) -> list[Result]:
+    """Results on a checkpoint of somebody else's: nothing of its training is in the record."""
+    results = measured(*scores, method=f"weights:{name}", **changed)
+    return [replace(r, lineage=(r.lineage[0], {**r.lineage[1], "recipe": None, "data": {}})) for r in results]
+
+
+MCE = Metric("mCE", higher_is_better=False)
+
+
+@pytest.mark.parametrize(("file", "changed", "number"), [
+    ("some/where/mae_pretrain_vit_base.pth", {}, 83.6), ("vit_base_patch16_224.mae", {"evaluator": "linear"}, 68.0),
+    ("hub/models--facebook--vit-mae-base/snapshots/0a1b", {}, 83.6), ("facebook/vit-mae-base", {}, 83.6), ("vit-mae-base/model.safetensors", {}, 83.6),
+    ("mae_finetuned_vit_base.pth", {"evaluator": "head"}, 83.6), ("deit_base_patch16_224-b5f2ef4d.pth", {"evaluator": "head"}, 81.8),
+    ("mae_finetuned_vit_base.pth", {"evaluator": "imagenet-c@head", "metric": MCE}, 51.7),
+    ("deit_base_patch16_224.fb_in1k", {"evaluator": "inat2018@deit", "scored": 24_426}, 73.2),
+    # trained on anew, what is published of the file itself is another thing; and a name that is not known stands nowhere
+    ("mae_finetuned_vit_base.pth", {}, None), ("deit_base_patch16_224.fb_in1k", {}, None), ("mae_pretrain_vit_base-mine.pth", {}, None),
+    ("checkpoint.pth", {}, None), ("mae_pretrain_vit_large.pth", {}, None), ("mae_pretrain_vit_base.pth", {"deviations": ("positions interpolated",)}, None),
+    ("mae_pretrain_vit_base.pth", {"deviations": ("as read: mean and std are not in the file: ImageNet's",)}, 83.6),
+])
+def test_a_released_checkpoint_is_known_by_its_name(file: str, changed: dict, number: float | None) -> None:
+    results = of_file(file, 83.5, 83.6, **changed)
+    assert beside_of(results) == [number]
+    assert ("taken by name" in Table.render(results)) == (number is not None)
+
+
+def test_what_is_known_of_a_release_is_told_beside_a_number() -> None:
+    beit = of_file("beit_base_patch16_224_pt22k.pth", 83.0, evaluator="imagenet")
+    s = standing(beit, "beit-table5", "ViT + LayerScale + relative position bias", "ImageNet top-1")
+    assert s.notes == ("published for beit_base_patch16_224_pt22k; taken by name",)
+    assert [d.split(",")[0].removeprefix("the released weights are pre-trained ") for d in s.differences] == [
+        "on IN22K+DALLE", "for 150 epochs", "fine-tuned by MAE's recipe"]
+    text = Table.render_layout("beit-table5", beit)
+    assert all(told in text for told in (*s.notes, *s.differences)) and "83.0" in text
+    (row,) = (r for r in json.loads(Table.render_layout("beit-table5", beit, "json")) if r["value"])
+    assert row["remarks"] == list(s.notes) and row["verdict"].startswith("no verdict")
+    mae = of_file("mae_pretrain_vit_base.pth", 83.5, 83.7)
+    assert standing([*mae, *measured(83.5, 83.7)]).notes == ()  # what was pre-trained here comes first
+    assert standing(mae).verdict == "within" and standing(mae).notes[1].startswith("one checkpoint")
+
+
 # ------------------------------------------------------------------------------------------------------ tables as printed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from harness.checkpoint import Backbone
 from harness.spec import UserError, ViTConfig
 from harness.vit import ViT
 from weights.export import export
-from weights.loading import files_of, read
+from weights.files import files_of
+from weights.loading import read
 
 RECORD: dict[str, Any] = {
     "identity": {"plugin": {"class": "methods.mae:MAE", "mask_ratio": 0.75}, "recipe": {"class": "x:Recipe", "lr": 0.1, "sources": [["lr", "Table 8"]]},
@@ -32,6 +34,8 @@ CASES = {
     "shared": ViTConfig((32, 32), 8, 48, 2, 4, relative_bias="shared", layer_scale=0.1, key_bias=False),
     "block": ViTConfig((32, 32), 8, 48, 2, 4, relative_bias="block", key_bias=False),
     "block, not square": ViTConfig((32, 48), 8, 48, 2, 4, relative_bias="block", key_bias=False),
+    "shared alone": ViTConfig((32, 32), 8, 48, 2, 4, positions="none", relative_bias="shared", layer_scale=0.1, key_bias=False),
+    "block alone": ViTConfig((32, 32), 8, 48, 2, 4, positions="none", relative_bias="block", key_bias=False),
 }
 PAIRS = [(case, target) for case in CASES for target in ("timm", "hf") if (case, target) != ("block, not square", "hf")]
 
@@ -71,17 +75,27 @@ def test_the_target_computes_our_features(case: str, target: str, tmp_path: Path
     again = read(files_of(out))  # and what goes out comes in
     assert again.mean == (0.1, 0.2, 0.3) and set(again.state) == set(vit.state_dict())
     assert all(torch.equal(again.state[k], v) for k, v in vit.state_dict().items())
+    assert (again.config.positions == "none") == (config.positions == "none") == case.endswith("alone")
+
+
+@torch.no_grad()
+def test_a_vit_without_any_positions_is_one_in_timm_too(tmp_path: Path) -> None:
+    vit = made(tmp_path / "run", dataclasses.replace(CASES["plain"], positions="none"))
+    export(tmp_path / "run", RECORD, [], "timm", tmp_path / "out")
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    torch.testing.assert_close(model.forward_features(images()), vit.tokens(images()), atol=2e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="missing pos_embed"):  # a file that lacks its table must not be taken for one that needs none
+        read(files_of(tmp_path / "out"))
 
 
 def test_what_a_target_cannot_hold_is_refused(tmp_path: Path) -> None:
-    import dataclasses
-
     for case, target, key_bias, says in (
         ("shared", "timm", True, "relative bias and a k bias"), ("shared", "hf", True, "relative bias and a k bias"),
         ("layer scale", "hf", True, "LayerScale and a k bias"), ("block, not square", "hf", False, "32x48 pixels"),
+        ("block alone", "timm", True, "relative bias and a k bias"), ("without any positions", "hf", True, "no positions"),
     ):
         folder = tmp_path / case / target
-        made(folder, dataclasses.replace(CASES[case], key_bias=key_bias))
+        made(folder, dataclasses.replace(CASES.get(case, dataclasses.replace(CASES["plain"], positions="none")), key_bias=key_bias))
         with pytest.raises(UserError, match=says):
             export(folder, RECORD, [], target, folder / "out")
         assert not (folder / "out").exists()

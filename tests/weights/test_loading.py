@@ -13,7 +13,8 @@ from torch import Tensor
 
 from harness.spec import IMAGENET_MEAN, UserError, ViTConfig
 from harness.vit import ViT
-from weights.loading import Loaded, files_of, read
+from weights.files import files_of
+from weights.loading import Loaded, read
 
 
 def vit_of(loaded: Loaded, heads: int | None = None) -> ViT:
@@ -58,8 +59,8 @@ def test_timm_and_mmpretrain_beits(names: str, bias: str, tmp_path: Path) -> Non
     loaded = read(files_of(tmp_path / "beit.pth"))
     assert (loaded.style, loaded.left_out) == (("mmpretrain", tuple(index)) if names == "mmpretrain" else ("beit", ()))
     assert (loaded.config.relative_bias, loaded.config.key_bias, loaded.config.layer_scale is not None) == (bias, False, True)
+    assert (loaded.config.positions, "pos_embed" in loaded.state) == (("none", False) if bias == "shared" else ("learned", True))
     same(vit_of(loaded, heads=4).tokens(images()), model.forward_features(images()))
-    assert any("zeros" in n for n in loaded.notes) == (bias == "shared")
 
 
 @torch.no_grad()
@@ -87,6 +88,44 @@ def test_hugging_face_folders(kind: str, changes: dict[str, Any], tmp_path: Path
         same(vit.run_blocks(vit.place(vit.patches(x)))[-1], body(x).last_hidden_state)
     else:
         same(ours, body(x).last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_folder_with_its_weights_in_pieces(safe: bool, tmp_path: Path) -> None:
+    """As large models are saved: every piece is needed, holds what the index says, and lies in the folder."""
+    from safetensors.torch import load_file
+
+    model: Any = transformer("ViTModel", hidden_size=48)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    index = tmp_path / "model.safetensors.index.json"
+    body = json.loads(index.read_text())
+    if not safe:  # as older folders have it
+        for piece in tmp_path.glob("*.safetensors"):
+            torch.save(load_file(piece), piece.with_suffix(".bin"))
+            piece.unlink()
+        body["weight_map"] = {k: v.replace(".safetensors", ".bin") for k, v in body["weight_map"].items()}
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps(body))
+    files = files_of(tmp_path)
+    assert list(files)[:2] == ["weights-1", "weights-2"] and {"index", "config"} < set(files)
+    same(vit_of(read(files)).tokens(images()), model(images()).last_hidden_state)
+
+    def refused(says: str, **weight_map: str) -> None:
+        index.write_text(json.dumps({"weight_map": {**body["weight_map"], **{k.replace("__", "."): v for k, v in weight_map.items()}}}))
+        with pytest.raises(UserError, match=says) as caught:
+            read(files_of(tmp_path))
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+    other = next(name for name in sorted(body["weight_map"].values()) if name != body["weight_map"]["layernorm.weight"])
+    refused("its tensors are not those that .* says: layernorm.weight", layernorm__weight=other)
+    refused("a file outside the folder", layernorm__weight="../other.safetensors")
+    files["weights-2"].rename(tmp_path / "elsewhere")
+    refused(f"no {files['weights-2'].name} in it, of the")
+    index.write_text("{}")
+    with pytest.raises(UserError, match="no weight_map"):
+        files_of(tmp_path)
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ from harness.plan import Planner
 from harness.plugins import TrainContext
 from harness.request import Request
 from harness.spec import JobFailed, UserError, ViTConfig
-from harness.vit import ViT, resize_positions
-from weights.method import Weights, fingerprint
+from harness.vit import ViT, resize_bias, resize_positions
+from results.reference.names import AS_READ
+from weights.method import Weights, differences, fingerprint
 
 SMOKE = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}  # the smoke protocol's backbone
 BACKBONE = ViTConfig((64, 64), 8, 96, 4, 3)
@@ -91,8 +92,28 @@ def test_what_the_backbone_can_hold_exactly_is_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(lent(method, scaled).tokens(x), model.forward_features(x), atol=2e-5, rtol=1e-5)
     small = saved(tmp_path / "small.pth", img_size=32)
     method = Weights.from_argument(str(tmp_path / "small.pth"))
-    assert "positions interpolated from 32x32 to 64x64 pixels" in method.notes(BACKBONE)
+    assert "position tables interpolated from 4x4 to 8x8 patches (32x32 to 64x64 pixels)" in method.notes(BACKBONE)
     torch.testing.assert_close(lent(method).pos_embed, resize_positions(small.pos_embed, (4, 4), (8, 8)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", ["shared", "block"])
+def test_a_relative_bias_of_another_image_size_is_brought_over(bias: str, tmp_path: Path) -> None:
+    """As BEiT's own code does it (golden/beit_finetune has its numbers); the record and the footnotes say so, and one patch on a side is refused."""
+    model = timm_beit(**{**SMOKE, "img_size": 96}, use_shared_rel_pos_bias=bias == "shared", use_rel_pos_bias=bias == "block")
+    torch.save(model.state_dict(), tmp_path / "beit.pth")
+    method = Weights.from_argument(str(tmp_path / "beit.pth"))
+    target = method.architecture(BACKBONE, True)
+    assert (target.size, target.positions, target.relative_bias, method.skip(target)) == ((64, 64), "none", bias, None)
+    made = lent(method, target)
+    theirs = (model.rel_pos_bias if bias == "shared" else model.blocks[-1].attn).relative_position_bias_table
+    torch.testing.assert_close(made.relative_bias[-1].table, resize_bias(theirs, (12, 12), (8, 8)))  # type: ignore[index]
+    files = {role: Path(a.file or "") for role, a in method.assets(None, target).items()}  # type: ignore[arg-type]
+    facts = dataclasses.replace(method, path="").facts(made, TrainContext(target, None, 0, files))  # type: ignore[arg-type]
+    assert any(n.startswith(AS_READ) for n in facts["notes"])  # results/ knows these by their beginning
+    for notes in (method.notes(target), facts["notes"]):
+        assert "position tables interpolated from 12x12 to 8x8 patches (96x96 to 64x64 pixels)" in notes
+    assert differences(target, dataclasses.replace(target, size=(8, 64)))[0].startswith("size 64x64")
 
 
 def test_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
