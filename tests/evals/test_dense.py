@@ -95,14 +95,20 @@ def test_scores_are_the_declared_columns_and_outcomes_stay_small(name: str, unin
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
-def test_stopped_by_a_signal_it_resumes_to_the_same_bits(
-    name: str, checkpoint: Backbone, sets: dict[str, Path], uninterrupted: Any, tmp_path: Path
+def test_stopped_by_a_signal_it_resumes_to_the_same_bits_and_reads_no_image_again(
+    name: str, checkpoint: Backbone, sets: dict[str, Path], uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A loader that is replayed takes at iteration 100,000 as long as the training did (mmengine#1520)."""
     whole, folder = uninterrupted(name)
+    from evals.openmmlab.samples import InOrder
+
+    read, get = list[int](), InOrder.__getitem__
     with pytest.raises(Interrupted, match="iteration 2 of 4"):
         seen: list[int] = []
         evaluate(name, checkpoint, tmp_path, sets, should_stop=lambda: len(states(tmp_path)) > 0 or bool(seen.append(1)) or len(seen) > 1)
+    monkeypatch.setattr(InOrder, "__getitem__", lambda self, place: (read.append(place) if self.seed is not None else None, get(self, place))[1])
     again, _ = evaluate(name, checkpoint, tmp_path, sets)
+    assert read == [4, 5, 6, 7]  # two of four iterations of two images were done
     assert again.metrics == whole.metrics and same_training(tmp_path, folder)
     assert (tmp_path / "outcomes.npz").read_bytes() == (folder / "outcomes.npz").read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
