@@ -24,7 +24,7 @@ from harness.checkpoint import Backbone
 from harness.plugins import EvalContext, Session
 from harness.positions import resize_bias
 from harness.randomness import seed_all
-from harness.spec import Outcome, Protocol, UserError, ViTConfig
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Outcome, Protocol, UserError, ViTConfig
 from harness.vit import ViT
 from protocols.paper import BACKBONES, paper
 
@@ -286,3 +286,32 @@ def test_each_protocol_trains_and_scores_any_vit(by: str, config: ViTConfig, fol
     outcome: Outcome = evaluator.run(checkpoint(config), EvalContext(lent, SMOKE, recipe))
     assert set(outcome.metrics) == {column.name for column in evaluator.columns} and len(outcome.metrics) == (1 if by == "setr" else 2)
     assert all(0 <= score <= 100 for score in outcome.metrics.values()) and outcome.facts["deviations"] == []
+
+
+def test_the_table_says_what_was_rounded_and_what_happened(smoke_data: Path) -> None:
+    """A patch of 14 divides neither 512 nor 640; SETR's values are known for ViT-B only, which is said before anything runs."""
+    from harness.plan import Planner
+    from harness.request import Request
+
+    def plan(name: str) -> Any:
+        return Planner(Request(("mae",), (name,), protocol="paper", backbone="vit-h14", data=str(smoke_data))).plan()
+
+    (cell,) = plan("ade20k").cells
+    assert "crops of 518 pixels: the patch of 14 does not divide 512" in cell.about["deviations"]
+    with pytest.raises(UserError, match=r"ade20k@setr has no recipe .* there is one for vit-b16$"):
+        plan("ade20k@setr")
+    saved, evaluator = checkpoint(VIT), ADE20K(by="beit")
+    assert evaluator.deviations(saved, paper, 0) == ["normalised as in pre-training, BEiT's segmentation code always with ImageNet's mean and std"]
+    assert evaluator.deviations(dataclasses.replace(saved, mean=IMAGENET_MEAN, std=IMAGENET_STD), paper, 0) == []
+
+
+def test_deviations_found_while_running_are_in_the_record() -> None:
+    from types import SimpleNamespace
+
+    from harness.provenance import make_record
+
+    session = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, skipped_images={"a.jpg": "cannot be read"})
+    job = {"kind": "evaluate", "name": "x", "key": "k", "identity": {"seed": 0, "version": 2}, "about": {}, "parents": {}}
+    usage: Any = SimpleNamespace(seconds=lambda: 1.0, before={"start": "2026-01-01"})
+    parts = {"metrics": {}, "outcomes": None, "facts": {"deviations": ["one image at a time"]}}
+    assert make_record(job, session, {"threads": 1, "gemm": "highest"}, usage, parts)["deviations_found"] == ["1 unreadable images skipped", "one image at a time"]

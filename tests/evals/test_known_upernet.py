@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from known_answers import PRECISIONS, check_values, golden, names, section, vit_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from evals.openmmlab.foreign import openmmlab
 from harness.vit import ViT
 from weights.keys import STYLES, rename
 from weights.loading import place_bias
-
-SCALES = (4.0, 2.0, 1.0, 0.5)  # strides 4, 8, 16, 32 at a patch of 16
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +24,7 @@ def surroundings() -> Iterator[None]:
 
 def pyramid(arrays: dict[str, Any], dtype: torch.dtype) -> Any:
     """The recorded model as ours, by the conversion that `weights:` uses. Its backbone has no final norm: none is applied to the taps."""
-    from evals.openmmlab.backbone import Pyramid
+    from evals.openmmlab.backbone import Pyramid, scales_for
 
     state = section(arrays, "state")
     steps = {key: value for key, value in state.items() if key.startswith("fpn")}
@@ -35,16 +33,12 @@ def pyramid(arrays: dict[str, Any], dtype: torch.dtype) -> Any:
     vit = ViT(vit_config(arrays, state, "images"))
     lost = vit.load_state_dict(place_bias(ours), strict=False)
     assert (lost.unexpected_keys, lost.missing_keys) == ([], ["norm.weight", "norm.bias"])
-    model = Pyramid(vit, tuple(arrays["config/taps"].tolist()), SCALES, "batch").eval()
-    found = model.steps.load_state_dict({place_of(key): value for key, value in steps.items()}, strict=True)
-    assert not found.missing_keys
+    model = Pyramid(vit, tuple(arrays["config/taps"].tolist()), scales_for(vit.config.patch), "batch").eval()
+    for i, step in enumerate(model.steps):
+        # every step of the original is a sequence, ours is one where there is more than one layer
+        cut = f"fpn{i + 1}." if isinstance(step, nn.Sequential) else f"fpn{i + 1}.0."
+        step.load_state_dict({key.removeprefix(cut): value for key, value in steps.items() if key.startswith(f"fpn{i + 1}.")}, strict=True)
     return model.to(dtype)
-
-
-def place_of(key: str) -> str:
-    """fpn1 is a sequence and our first step, fpn2 a sequence of one and our second."""
-    stage, place, rest = key.removeprefix("fpn").split(".", 2)
-    return f"{int(stage) - 1}.{place}.{rest}" if stage == "1" else f"{int(stage) - 1}.{rest}"
 
 
 def test_no_recorded_parameter_is_left_out() -> None:
