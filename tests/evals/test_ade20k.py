@@ -133,6 +133,58 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(changed: dict[
         ADE20K(**changed).recipe(paper, BACKBONES["vit-b16"])
 
 
+CONFIGS = {  # mmsegmentation's own file for a protocol and size, as its wheel has it
+    ("mae-160k", "vit-b16"): "mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py",
+    ("beit-640", "vit-b16"): "beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py",
+    ("beit-640", "vit-l16"): "beit/beit-large_upernet_8xb1-amp-160k_ade20k-640x640.py",
+    ("setr", "vit-l16"): "setr/setr_vit-l_pup_8xb2-160k_ade20k-512x512.py",  # BEiT's recipe is for ViT-B, SETR's decoder for ViT-L
+}
+
+
+@pytest.mark.parametrize(("name", "size"), CONFIGS)
+def test_decoders_crops_windows_and_recipes_are_those_of_mmsegmentations_configurations(name: str, size: str) -> None:
+    """A head of another width, or one loss weighed otherwise, trains as well and gives another number."""
+    import mmseg
+    from mmengine.config import Config
+
+    from evals.openmmlab import setr, upernet
+
+    theirs = Config.fromfile(Path(mmseg.__file__).parent / ".mim" / "configs" / CONFIGS[name, size])
+    evaluator, vit = plugins.build("evals", f"ade20k@{name}"), BACKBONES[size]
+    sizes, recipe = evaluator.sizes(vit, paper), evaluator.recipe(paper, vit)
+    ours = (setr if name == "setr" else upernet).heads(vit.width, sizes, {"num_classes": 150, "align_corners": False})
+    for head, reference in zip((ours[0], *always_list(ours[1])), (theirs.model.decode_head, *always_list(theirs.model.auxiliary_head)), strict=True):
+        told = {"up_scale": 4, **reference}  # the default of SETRUPHead
+        same = {key: value for key, value in head.items() if key not in ("type", "up_scale")} | ({"up_scale": head["up_scale"]} if name == "setr" else {})
+        assert {key: value for key, value in same.items() if plain(told[key]) != plain(value)} == {}
+    test = theirs.model.test_cfg
+    assert (sizes["crop"], sizes["stride"]) == (test.crop_size[0], test.stride[0]) and test.mode == "slide"
+    assert sizes["taps"] == tuple(theirs.model.backbone.out_indices)
+    steps = {step.type: step for step in theirs.train_dataloader.dataset.pipeline}
+    chain = {step["type"]: step for step in upernet.train_pipeline(sizes, 150)}
+    for step in ("RandomResize", "RandomCrop", "RandomFlip", "PhotoMetricDistortion"):
+        assert {k: plain(v) for k, v in chain[step].items()} == {k: plain(v) for k, v in steps[step].items()}
+    if recipe is None:
+        return
+    wrapper, times = theirs.optim_wrapper, theirs.optim_wrapper.get("accumulative_counts", 1)
+    assert (recipe.lr, recipe.weight_decay, recipe.betas) == (wrapper.optimizer.lr, wrapper.optimizer.weight_decay, tuple(wrapper.optimizer.betas))
+    assert recipe.layer_decay == wrapper.paramwise_cfg.layer_decay_rate and recipe.drop_path == theirs.model.backbone.drop_path_rate
+    warmup, poly = theirs.param_scheduler
+    assert recipe.warmup * times == warmup.end and recipe.warmup_lr == pytest.approx(recipe.lr * warmup.start_factor)
+    assert (recipe.poly_power, recipe.min_lr, poly.type) == (poly.power, poly.eta_min, "PolyLR")
+    assert recipe.batch == 8 * theirs.train_dataloader.batch_size * times  # eight devices
+
+
+def always_list(heads: Any) -> list[Any]:
+    """mmseg takes one auxiliary head or several."""
+    return heads if isinstance(heads, list) else [heads]
+
+
+def plain(value: Any) -> Any:
+    """Lists and tuples of a configuration are the same, and a loss's name does not matter."""
+    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else dict(value) if isinstance(value, dict) else value
+
+
 @pytest.mark.parametrize("config", [VIT, PLUS])
 def test_learning_rates_and_weight_decay_of_each_parameter_are_mmsegs(config: ViTConfig) -> None:
     """num_layers + 2 groups, heads and rescaling steps at the full rate; positions and class token decayed, as in BEiT's segmentation code."""
@@ -314,4 +366,5 @@ def test_deviations_found_while_running_are_in_the_record() -> None:
     job = {"kind": "evaluate", "name": "x", "key": "k", "identity": {"seed": 0, "version": 2}, "about": {}, "parents": {}}
     usage: Any = SimpleNamespace(seconds=lambda: 1.0, before={"start": "2026-01-01"})
     parts = {"metrics": {}, "outcomes": None, "facts": {"deviations": ["one image at a time"]}}
-    assert make_record(job, session, {"threads": 1, "gemm": "highest"}, usage, parts)["deviations_found"] == ["1 unreadable images skipped", "one image at a time"]
+    record = make_record(job, session, {"threads": 1, "gemm": "highest"}, usage, parts)
+    assert record["deviations_found"] == ["1 unreadable images skipped", "one image at a time"]
