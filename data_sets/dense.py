@@ -13,6 +13,8 @@ from harness.data import BadImage, Count, ade20k_classes, load_rgb, read_json_fi
 from harness.spec import UserError
 
 LABELS_LOOKED_AT = 1000  # annotation pictures that a quick check opens
+IGNORED = 255  # what label 0 becomes when all labels are shifted by one for training
+ENOUGH = 100  # pictures in which each class of a set should occur
 
 
 class ADE20K(Labelled):
@@ -28,7 +30,7 @@ class ADE20K(Labelled):
 
     def check(self, root: Path) -> None:
         """Each image has its annotation; some annotations are opened."""
-        classes = len(ade20k_classes(root))
+        classes = number_of_classes(root)
         for split in self.splits:
             images, labels = root / "images" / split, root / "annotations" / split
             have = {p.stem for p in images.glob("*.jpg")}
@@ -41,14 +43,15 @@ class ADE20K(Labelled):
                 check_labels(labels / f"{stem}.png", classes)
 
     def problems(self, root: Path, step: Callable[[int], None]) -> Iterator[str]:
-        """Pairs, sizes and label ranges: 0 is unlabelled, 1..n are classes; after the shift by one they are 0..n-1 and 255."""
+        """Pairs, sizes, and labels: 0 (unlabelled) and 1..n, which training shifts by one to 255 (ignored) and 0..n-1; not shifted already."""
         from PIL import Image
 
-        classes = len(ade20k_classes(root))
+        classes = number_of_classes(root)
         for split in ("training", "validation"):
             images = sorted((root / "images" / split).glob("*.jpg"))
             if not images:
                 yield f"{root / 'images' / split}: no images"
+            occur: set[int] = set()
             for image in images:
                 step(1)
                 path = root / "annotations" / split / f"{image.stem}.png"
@@ -62,12 +65,14 @@ class ADE20K(Labelled):
                 except (BadImage, OSError, ValueError) as error:
                     yield f"{path if not isinstance(error, BadImage) else image}: cannot be read ({error})"
                     continue
-                if mode not in ("L", "P", "I", "I;16"):
-                    yield f"{path}: mode {mode}, expected one channel of class numbers"
-                elif values.max() > classes:
-                    yield f"{path}: label {values.max()} is above the number of classes ({classes} in objectInfo150.txt)"
+                if (wrong := wrong_labels(mode, values, classes)) is not None:
+                    yield f"{path}: {wrong}"
+                occur.update(values.tolist())
                 if shape != size:
                     yield f"{path}: {shape[0]}x{shape[1]} pixels, its image has {size[0]}x{size[1]}"
+            if split == "training" and len(images) >= ENOUGH and occur == set(range(classes)):
+                yield (f"{root / 'annotations' / split}: all labels from 0 to {classes - 1} occur and {classes} never does: shifted by one already? "
+                       f"0 must be unlabelled and 1 to {classes} the classes of objectInfo150.txt")
             for path in sorted((root / "annotations" / split).glob("*.png")):
                 if not (root / "images" / split / f"{path.stem}.jpg").is_file():
                     yield f"{path}: has no image"
@@ -130,19 +135,37 @@ class COCO(Labelled):
                     yield f"{name} has a polygon with fewer than three corners"
 
 
+def number_of_classes(root: Path) -> int:
+    """Classes of a set in ADE20K's layout. Raises UserError for more than the shifted labels can number."""
+    classes = len(ade20k_classes(root))
+    if classes > IGNORED:
+        raise UserError(f"{root / 'objectInfo150.txt'}: {classes} classes: at most {IGNORED}, shifted by one the next would be {IGNORED}, which is ignored")
+    return classes
+
+
+def wrong_labels(mode: str, values: np.ndarray, classes: int) -> str | None:
+    """What is wrong with the labels that occur in an annotation picture of ADE20K, before and after the shift by one, or None."""
+    if mode not in ("L", "P", "I", "I;16"):
+        return f"mode {mode}, expected one channel of class numbers"
+    if values.min() < 0:
+        return f"label {values.min()} is negative"
+    if values.max() > classes:
+        shifted = ": shifted by one already?" if values.max() == IGNORED and classes < IGNORED and (values[values < IGNORED] < classes).all() else ""
+        return f"label {values.max()} is above the number of classes ({classes} in objectInfo150.txt){shifted}"
+    return None
+
+
 def check_labels(path: Path, classes: int) -> None:
     """One annotation picture of ADE20K: a single channel of numbers up to the number of classes. Raises UserError."""
     from PIL import Image
 
     try:
         with Image.open(path) as label:
-            mode, highest = label.mode, int(np.asarray(label).max())
+            mode, values = label.mode, np.unique(np.asarray(label))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}): mend or remove it with its image") from error
-    if mode not in ("L", "P", "I", "I;16"):
-        raise UserError(f"{path}: mode {mode}, expected one channel of class numbers")
-    if highest > classes:
-        raise UserError(f"{path}: label {highest} is above the number of classes ({classes} in objectInfo150.txt)")
+    if (wrong := wrong_labels(mode, values, classes)) is not None:
+        raise UserError(f"{path}: {wrong}")
 
 
 def check_coco(path: Path, body: Any, images: Path) -> None:

@@ -194,7 +194,7 @@ class Planner:
             "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(recipe), "use_head": overrides.use_head,
             "seed": about["seed"], "eval_seed": eval_seed,
         }
-        about["deviations"] = [*about["deviations"], *notes]
+        about["deviations"] = [*about["deviations"], *notes, *(evaluator.notes(self.setting, vit) if hasattr(evaluator, "notes") else ())]
         prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]
         about["ground"] = digest([identity["plugin"], evaluator.version, canonical(base), prints, *ground])
         about["title"] = f"evaluate {name} on {method_name}"

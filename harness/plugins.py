@@ -161,10 +161,15 @@ class Method(Trainable, Protocol):
 class Evaluator(Protocol):
     """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains
     nothing and has no recipe, and `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's
-    checkpoint/backbone.pt, classifier included), not the pre-training's. `needs_classifier`: it scores the classifier that the method leaves."""
+    checkpoint/backbone.pt, classifier included), not the pre-training's; `needs_classifier`: it scores the classifier that the method leaves;
+    notes(protocol, vit) -> footnotes on what it changes for a ViT; "deviations" among the facts of an Outcome -> footnotes on what happened."""
 
     version: ClassVar[int]
-    columns: ClassVar[tuple[Metric, ...]]
+
+    @property
+    def columns(self) -> tuple[Metric, ...]:
+        """The scores: a class variable, or a property where its fields decide."""
+        ...
 
     def datasets(self, protocol: Setting) -> tuple[str, ...]: ...
 

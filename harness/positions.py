@@ -38,13 +38,13 @@ def sincos_positions(width: int, grid: tuple[int, int], layout: str = "sincos-ma
     return torch.from_numpy(table).float()[None]
 
 
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation of a position table (1, 1 + N, D) from one grid to another; the class row is kept (MAE-repo util/pos_embed.py)."""
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Interpolation of a position table (1, 1 + N, D) from one grid to another, bicubic as MAE-repo util/pos_embed.py; the class row is kept."""
     if old == new:
         return table
     head, body = table[:, :1], table[:, 1:]
     body = body.reshape(1, *old, -1).permute(0, 3, 1, 2).to(torch.promote_types(table.dtype, torch.float32))
-    body = F.interpolate(body, size=new, mode="bicubic", align_corners=False)
+    body = F.interpolate(body, size=new, mode=mode, align_corners=False)
     return torch.cat([head, body.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(head.dtype)], dim=1)
 
 

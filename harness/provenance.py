@@ -90,5 +90,6 @@ def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usag
         "images_seen": facts.get("images_seen"), "flops": facts.get("flops"),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "deviations": list(job["about"].get("deviations", ())),
-        "deviations_found": [f"{len(session.skipped_images)} unreadable images skipped"] if session.skipped_images else [], "facts": facts,
+        "deviations_found": [*([f"{len(session.skipped_images)} unreadable images skipped"] if session.skipped_images else []), *facts.get("deviations", ())],
+        "facts": facts,
     }

@@ -1,17 +1,18 @@
-"""`ade20k`: UperNet of mmsegmentation on a pyramid of the ViT, mIoU over ADE20K's validation images (recipes A9).
+"""`ade20k`: UperNet or SETR of mmsegmentation on the fine-tuned ViT, mIoU over ADE20K's validation images (recipes A9).
 
-Sizes of the papers: crop 512, head as wide as the ViT, resize of the short side to 512 times 0.5..2, sliding window with stride
-341. The demo scales these down. Classes come from objectInfo150.txt; label 0 is ignored.
+Recipes, sizes and windows of the papers are in `ade20k_published`. The demo scales them down. Classes come from objectInfo150.txt; label 0 is ignored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from evals.openmmlab.ade20k_published import PUBLISHED, USUAL, Published, beit
 from harness.checkpoint import Backbone
 from harness.plugins import EvalContext
-from harness.spec import Metric, Outcome, Protocol, Recipe, ViTConfig
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig, suggest
 
 DEMO = Recipe(
     batch=16, lr=4e-3, iterations=260, warmup=20, schedule="poly", weight_decay=0.05, layer_decay=0.9, drop_path=0.05,
@@ -23,28 +24,40 @@ SMOKE = Recipe(
     batch=8, lr=8e-4, iterations=12, warmup=2, schedule="poly", weight_decay=0.05, layer_decay=0.75, drop_path=0.05,
     no_decay=("*.cls_token", "*.pos_embed"), sources=(("all", "ours"),),
 )
-PAPER_B = Recipe(
-    batch=16, lr=1e-4, iterations=160_000, warmup=1500, warmup_lr=1e-10, schedule="poly", weight_decay=0.05, layer_decay=0.65, drop_path=0.1,
-    sources=(("lr, layer_decay, drop_path, iterations, batch", "recipes A9: MAESeg ViT-B and MMSeg mae-base, 160k reproduction"),
-             ("warmup, schedule, weight_decay", "recipes A9: common to BEiT's configs")),
-)
 RELEASED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # recipes A9, BEiT's configs; not evenly spaced at depth 12
+SETR_TAPS = {12: (4, 7, 9, 11), 24: (9, 14, 19, 23)}  # SETR-repo configs/SETR, for twelve blocks SETR_PUP_DeiT_512x512_160k_ade20k
 
 
 @dataclass(frozen=True)
 class ADE20K:
     """Semantic segmentation. None: the papers' value under the paper family, a scaled-down one otherwise.
 
-    `crop` is the side of training crops and test windows, `short` the side that images are resized to, `stride` of the window,
-    all in pixels; `channels` the width of the head; `taps` four blocks of the ViT, 0-based; `holdout` the fraction of the training
-    images that is held out and scored in place of the validation images, for tuning.
+    Attributes:
+        by: whose protocol, a name of `ade20k_published.PUBLISHED`; "default": MAE's under the paper family; in demo and smoke UperNet without an
+            added bias. A protocol decides the decoder, what is added to the ViT, and under the paper family recipe, sizes and windows.
+        multi_scale: also score the mean of six scales and their mirror images, as mIoU_ms: fifteen times the time of scoring.
+        crop, short, stride: side of training crops and test windows, side that images are resized to, step between windows, in pixels. A crop
+            that the patch does not divide is rounded up.
+        channels: width of the head.
+        auxiliary: weight of the auxiliary losses; 0: no auxiliary heads.
+        taps: four blocks of the ViT, 0-based; `scales`: size of their maps relative to the grid.
+        holdout: fraction of the training images that is held out and scored in place of the validation images, for tuning.
     """
 
-    version: ClassVar[int] = 1
-    columns: ClassVar[tuple[Metric, ...]] = (Metric("mIoU"),)
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "semantic segmentation: UperNet on the fine-tuned ViT, mIoU on ADE20K"
-    source: ClassVar[str] = "Xiao et al. 2018 (UperNet); set up as in MAE Table 5 and BEiT's configurations (recipes A9)"
+    source: ClassVar[str] = "MAE-paper Table 5 and A.4, UperNet of Xiao et al. 2018 as in BEiT's configurations (recipes A9)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"by": name, "multi_scale": True} if name == "mae-160k" or name.startswith("beit") else {"by": name} for name in PUBLISHED
+    }
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "mae": "MAE-paper Table 5, A.4", "mae-160k": "MAESeg, MMSeg: reproductions with LayerScale", "mae-long-seq": "long_seq_mae issue 1",
+        "beit": "BEiT-repo, 512, no labels seen", "beit-pt2ft": "BEiT-repo, 512, after intermediate fine-tuning",
+        "beit-640": "BEiT-repo, 640, after intermediate fine-tuning", "setr": "BEiT-paper Tables 3, 4, 10",
+    }
 
+    by: str = "default"
+    multi_scale: bool = False
     crop: int | None = None
     short: int | None = None
     stride: int | None = None
@@ -54,21 +67,51 @@ class ADE20K:
     scales: tuple[float, float, float, float] | None = None
     holdout: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.by != "default" and self.by not in PUBLISHED:
+            raise UserError(f"by: no protocol {self.by!r}: {suggest(self.by, ['default', *PUBLISHED])}")
+
+    @property
+    def columns(self) -> tuple[Metric, ...]:
+        """One scale, and if asked for six scales and mirrored."""
+        return (Metric("mIoU"), Metric("mIoU_ms")) if self.multi_scale else (Metric("mIoU"),)
+
+    def published(self, protocol: Protocol) -> Published:
+        """What the protocol of the evaluation prescribes."""
+        if self.by != "default":
+            return PUBLISHED[self.by]
+        return PUBLISHED[USUAL] if protocol.family == "paper" else Published(beit)
+
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         """ADE20K."""
         return ("ade20k",)
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """MAE's 160k-iteration reproduction for ViT-B; ours for demo and smoke."""
+        """`ade20k_published`, for the sizes that the source has; ours for demo and smoke. Raises UserError for windows that leave gaps."""
+        crop, stride = self.windows(protocol, vit)
+        if not 0 < stride <= crop:
+            raise UserError(f"stride must be at least 1 and at most the crop of {crop} pixels, not {stride}")
         if protocol.family == "paper":
-            return PAPER_B if (vit.width, vit.depth) == (768, 12) else None
+            return self.published(protocol).recipe(vit.paper_size)
         return {"demo": DEMO, "smoke": SMOKE}.get(protocol.family)
 
     def skip(self, vit: ViTConfig) -> str | None:
-        """Reason why UperNet cannot sit on this ViT, or None."""
-        if vit.relative_bias != "none":
-            return "relative position bias at another size than pre-training's is not supported yet"
+        """Reason why a decoder cannot sit on this ViT, or None."""
+        if vit.relative_bias != "none" and min(vit.grid) < 2:
+            return f"the relative bias of a grid of {vit.grid[0]}x{vit.grid[1]} patches cannot be brought to that of the crops"
         return None
+
+    def notes(self, protocol: Protocol, vit: ViTConfig) -> tuple[str, ...]:
+        """A crop that was rounded."""
+        wanted, crop = self.crop or self.published(protocol).crop, self.windows(protocol, vit)[0]
+        return (f"crops of {crop} pixels: the patch of {vit.patch} does not divide {wanted}",) if protocol.family == "paper" and crop != wanted else ()
+
+    def windows(self, protocol: Protocol, vit: ViTConfig) -> tuple[int, int]:
+        """Side of crops and windows, and the step between windows, in pixels: the protocol's, or two thirds of another crop (ours)."""
+        paper, its = protocol.family == "paper", self.published(protocol)
+        crop = self.crop or (its.crop if paper else vit.size[0])
+        stride = its.stride if paper and not self.crop else crop * 2 // 3
+        return -(-crop // vit.patch) * vit.patch, stride if self.stride is None else self.stride
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Fine-tune and score; resumable inside context.session.dir.
@@ -84,6 +127,7 @@ class ADE20K:
 
     def _run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         from evals.openmmlab import loops, samples, session, upernet
+        from evals.openmmlab.backbone import steps_by_running_statistics
         from evals.openmmlab.mean_iou import MeanIoU
         from harness.data import ade20k_classes
         from harness.randomness import seed_all
@@ -99,23 +143,34 @@ class ADE20K:
             test = upernet.scenes(folder, "training" if held else "validation", classes, upernet.test_pipeline(sizes, len(classes)))
             chosen = samples.readable(test, held or range(len(test)), lent)
             seed_all(lent.seed, "init")
-            metric = MeanIoU(lent.dir / "outcomes.npz")
+            metric = MeanIoU(lent.dir / "outcomes.npz", [column.name for column in self.columns])
+            model = upernet.build(checkpoint, recipe, sizes, len(classes))
             work = loops.Work(
-                lent, recipe, upernet.build(checkpoint, recipe, sizes, len(classes)),
+                lent, recipe, model,
                 samples.InOrder(train, rest, lent.seed, lent.on_bad_image == "skip"), samples.InOrder(test, chosen, None, False), metric,
             )
             scores = session.train_and_test(work, "mmseg")
-        return Outcome({"mIoU": scores["mIoU"]}, metric.path, work.record_facts())
+        facts = {**work.record_facts(), "deviations": self.deviations(checkpoint, context.protocol, steps_by_running_statistics(model, work.steps))}
+        return Outcome({column.name: scores[column.name] for column in self.columns}, metric.path, facts)
+
+    def deviations(self, checkpoint: Backbone, protocol: Protocol, alone: int) -> list[str]:
+        """What a reader must know of how it ran. `alone`: training steps in which a batch norm had one value per channel."""
+        found = [f"batch norm of the 1x1 pooled branch by running statistics in {alone} steps: one image at a time"] if alone else []
+        other = (tuple(checkpoint.mean), tuple(checkpoint.std)) != (IMAGENET_MEAN, IMAGENET_STD)
+        if protocol.family == "paper" and self.by.startswith("beit") and other:
+            found.append("normalised as in pre-training, BEiT's segmentation code always with ImageNet's mean and std")
+        return found
 
     def sizes(self, vit: ViTConfig, protocol: Protocol) -> dict[str, Any]:
-        """What the fields that are None stand for."""
+        """What the fields that are None stand for, and what the protocol adds to the ViT."""
         from evals.openmmlab.backbone import even_taps, scales_for
 
-        paper = protocol.family == "paper"
-        crop = self.crop or (512 if paper else vit.size[0])
-        crop = -(-crop // vit.patch) * vit.patch
+        paper, its = protocol.family == "paper", self.published(protocol)
+        crop, stride = self.windows(protocol, vit)
+        setr = its.head == "setr"
         return {
-            "crop": crop, "short": self.short or crop, "stride": self.stride or crop * 2 // 3, "channels": self.channels or (vit.width if paper else 64),
-            "auxiliary": self.auxiliary, "taps": self.taps or RELEASED_TAPS.get(vit.depth, even_taps(vit.depth)),
-            "scales": self.scales or scales_for(vit.patch), "patch": vit.patch,
+            "crop": crop, "short": self.short or crop, "stride": stride, "channels": self.channels or (vit.width if paper else 64),
+            "auxiliary": self.auxiliary, "taps": self.taps or (SETR_TAPS if setr else RELEASED_TAPS).get(vit.depth, even_taps(vit.depth)),
+            "scales": self.scales or ((1.0, 1.0, 1.0, 1.0) if setr else scales_for(vit.patch)), "patch": vit.patch, "multi_scale": self.multi_scale,
+            "head": its.head, "bias": its.bias, "layer_scale": its.layer_scale, "positions": its.positions,
         }

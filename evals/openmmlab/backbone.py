@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
+from harness.checkpoint import Backbone
+from harness.positions import resize_positions
 from harness.vit import ViT
 
 Norm = Literal["batch", "group"]
@@ -25,14 +30,42 @@ def scales_for(patch: int) -> tuple[float, ...]:
     return DEFAULT_SCALES.get(patch, (4.0, 2.0, 1.0, 0.5))
 
 
-class NearBatchNorm(nn.BatchNorm2d):
-    """Batch norm that uses the running statistics where a channel has one value only (the 1x1 pooled branch at batch 1)."""
+class NearBatchNorm(nn.SyncBatchNorm):
+    """Batch norm over the images of all processes (SyncBN; with one process plain batch norm), in fp32 sums on CPU, where torch's own refuses.
+
+    A channel that has one value only (the 1x1 pooled branch with one image on one device) is normalised by the running statistics, which then
+    stay as they are: `num_batches_tracked` tells how often that did not happen.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same."""
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        processes = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] * processes == 1:
             return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
+        if self.training and processes > 1:
+            return super().forward(x) if x.is_cuda else self._joined(x)
+        return nn.BatchNorm2d.forward(self, x)  # type: ignore[arg-type]
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Batch norm from the sums of all processes; gradients go back through the sums."""
+        wide = x.float()
+        count = wide.new_full((1,), x.numel() / x.shape[1])
+        count, total = all_reduce(torch.cat([count, wide.sum((0, 2, 3))]), group=self.process_group).split([1, x.shape[1]])
+        centred = wide - (total / count)[None, :, None, None]
+        square = all_reduce(centred.square().sum((0, 2, 3)), group=self.process_group)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(total / count, self.momentum or 0.0)
+                self.running_var.lerp_(square / (count - 1), self.momentum or 0.0)
+        x = (centred * (square / count + self.eps).rsqrt()[None, :, None, None]).to(x.dtype)
+        return x * self.weight[None, :, None, None] + self.bias[None, :, None, None]
+
+
+def steps_by_running_statistics(model: nn.Module, steps: int) -> int:
+    """In how many of the training steps some batch norm of a model had a single value per channel; kept through interruptions, as its state is."""
+    counted = [m.num_batches_tracked for m in model.modules() if isinstance(m, NearBatchNorm)]
+    return max((steps - int(count) for count in counted if count is not None), default=0)
 
 
 MODELS.register_module("NearBN", module=NearBatchNorm, force=True)
@@ -77,6 +110,32 @@ class Pyramid(BaseModule):  # type: ignore[misc]
         """Normalised images (B, 3, H, W) -> maps (B, D, scale H/P, scale W/P). No norm is applied to the taps."""
         maps = self.vit.features(images, self.taps)
         return tuple(step(m) for step, m in zip(self.steps, maps, strict=True))
+
+
+def for_crops(
+    checkpoint: Backbone, crop: int, drop_path: float, bias: Literal["kept", "added"], layer_scale: float | None, positions: Literal["bicubic", "bilinear"]
+) -> ViT:
+    """A pre-trained ViT for square crops, to be fine-tuned.
+
+    Absolute positions and relative biases are brought to the crop's grid, a shared bias is copied into each block.
+
+    Args:
+        crop: side in pixels, a multiple of the patch.
+        bias: "added": a ViT without relative bias gets one per block, zero at the start.
+        layer_scale: a ViT without LayerScale gets one of this value; None: it gets none.
+        positions: how absolute positions are interpolated.
+    """
+    config, state = checkpoint.config, dict(checkpoint.state)
+    if layer_scale is not None and config.layer_scale is None:
+        config = dataclasses.replace(config, layer_scale=layer_scale)
+        state |= {f"blocks.{i}.ls{j}.gamma": torch.full((config.width,), layer_scale) for i in range(config.depth) for j in (1, 2)}
+    block = config.relative_bias != "none" or bias == "added"
+    target = dataclasses.replace(config, size=(crop, crop), relative_bias="block" if block else "none")
+    vit = dataclasses.replace(checkpoint, config=config, state=state).build(target, drop_path)
+    if positions != "bicubic" and vit.pos_embed is not None:
+        with torch.no_grad():
+            vit.pos_embed.copy_(resize_positions(state["pos_embed"], config.grid, target.grid, positions))
+    return vit
 
 
 def keep_fp32(model: nn.Module, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""UperNet and ADE20K's images for mmsegmentation, as configurations built in Python."""
+"""UperNet and ADE20K's images for mmsegmentation, as configurations built in Python; the frame of the SETR decoder as well."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from mmseg.registry import MODELS
 from PIL import Image
 from torch import Tensor, nn
 
-from evals.openmmlab.backbone import Pyramid, keep_fp32
+from evals.openmmlab.backbone import Pyramid, for_crops, keep_fp32
+from evals.openmmlab.views import predict_from_views
 from harness.checkpoint import Backbone
 from harness.spec import JobFailed, Recipe
 
 IGNORED = 255
 WINDOWS_AT_ONCE = 8
+META = ("img_path", "seg_map_path", "ori_shape", "img_shape", "pad_shape", "scale_factor")  # what scoring keeps of what the pipeline knows of an image
 ANY_MODELS.register_module("HarnessPyramid", module=Pyramid, force=True)
 
 
@@ -82,7 +84,15 @@ TRANSFORMS.register_module("HarnessReadLabels", module=ReadLabels, force=True)
 
 @MODELS.register_module("HarnessSegmentor", force=True)
 class Segmentor(EncoderDecoder):  # type: ignore[misc]
-    """EncoderDecoder whose sliding windows go through the network together."""
+    """EncoderDecoder whose sliding windows go through the network together, and which scores an image's `views` where it has them."""
+
+    def predict(self, inputs: Tensor, data_samples: list[Any] | None = None) -> list[Any]:
+        """Samples with pred_sem_seg, and pred_ms from their views."""
+        samples: list[Any] = super().predict(inputs, data_samples)
+        for sample in samples:
+            if "views" in sample.metainfo:
+                predict_from_views(self, sample)
+        return samples
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
         """Mean of the windows' logits (B, classes, H, W), windows placed as mmseg places them: the last one is moved inside."""
@@ -113,10 +123,11 @@ def train_pipeline(sizes: dict[str, Any], classes: int) -> list[dict[str, Any]]:
 
 
 def test_pipeline(sizes: dict[str, Any], classes: int) -> list[dict[str, Any]]:
-    """Short side to its size, labels at the image's own."""
+    """Short side to its size, labels at the image's own; for scoring at several scales the image's views as well."""
+    views = [{"type": "HarnessViews", "short": sizes["short"], "crop": sizes["crop"]}] if sizes["multi_scale"] else []
     return [
-        {"type": "HarnessReadImage"}, {"type": "Resize", "scale": (4 * sizes["short"], sizes["short"]), "keep_ratio": True},
-        {"type": "HarnessReadLabels", "classes": classes}, {"type": "PackSegInputs"},
+        {"type": "HarnessReadImage"}, *views, {"type": "Resize", "scale": (4 * sizes["short"], sizes["short"]), "keep_ratio": True},
+        {"type": "HarnessReadLabels", "classes": classes}, {"type": "PackSegInputs", "meta_keys": META + (("views",) if views else ())},
     ]
 
 
@@ -128,27 +139,40 @@ def scenes(folder: Path, split: str, classes: tuple[str, ...], pipeline: list[di
     )
 
 
-def build(checkpoint: Backbone, recipe: Recipe, sizes: dict[str, Any], classes: int) -> nn.Module:
-    """UPerHead and an auxiliary FCN head (on the third map, one convolution, 256 channels at the papers' width) on the ViT's pyramid."""
-    width, channels, crop = checkpoint.config.width, sizes["channels"], sizes["crop"]
-    common = {"num_classes": classes, "norm_cfg": {"type": "NearBN", "requires_grad": True}, "align_corners": False, "dropout_ratio": 0.1}
-    loss = {"type": "CrossEntropyLoss", "use_sigmoid": False}
+def heads(width: int, sizes: dict[str, Any], common: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """(UPerHead, auxiliary FCN head on the third map with one convolution and 256 channels at the papers' width, or None)."""
+    channels, weight = sizes["channels"], sizes["auxiliary"]
     auxiliary = {
         "type": "HarnessFCNHead", "in_channels": width, "in_index": 2, "channels": min(256, channels), "num_convs": 1, "concat_input": False,
-        "loss_decode": {**loss, "loss_weight": sizes["auxiliary"]}, **common,
+        "loss_decode": cross_entropy(weight), "dropout_ratio": 0.1, **common,
     }
+    return {
+        "type": "HarnessUPerHead", "in_channels": [width] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2, 3, 6), "channels": channels,
+        "loss_decode": cross_entropy(1.0), "dropout_ratio": 0.1, **common,
+    }, auxiliary if weight else None
+
+
+def cross_entropy(weight: float) -> dict[str, Any]:
+    """The loss of a head."""
+    return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight}
+
+
+def build(checkpoint: Backbone, recipe: Recipe, sizes: dict[str, Any], classes: int) -> nn.Module:
+    """A decoder on the ViT's pyramid; `sizes` are `ADE20K.sizes`."""
+    from evals.openmmlab import setr
+
+    width, crop = checkpoint.config.width, sizes["crop"]
+    common = {"num_classes": classes, "norm_cfg": {"type": "NearBN", "requires_grad": True}, "align_corners": False}
+    decoder, auxiliary = (setr.heads if sizes["head"] == "setr" else heads)(width, sizes, common)
+    vit = for_crops(checkpoint, crop, recipe.drop_path, sizes["bias"], sizes["layer_scale"], sizes["positions"])
     model: nn.Module = MODELS.build(ConfigDict({
         "type": "HarnessSegmentor",
         "data_preprocessor": {
             "type": "SegDataPreProcessor", "mean": [255 * m for m in checkpoint.mean], "std": [255 * s for s in checkpoint.std],
             "bgr_to_rgb": True, "pad_val": 0, "seg_pad_val": IGNORED, "size": (crop, crop), "test_cfg": {"size": (crop, crop)},
         },
-        "backbone": {"type": "HarnessPyramid", "vit": checkpoint.build(drop_path=recipe.drop_path), "taps": sizes["taps"], "scales": sizes["scales"]},
-        "decode_head": {
-            "type": "HarnessUPerHead", "in_channels": [width] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2, 3, 6), "channels": channels,
-            "loss_decode": {**loss, "loss_weight": 1.0}, **common,
-        },
-        "auxiliary_head": auxiliary if sizes["auxiliary"] else None,
+        "backbone": {"type": "HarnessPyramid", "vit": vit, "taps": sizes["taps"], "scales": sizes["scales"]},
+        "decode_head": decoder, "auxiliary_head": auxiliary,
         "train_cfg": {}, "test_cfg": {"mode": "slide", "crop_size": (crop, crop), "stride": (sizes["stride"], sizes["stride"])},
     }))
     keep_fp32(model, "conv_seg")

@@ -74,7 +74,6 @@ METHODS: tuple[Counterpart, ...] = (
     Counterpart(("dino",), method="DINO", variant="default"),
 )
 PROBED_OTHERWISE = "probed by MAE's protocol, the published value by another"
-SETR = "head UperNet, published with SETR-PUP"
 EVALUATORS: tuple[Counterpart, ...] = (
     # fine-tuning: `imagenet` takes each method's own recipe; a variant fixes one
     Counterpart(("imagenet",), eval="IN1K-224"),
@@ -101,9 +100,10 @@ EVALUATORS: tuple[Counterpart, ...] = (
     Counterpart(("linear",), eval="IN1K-linear"),
     Counterpart(("knn",), eval="IN1K-knn"),
     # dense
-    Counterpart(("ade20k@setr",), eval="ADE20K-SETRPUP-ss", near={"ade20k": SETR, "ade20k@beit": SETR}),
-    Counterpart(("ade20k@beit",), eval="ADE20K-UperNet-ss", near={"ade20k": "UperNet set up as by MAE, published as by BEiT"}),
-    Counterpart(("ade20k",), eval="ADE20K-UperNet-MAEproto"),
+    Counterpart(("ade20k@setr",), eval="ADE20K-SETRPUP-ss"), Counterpart(("ade20k@beit",), eval="ADE20K-UperNet-ss"),
+    Counterpart(("ade20k@beit-640",), eval="ADE20K-UperNet640-ss"),
+    Counterpart(("ade20k", "ade20k@mae"), eval="ADE20K-UperNet-MAEproto", near={
+        "ade20k@mae-160k": "160,000 iterations and LayerScale as in the public reproductions, published with 100 epochs"}),
     Counterpart(("coco",), eval="COCO-Li21", near={"coco@vitdet": "set up as ViTDet, published as by Li et al. 2021"}),
     Counterpart(("coco@vitdet",), eval="COCO-ViTDet-MRCNN", near={"coco": "set up as by Li et al. 2021, published as ViTDet"}),
     # robustness

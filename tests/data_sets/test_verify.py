@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_sets.verify import verify
+from data_sets.verify import compare_counts, verify
 from harness.data import folder_names
 
 
@@ -37,6 +37,13 @@ def relabel(path: Path, value: int) -> Path:
     labels = np.asarray(Image.open(path)).copy()
     labels[0, 0] = value
     Image.fromarray(labels).save(path)
+    return path
+
+
+def shift(path: Path) -> Path:
+    labels = np.asarray(Image.open(path)).copy()
+    labels[0, 0] = 0
+    Image.fromarray(labels - np.uint8(1)).save(path)
     return path
 
 
@@ -76,6 +83,7 @@ BREAKAGES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "listed image missing": ("places365", lambda r: gone(first(r / "data_256_standard", "*.jpg")), "missing"),
     "image of the json missing": ("inat2018", lambda r: gone(first(r, "val_*.jpg")), "missing"),
     "label above the classes": ("ade20k", lambda r: relabel(first(r / "annotations/training", "*.png"), 77), "label 77 is above the number of classes"),
+    "labels shifted already": ("ade20k", lambda r: shift(first(r / "annotations/validation", "*.png")), "shifted by one already?"),
     "mask of another size": ("ade20k", lambda r: shrink(first(r / "annotations/validation", "*.png")), "pixels, its image has"),
     "annotation missing": ("ade20k", lambda r: gone(first(r / "annotations/validation", "*.png")), "missing"),
     "image of an annotation missing": ("ade20k", widow, "no image"),
@@ -98,6 +106,40 @@ def test_breakage_is_found_and_named(case: str, smoke_data: Path, tmp_path: Path
     path = damage(root)
     found = verify(name, root)
     assert any(words in line and str(path) in line for line in found), found
+
+
+def ade20k(root: Path, count: int, labels: list[int], classes: int = 3) -> Path:
+    """A set of `count` scenes of 2x2 pixels in each split, in which these labels occur."""
+    root.mkdir()
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", *(f"{i}\t0\t1\t1\t0\tc{i}" for i in range(1, classes + 1))]
+    (root / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (2, 2)).save(root / "images" / split / f"{i:03}.jpg")
+            Image.fromarray(np.full((2, 2), labels[i % len(labels)], np.uint8)).save(root / "annotations" / split / f"{i:03}.png")
+    return root
+
+
+@pytest.mark.parametrize(("labels", "found"), [([0, 1, 2], True), ([1, 2, 3], False), ([0, 1, 2, 3], False), ([0, 1], False)])
+def test_a_set_whose_labels_were_shifted_before_is_found_without_a_single_label_out_of_range(labels: list[int], found: bool, tmp_path: Path) -> None:
+    """Each class would be trained and scored under its neighbour's name, and the first one ignored: no number would look wrong."""
+    problems = verify("ade20k", ade20k(tmp_path / "set", 100, labels))
+    assert [line.partition(": ")[0] for line in problems] == ([str(tmp_path / "set/annotations/training")] if found else [])
+    assert verify("ade20k", ade20k(tmp_path / "few", 99, labels)) == []  # too few to tell
+
+
+def test_more_classes_than_a_shifted_label_can_number_are_refused(tmp_path: Path) -> None:
+    (problem,) = verify("ade20k", ade20k(tmp_path / "set", 2, [1, 2], 256))
+    assert "256 classes: at most 255" in problem
+    assert verify("ade20k", ade20k(tmp_path / "most", 2, [1, 2], 255)) == []
+
+
+def test_the_official_counts_of_ade20k_are_20210_and_2000_images_of_150_classes(tmp_path: Path) -> None:
+    problems, remarks = compare_counts("ade20k", ade20k(tmp_path / "part", 2, [1, 150], 150))
+    assert len(problems) == 2 and "the official ade20k 20210 of 150" in problems[0] and "2000 of 150" in problems[1] and not remarks
+    assert "another set" in compare_counts("ade20k", ade20k(tmp_path / "own", 2, [1, 2], 9))[1][0]
 
 
 def test_all_problems_are_listed_and_not_the_first_only(smoke_data: Path, tmp_path: Path) -> None:

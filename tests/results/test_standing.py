@@ -110,10 +110,25 @@ def test_lengths_of_one_method_find_their_own_rows() -> None:
         assert s.cell.example.lineage[1]["recipe"]["epochs"] == epochs and s.differences == () and s.verdict == "within"
 
 
+def segmented(method: str, evaluator: str, epochs: int, **more) -> list[Result]:
+    return measured(45.0, 45.2, method=method, evaluator=evaluator, epochs=epochs, metric=Metric("mIoU"), scored=2_000, **more)
+
+
 def test_a_near_evaluator_stands_with_its_difference_named() -> None:
-    results = measured(45.0, 45.2, method="beit", evaluator="ade20k", epochs=800, metric=Metric("mIoU"), scored=2_000, files={"tokenizer": "s"})
-    s = standing(results, "beit-table3", "BEiT", "ADE20K mIoU")
-    assert s.differences == ("head UperNet, published with SETR-PUP",) and s.verdict.startswith("no verdict")
+    s = standing(segmented("mae", "ade20k@mae-160k", 1600), "mae-table5")
+    assert "published with 100 epochs" in s.differences[0] and len(s.differences) == 1 and s.verdict.startswith("no verdict")
+
+
+@pytest.mark.parametrize(("evaluator", "where"), [("ade20k", "mae-table5"), ("ade20k@mae", "mae-table5"), ("ade20k@setr", "beit-table3"),
+                                                  ("ade20k@beit", "beit-table5"), ("ade20k@beit-640", ""), ("ade20k@mae-long-seq", "")])
+def test_the_three_protocols_of_ade20k_are_never_mixed(evaluator: str, where: str) -> None:
+    """Each number of UperNet or SETR beside the tables of its own protocol, without a footnote, and in no other."""
+    tokens = {"files": {"tokenizer": "s"}}
+    results = [*segmented("mae", evaluator, 1600), *segmented("beit", evaluator, 800, **tokens), *segmented("beit", evaluator, 300, **tokens)]
+    fields = {("mae-table5", "MAE", "ViT-B"), ("beit-table3", "BEiT", "ADE20K mIoU"), ("beit-table5", "ViT (as in the paper's other tables)", "ADE20K mIoU")}
+    found = {layout: standing(results, layout, row, column) for layout, row, column in fields}
+    assert {layout for layout, s in found.items() if s is not None} == ({where} if where else set())
+    assert all(s.differences == () and s.barred == () for s in found.values() if s is not None)
 
 
 def test_from_scratch_the_fine_tuning_is_the_training() -> None:
