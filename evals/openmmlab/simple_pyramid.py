@@ -6,7 +6,6 @@ from collections import OrderedDict
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 
@@ -21,18 +20,15 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-MODELS.register_module("HarnessLN2d", module=LayerNorm2d, force=True)
-
-
 def resample(width: int, scale: float) -> tuple[dict[str, nn.Module], int]:
     """Layers from the ViT's grid to `scale` times it, and the width after them: halved by each doubling, kept by pooling."""
     if scale == 4:
         return {
-            "double": nn.ConvTranspose2d(width, width // 2, 2, stride=2), "norm": LayerNorm2d(width // 2), "gelu": nn.GELU(),
-            "quadruple": nn.ConvTranspose2d(width // 2, width // 4, 2, stride=2),
+            "up1": nn.ConvTranspose2d(width, width // 2, 2, stride=2), "norm": LayerNorm2d(width // 2), "act": nn.GELU(),
+            "up2": nn.ConvTranspose2d(width // 2, width // 4, 2, stride=2),
         }, width // 4
     if scale == 2:
-        return {"double": nn.ConvTranspose2d(width, width // 2, 2, stride=2)}, width // 2
+        return {"up1": nn.ConvTranspose2d(width, width // 2, 2, stride=2)}, width // 2
     return ({"pool": nn.MaxPool2d(round(1 / scale))} if scale < 1 else {}), width
 
 
@@ -63,6 +59,3 @@ class SimplePyramid(BaseModule):  # type: ignore[misc]
         for _ in range(self.coarser):
             found.append(F.max_pool2d(found[-1], 1, stride=2))
         return tuple(found)
-
-
-MODELS.register_module("HarnessSimplePyramid", module=SimplePyramid, force=True)

@@ -88,7 +88,7 @@ def test_names_of_our_side_are_plugins_or_known_to_be_awaited() -> None:
 
 AWAITED = {name for line in (
     # later issues
-    "dino mocov3 linear@dino linear@mocov3 coco@vitdet ade20k@setr ade20k@beit",
+    "dino mocov3 linear@dino linear@mocov3 ade20k@setr ade20k@beit",
 ) for name in line.split()}
 
 
