@@ -80,9 +80,18 @@ class COCO:
         return None
 
     def notes(self, protocol: Protocol, vit: ViTConfig) -> tuple[str, ...]:
-        """An input that was rounded."""
-        wanted, side = self.wanted_side(protocol), self.input_side(protocol, vit)
-        return (f"input of {side} pixels: the pyramid on patches of {vit.patch} does not divide {wanted}",) if side != wanted else ()
+        """An input that was rounded, and biases of the pre-training that the setting does not have."""
+        wanted, side, by = self.wanted_side(protocol), self.input_side(protocol, vit), self.setting(protocol)
+        found = [f"input of {side} pixels: the pyramid on patches of {vit.patch} does not divide {wanted}"] if side != wanted else []
+        if by == "vitdet" and vit.relative_bias != "none":
+            found.append("relative position bias of the pre-training kept beside ViTDet's relative positions")
+        if by == "li21" and vit.relative_bias == "block":
+            found.append("relative position bias of each block as pre-trained, in Li21's setting two are shared by all blocks")
+        return tuple(found)
+
+    def setting(self, protocol: Protocol) -> str:
+        """What `by` stands for: Li21's setting where the paper family is not told otherwise."""
+        return "li21" if protocol.family == "paper" and self.by == "default" else self.by
 
     def wanted_side(self, protocol: Protocol) -> int:
         """Side of the input in pixels before rounding."""
@@ -130,7 +139,7 @@ class COCO:
             chosen = samples.readable(test, held or range(len(test)), lent)
             seed_all(lent.seed, "init")
             metric = AveragePrecision(lent.dir / "outcomes.npz", test.json, test.ids(chosen), [number for number, _ in classes])
-            by = "li21" if paper and self.by == "default" else self.by
+            by = self.setting(context.protocol)
             backbone = mask_rcnn.backbone(checkpoint, by, side, recipe.drop_path, 14 if paper else vit.grid[0], self.taps or even_taps(vit.depth), scales)
             model = mask_rcnn.build(checkpoint, backbone, mask_rcnn.PAPER if paper else mask_rcnn.SMALL, by, side, scales, len(classes))
             work = loops.Work(

@@ -189,6 +189,14 @@ def test_strides_are_exact_for_a_patch_of_14() -> None:
     assert model.roi_head.bbox_roi_extractor.roi_layers[0].spatial_scale == 1 / 3.5
 
 
+@pytest.mark.parametrize("name,bias,said", [
+    ("coco", "none", False), ("coco", "shared", False), ("coco", "block", True), ("coco@vitdet", "none", False), ("coco@vitdet", "shared", True),
+])
+def test_a_bias_that_the_setting_does_not_have_is_a_footnote(name: str, bias: str, said: bool) -> None:
+    vit = dataclasses.replace(BACKBONES["vit-b16"], relative_bias=bias)
+    assert any("relative position bias" in note for note in build("evals", name).notes(paper, vit)) == said
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_coco(tmp_path_factory.mktemp("coco") / "coco", train=4, val=5)
