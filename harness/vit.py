@@ -121,7 +121,7 @@ class ViT(VisionTransformer):
                 j = self.bias_of_block[i]
                 if j not in biases:
                     biases[j] = self.relative_bias[j](keep)
-                mask = biases[j].to(x.dtype)
+                mask = biases[j]
                 if causal:
                     n = x.shape[1]
                     mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), float("-inf"))

@@ -71,7 +71,9 @@ class PatchBias(nn.Module):
         assert keep is None, "detection sees all patches"
         h, w = self.grid
         views = self.table.unfold(0, h, 1).unfold(1, w, 1)  # (h, w, heads, h, w): i, then j from the end, for the offset grows with i and falls with j
-        return views.permute(2, 0, 1, 3, 4).flip(3, 4).reshape(1, -1, h * w, h * w)
+        bias = views.permute(2, 0, 1, 3, 4).flip(3, 4).reshape(1, -1, h * w, h * w)
+        kind = bias.device.type  # once for all blocks: each would cast it for itself; the gradient is summed over the places in fp32 all the same
+        return bias.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else bias
 
 
 def axis_positions(table: Tensor, queries: int, keys: int) -> Tensor:

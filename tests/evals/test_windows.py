@@ -160,6 +160,18 @@ def test_a_bias_of_patches_is_beits_without_the_class_token_forward_and_backward
     torch.testing.assert_close(bias.table.grad.reshape(-1, 2), table.grad)
 
 
+def test_a_bias_in_bf16_has_its_gradient_summed_in_fp32() -> None:
+    """In bf16 a sum of ones ends at 256: the 400 patches that are at no distance from themselves would not all count."""
+    from evals.openmmlab.windows import PatchBias
+
+    bias = PatchBias((20, 20), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = bias()
+    assert mask.dtype == torch.bfloat16
+    mask.sum(dtype=torch.float32).backward()
+    assert bias.table.grad is not None and bias.table.grad[19, 19, 0] == 400 and bias.table.grad[0, 0, 0] == 1
+
+
 def test_padded_tokens_are_zero_after_the_norm_and_not_before_it() -> None:
     """Padding before the block would make them the norm's bias: the answer must not change with what the norm makes of a zero."""
     from evals.openmmlab.windows import Windowed
