@@ -66,7 +66,7 @@ class ViT(VisionTransformer):
         shared = config.relative_bias == "shared"
         count = {"none": 0, "shared": 1, "block": config.depth}[config.relative_bias]
         self.relative_bias = nn.ModuleList(RelativeBias(config.grid, config.heads) for _ in range(count)) if count else None
-        self._bias_of_block = [0 if shared else i for i in range(config.depth)]
+        self.bias_of_block = [0 if shared else i for i in range(config.depth)]
         if not config.key_bias:
             for block in self.blocks:
                 bias, width = block.attn.qkv.bias, config.width
@@ -118,10 +118,10 @@ class ViT(VisionTransformer):
         for i, block in enumerate(self.blocks):
             mask = None
             if self.relative_bias is not None:
-                j = self._bias_of_block[i]
+                j = self.bias_of_block[i]
                 if j not in biases:
                     biases[j] = self.relative_bias[j](keep)
-                mask = biases[j].to(x.dtype)
+                mask = biases[j]
                 if causal:
                     n = x.shape[1]
                     mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), float("-inf"))

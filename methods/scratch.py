@@ -57,7 +57,9 @@ class Scratch:
         init_mae(vit)
 
     def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
-        """imagenet under paper: MAE's Table 11, from scratch, in place of the fine-tuning recipe."""
+        """Under paper: on imagenet MAE's Table 11, from scratch, in place of the fine-tuning recipe; on coco in Li21's setting its lr and weight decay."""
+        if protocol.family == "paper" and evaluator.partition("@")[0] == "coco" and evaluator != "coco@vitdet":
+            return Overrides({"lr": 1.6e-4, "weight_decay": 0.2}, source="Li21 (arXiv 2111.11429), random initialisation (recipes A10)")
         return published.override(published.from_scratch(vit) if evaluator == "imagenet" and protocol.family == "paper" else None)
 
     def skip(self, vit: ViTConfig) -> str | None:

@@ -6,10 +6,10 @@ import pytest
 from known_answers import FOLDER, cases, golden
 
 LATER_METHODS = ("mocov3", "dino")  # their files and entries wait for the methods
-LATER = {"mocov3_loss", "dino_loss", "vitdet_pieces"}  # the last belongs to detection
+LATER = {"mocov3_loss", "dino_loss"}
 TESTED = {
     "mae_pretrain", "mae_pretrain_groups", "mae_pos_embed", "mae_finetune", "beit_pretrain", "beit_masking", "beit_finetune", "dalle_encoder",
-    "deit_ra_sampler", "robustness_metrics", "init_statistics", "upernet_taps",
+    "deit_ra_sampler", "robustness_metrics", "init_statistics", "upernet_taps", "vitdet_pieces",
 }
 
 

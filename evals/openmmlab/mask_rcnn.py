@@ -1,7 +1,8 @@
-"""Mask R-CNN with FPN on the ViT's pyramid for mmdetection, as configurations built in Python."""
+"""Mask R-CNN on the ViT for mmdetection, with FPN or ViTDet's simple pyramid, as configurations built in Python."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,9 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from evals.openmmlab.backbone import Pyramid, keep_fp32
+from evals.openmmlab.simple_pyramid import LayerNorm2d, SimplePyramid
+from evals.openmmlab.windows import WindowedPyramid, li21, vitdet
 from harness.checkpoint import Backbone
-from harness.spec import Recipe
-
-MODELS.register_module("HarnessPyramid", module=Pyramid, force=True)
 
 
 @MODELS.register_module("HarnessRoIExtractor", force=True)
@@ -41,13 +41,20 @@ class Size:
     finest: int
     levels: int
     before_nms: int
+    before_nms_in_test: int
     proposals: int
     sampled: int
     points: int
 
 
-PAPER = Size(256, 1024, rpn_convs=2, box_convs=4, mask_convs=4, anchor=8, finest=56, levels=5, before_nms=2000, proposals=1000, sampled=512, points=0)
-SMALL = Size(64, 256, rpn_convs=1, box_convs=0, mask_convs=2, anchor=4, finest=28, levels=4, before_nms=200, proposals=100, sampled=32, points=1)
+PAPER = Size(  # detectron2's Mask R-CNN with the heads of its "new baselines" (recipes A10)
+    256, 1024, rpn_convs=2, box_convs=4, mask_convs=4, anchor=8, finest=56, levels=5, before_nms=2000, before_nms_in_test=1000, proposals=1000,
+    sampled=512, points=0,
+)
+SMALL = Size(
+    64, 256, rpn_convs=1, box_convs=0, mask_convs=2, anchor=4, finest=28, levels=4, before_nms=200, before_nms_in_test=200, proposals=100,
+    sampled=32, points=1,
+)
 
 
 def train_pipeline(side: int, jitter: tuple[float, float]) -> list[dict[str, Any]]:
@@ -68,12 +75,35 @@ def test_pipeline(side: int) -> list[dict[str, Any]]:
     ]
 
 
-def build(checkpoint: Backbone, recipe: Recipe, size: Size, side: int, taps: tuple[int, ...], scales: tuple[float, ...], classes: int) -> nn.Module:
-    """FPN with batch norm, RPN, box head and mask head on the ViT's pyramid. `side`: of the square input, in pixels."""
+def backbone(checkpoint: Backbone, by: str, side: int, drop_path: float, window: int, taps: tuple[int, ...], scales: tuple[float, ...]) -> dict[str, Any]:
+    """Configuration of the backbone, the ViT in it. It gives four maps of `scales` after the blocks `taps`, or for "vitdet" the map of the last block.
+
+    Args:
+        by: "li21" or "vitdet" (see `windows.py`), or "default": the ViT's attention as it is, with class token; a relative bias is brought to the new grid.
+        side: of the square input, in pixels.
+        window: patches along a side of ViTDet's windows.
+    """
+    if by == "vitdet":
+        last = checkpoint.config.depth - 1
+        return {"type": WindowedPyramid, "vit": vitdet(checkpoint, side, drop_path, window), "taps": (last,), "scales": (1.0,)}
+    if by == "li21":
+        return {"type": WindowedPyramid, "vit": li21(checkpoint, side, drop_path), "taps": taps, "scales": scales, "norm": "group"}
+    resized = dataclasses.replace(checkpoint.config, size=(side, side)) if checkpoint.config.relative_bias != "none" else None
+    return {"type": Pyramid, "vit": checkpoint.build(resized, drop_path), "taps": taps, "scales": scales}
+
+
+def build(checkpoint: Backbone, pyramid: dict[str, Any], size: Size, by: str, side: int, scales: tuple[float, ...], classes: int) -> nn.Module:
+    """Neck, RPN, box head and mask head on the maps of `backbone`: FPN and batch norm (Li21), or the simple pyramid and layer norm ("vitdet").
+
+    Batch norm is over the images of all processes; with one process that is the plain one.
+    """
     width, patch = checkpoint.config.width, checkpoint.config.patch
-    strides = [round(patch / s) for s in scales]
-    strides += [strides[-1] * 2 ** (i + 1) for i in range(size.levels - 4)]
-    norm = {"type": "NearBN", "requires_grad": True}
+    exact = [patch / s for s in scales]
+    strides = [int(s) if s.is_integer() else s for s in exact + [exact[-1] * 2 ** (i + 1) for i in range(size.levels - 4)]]
+    norm: dict[str, Any] = {"type": LayerNorm2d, "eps": 1e-6} if by == "vitdet" else {"type": "NearBN", "requires_grad": True}
+    neck: dict[str, Any] = {"type": SimplePyramid, "width": width, "channels": size.channels, "scales": scales, "levels": size.levels} if by == "vitdet" else {
+        "type": "FPN", "in_channels": [width] * 4, "out_channels": size.channels, "num_outs": size.levels, "norm_cfg": norm,
+    }
 
     def regions(output: int) -> dict[str, Any]:
         return {
@@ -97,8 +127,7 @@ def build(checkpoint: Backbone, recipe: Recipe, size: Size, side: int, taps: tup
             "type": "DetDataPreprocessor", "mean": [255 * m for m in checkpoint.mean], "std": [255 * s for s in checkpoint.std],
             "bgr_to_rgb": True, "pad_mask": True, "pad_size_divisor": side,
         },
-        "backbone": {"type": "HarnessPyramid", "vit": checkpoint.build(drop_path=recipe.drop_path), "taps": taps, "scales": scales},
-        "neck": {"type": "FPN", "in_channels": [width] * 4, "out_channels": size.channels, "num_outs": size.levels, "norm_cfg": norm},
+        "backbone": pyramid, "neck": neck,
         "rpn_head": {
             "type": "RPNHead", "in_channels": size.channels, "feat_channels": size.channels, "num_convs": size.rpn_convs,
             "anchor_generator": {"type": "AnchorGenerator", "scales": [size.anchor], "ratios": [0.5, 1.0, 2.0], "strides": strides},
@@ -124,7 +153,7 @@ def build(checkpoint: Backbone, recipe: Recipe, size: Size, side: int, taps: tup
             },
         },
         "test_cfg": {
-            "rpn": propose,
+            "rpn": {**propose, "nms_pre": size.before_nms_in_test},
             "rcnn": {"score_thr": 0.05, "nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100, "mask_thr_binary": 0.5},
         },
     }))

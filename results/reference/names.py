@@ -63,7 +63,9 @@ METHODS: tuple[Counterpart, ...] = (
         ("unmasked", "no-mask+recover-100pct"), ("intermediate", "plain-ViT+interm-IN1K-ft"), ("layer-scale", "LayerScale"))),
     *(Counterpart(("beit@plus", "beit@plus-300"), method="BEiT", variant=v) for v in ("LayerScale+relpos", "official-code-rerun")),
     Counterpart((), paper="MAE", method="BEiT", variant="MAE-authors-protocol", near={"beit": WHICH.format("BEiT"), "beit@plus": WHICH.format("BEiT")}),
+    Counterpart(("mae", "mae@1600"), method="ViTDet", variant="MAE-1600"),
     # labels
+    Counterpart(("scratch",), method="scratch", variant="random-init"),
     *(Counterpart(("scratch", "supervised", "supervised@mean"), method="scratch", variant=v) for v in ("MAE-recipe-EMA", "MAE-recipe")),
     Counterpart(("supervised", "supervised@mean"), method="supervised", variant="MAE-recipe"),
     Counterpart(("supervised@deit",), method="scratch", variant="DeiT*"),
@@ -104,8 +106,11 @@ EVALUATORS: tuple[Counterpart, ...] = (
     Counterpart(("ade20k@beit-640",), eval="ADE20K-UperNet640-ss"),
     Counterpart(("ade20k", "ade20k@mae"), eval="ADE20K-UperNet-MAEproto", near={
         "ade20k@mae-160k": "160,000 iterations and LayerScale as in the public reproductions, published with 100 epochs"}),
-    Counterpart(("coco",), eval="COCO-Li21", near={"coco@vitdet": "set up as ViTDet, published as by Li et al. 2021"}),
-    Counterpart(("coco@vitdet",), eval="COCO-ViTDet-MRCNN", near={"coco": "set up as by Li et al. 2021, published as ViTDet"}),
+    Counterpart((), eval="COCO-Li21", method="scratch", near=dict.fromkeys(
+        ("coco", "coco@li21", "coco@li21-200", "coco@li21-400"), "the published value is the best of 100, 200 and 400 epochs")),
+    Counterpart(("coco", "coco@li21"), eval="COCO-Li21"),
+    *(Counterpart((f"coco@li21-{n}",), eval=f"COCO-Li21-{n}ep") for n in (25, 50)),
+    Counterpart(("coco@vitdet",), eval="COCO-ViTDet-MRCNN"),
     # robustness
     *(Counterpart((ours,), eval=theirs) for ours, theirs in ROBUSTNESS), *(Counterpart((f"{ours}@448",), eval=f"{theirs}-448") for ours, theirs in ROBUSTNESS),
 )

@@ -224,4 +224,3 @@ def test_recipes_exist_for_what_the_sources_give() -> None:
     for evaluator in EVALUATORS.values():
         assert evaluator.recipe(paper, base) is not None and evaluator.recipe(paper, VIT) is None
         assert evaluator.skip(VIT) is None and evaluator.skip(dataclasses.replace(VIT, depth=2)) is None  # the conformance suite has two blocks
-    assert EVALUATORS["coco"].skip(dataclasses.replace(VIT, relative_bias="shared")) is not None
