@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmcv.transforms import BaseTransform
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as ANY_MODELS
 from mmengine.registry import TRANSFORMS
@@ -20,7 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evals.openmmlab.backbone import Pyramid, keep_fp32
+from evals.openmmlab.samples import Reader
 from harness.checkpoint import Backbone
+from harness.data import BadImage
 from harness.spec import JobFailed, Recipe
 
 IGNORED = 255
@@ -28,30 +29,30 @@ WINDOWS_AT_ONCE = 8
 ANY_MODELS.register_module("HarnessPyramid", module=Pyramid, force=True)
 
 
-class ReadLabels(BaseTransform):  # type: ignore[misc]
-    """`seg_map_path` -> `gt_seg_map` (H, W) uint8 or int32: labels 1..n become 0..n-1, 0 is ignored (255)."""
+class ReadLabels(Reader):
+    """`seg_map_path` -> `gt_seg_map` (H, W) uint8: labels 1..n become 0..n-1, 0 is ignored (255). ReadImage has compared the size."""
 
     def __init__(self, classes: int) -> None:
+        if classes > IGNORED:
+            raise JobFailed(f"objectInfo150.txt: {classes} classes: at most {IGNORED} fit beside the ignored label")
         self.classes = classes
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Adds gt_seg_map.
 
         Raises:
-            JobFailed: no index picture, another size than the image, or a label above the number of classes.
+            BadImage: no index picture, or a label above the number of classes.
         """
         path = results["seg_map_path"]
         try:
             with Image.open(path) as picture:
                 labels = np.asarray(picture)
         except (OSError, SyntaxError) as error:
-            raise JobFailed(f"{path}: cannot be read as a label picture ({error}): mend it or remove it with its image") from error
+            raise BadImage(f"{path}: cannot be read as a label picture ({error}): mend it or remove it with its image") from error
         if labels.ndim != 2:
-            raise JobFailed(f"{path}: has {labels.shape[-1]} channels: ADE20K's labels are one-channel PNG files (annotations/ of ADEChallengeData2016)")
+            raise BadImage(f"{path}: has {labels.shape[-1]} channels: ADE20K's labels are one-channel PNG files (annotations/ of ADEChallengeData2016)")
         if labels.max() > self.classes:
-            raise JobFailed(f"{path}: label {labels.max()} is above the number of classes in objectInfo150.txt ({self.classes})")
-        if labels.shape != tuple(results["ori_shape"]):
-            raise JobFailed(f"{path}: {labels.shape[1]}x{labels.shape[0]} pixels, its image {results['ori_shape'][1]}x{results['ori_shape'][0]}")
+            raise BadImage(f"{path}: label {labels.max()} is above the number of classes in objectInfo150.txt ({self.classes})")
         results["gt_seg_map"] = np.where(labels == 0, IGNORED, labels.astype(np.int32) - 1).astype(np.uint8)
         results["seg_fields"].append("gt_seg_map")
         return results
