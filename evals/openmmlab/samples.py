@@ -156,7 +156,8 @@ def batches(samples: InOrder, session: Session, batch: int, first: int, last: in
         return (pseudo_collate([samples[p] for p in place]) for place in places)
     return _plain_errors(DataLoader(
         samples, batch_sampler=places, num_workers=session.workers, collate_fn=pseudo_collate, worker_init_fn=_one_thread,
-        pin_memory=session.device.type == "cuda", multiprocessing_context="spawn" if session.device.type == "cuda" else "fork",
+        pin_memory=session.device.type == "cuda",
+        multiprocessing_context="fork",  # workers never touch CUDA; a spawned one would have its own copy of all annotations, and no mmcv ops
     ))
 
 

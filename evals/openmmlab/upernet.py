@@ -11,6 +11,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as ANY_MODELS
 from mmengine.registry import TRANSFORMS
 from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import PackSegInputs
 from mmseg.models.decode_heads import FCNHead, UPerHead
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.models.utils import resize
@@ -63,7 +64,7 @@ class LossOnly:
 
     def loss_by_feat(self: Any, seg_logits: Tensor, batch_data_samples: list[Any]) -> dict[str, Tensor]:
         """Cross-entropy at the size of the labels; seg_logits (B, classes, h, w)."""
-        labels = self._stack_batch_gt(batch_data_samples).squeeze(1)  # (B, H, W)
+        labels = self._stack_batch_gt(batch_data_samples).squeeze(1).long()  # (B, H, W)
         logits = resize(seg_logits, size=labels.shape[-2:], mode="bilinear", align_corners=self.align_corners)
         return {"loss_ce": self.loss_decode(logits, labels, ignore_index=self.ignore_index)}
 
@@ -78,7 +79,19 @@ class AuxiliaryHead(LossOnly, FCNHead):  # type: ignore[misc]
     """FCNHead."""
 
 
+class PackLabels(PackSegInputs):  # type: ignore[misc]
+    """mmseg's packing with labels that stay uint8 up to the device; its int64 are eight times as much to pass between processes."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """inputs (3, H, W) uint8, data_samples with gt_sem_seg (1, H, W) uint8."""
+        packed: dict[str, Any] = super().transform(results)
+        labels = packed["data_samples"].gt_sem_seg
+        labels.data = labels.data.byte()
+        return packed
+
+
 TRANSFORMS.register_module("HarnessReadLabels", module=ReadLabels, force=True)
+TRANSFORMS.register_module("HarnessPackLabels", module=PackLabels, force=True)
 
 
 @MODELS.register_module("HarnessSegmentor", force=True)
@@ -109,7 +122,7 @@ def train_pipeline(sizes: dict[str, Any], classes: int) -> list[dict[str, Any]]:
         {"type": "HarnessReadImage"}, {"type": "HarnessReadLabels", "classes": classes},
         {"type": "RandomResize", "scale": (4 * short, short), "ratio_range": (0.5, 2.0), "keep_ratio": True},
         {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
-        {"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}, {"type": "PackSegInputs"},
+        {"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}, {"type": "HarnessPackLabels"},
     ]
 
 
