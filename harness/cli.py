@@ -102,11 +102,6 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--runs", default="runs")
     status.set_defaults(go=command_status)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, data: what works, what does not, the remedy")
-    doctor.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
-    doctor.add_argument("--runs", default="runs")
-    doctor.set_defaults(go=command_doctor)
-
     from harness.plugins import installed, load
 
     for name in installed("commands"):
@@ -270,13 +265,6 @@ def command_status(args: argparse.Namespace) -> int:
     print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}")
     print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
     return 0
-
-
-def command_doctor(args: argparse.Namespace) -> int:
-    """`harness doctor`: exit 1 when something that a run needs does not work."""
-    from harness.doctor import examine
-
-    return examine(args.data, Path(args.runs))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

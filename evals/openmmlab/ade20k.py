@@ -7,10 +7,11 @@ Sizes of the papers: crop 512, head as wide as the ViT, resize of the short side
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from harness.checkpoint import Backbone
-from harness.plugins import EvalContext
+from harness.plugins import EvalContext, Golden
 from harness.spec import Metric, Outcome, Protocol, Recipe, ViTConfig
 
 DEMO = Recipe(
@@ -69,6 +70,15 @@ class ADE20K:
         if vit.relative_bias != "none":
             return "relative position bias at another size than pre-training's is not supported yet"
         return None
+
+    def golden(self, folder: Path) -> tuple[Golden, ...]:
+        """Known answers, see `evals.openmmlab.golden`."""
+        from evals.openmmlab.foreign import openmmlab
+
+        with openmmlab():
+            from evals.openmmlab.golden import segmentation
+
+            return segmentation(self, folder)
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Fine-tune and score; resumable inside context.session.dir.

@@ -7,10 +7,11 @@ the annotations; images without objects are left out in training and scored in v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from harness.checkpoint import Backbone
-from harness.plugins import EvalContext
+from harness.plugins import EvalContext, Golden
 from harness.spec import Metric, Outcome, Protocol, Recipe, ViTConfig
 
 DEMO = Recipe(
@@ -63,6 +64,15 @@ class COCO:
         if vit.relative_bias != "none":
             return "relative position bias at another size than pre-training's is not supported yet"
         return None
+
+    def golden(self, folder: Path) -> tuple[Golden, ...]:
+        """Known answers, see `evals.openmmlab.golden`."""
+        from evals.openmmlab.foreign import openmmlab
+
+        with openmmlab():
+            from evals.openmmlab.golden import detection
+
+            return detection(self, folder)
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Fine-tune and score; resumable inside context.session.dir.

@@ -100,3 +100,9 @@ def train_and_test(work: Work, scope: str) -> dict[str, float]:
         runner = QuietRunner(work, scope, folder)
         runner.train()
         return runner.test()
+
+
+def only_test(work: Work, scope: str) -> dict[str, float]:
+    """The metric's scores of the model as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        return QuietRunner(work, scope, folder).test()

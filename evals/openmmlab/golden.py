@@ -1,0 +1,214 @@
+"""Known answers of the dense evaluators: their own readers, models and metrics on drawn scenes, in seconds and without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from evals.openmmlab import loops, samples, session
+from harness.checkpoint import Backbone
+from harness.plugins import Golden, Session
+from harness.randomness import generator
+from harness.spec import Protocol, Recipe, ViTConfig
+from harness.vit import ViT
+
+CLASSES = ("ground", "red", "green", "blue")
+COLOURS = ((110, 110, 110), (200, 60, 60), (60, 180, 60), (60, 60, 200))
+SIZES = ((64, 88), (80, 64), (72, 72))  # height, width
+IMAGES, SIDE, MOVED = 24, 20, 3  # MOVED by 3 of 20 pixels: IoU 17 / 23 = 0.74, a match at 0.50 to 0.70, half of COCO's thresholds
+IGNORED = 255
+VIT = ViTConfig(size=(32, 32), patch=8, width=32, depth=4, heads=2)
+SETTING = Protocol(name="smoke", family="smoke", summary="", backbones={"tiny": VIT}, backbone="tiny")
+UNUSED = Recipe(batch=1, lr=1.0, iterations=1)
+# Measured in fp32 on an AMD EPYC: torch 2.14.1, mmseg 1.2.2, mmdet 3.3.0. (number, tolerance): machines differ in the last bits. Three times all weights were
+# changed by 1e-5 of themselves, a hundred times those bits, and moved the mIoU by 0.002 at most and the score by 0.23 (suppression then keeps other boxes).
+FIXED_MIOU, FIXED_SCORE = (8.15, 0.05), (70.29, 1.0)
+
+
+def scene(index: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """An image (H, W, 3) with a square in each quarter, and the squares (class 1..3, left, top)."""
+    rng, (height, width) = generator("golden scene", index), SIZES[index % len(SIZES)]
+    image = np.full((height, width, 3), COLOURS[0], np.uint8)
+    squares = []
+    for quarter in range(4):
+        label = int(rng.integers(1, len(CLASSES)))
+        left, top = (half * length // 2 + int(rng.integers(2, length // 2 - SIDE - MOVED)) for half, length in ((quarter % 2, width), (quarter // 2, height)))
+        image[top : top + SIDE, left : left + SIDE] = COLOURS[label]
+        squares.append((label, left, top))
+    return image + rng.integers(0, 12, image.shape, dtype=np.uint8), squares
+
+
+def label_map(index: int) -> np.ndarray:
+    """Class (H, W) of each pixel of a scene; two lines above are not labelled."""
+    image, squares = scene(index)
+    labels = np.zeros(image.shape[:2], np.int64)
+    for label, left, top in squares:
+        labels[top : top + SIDE, left : left + SIDE] = label
+    labels[:2] = IGNORED
+    return labels
+
+
+def fixed(model: nn.Module) -> nn.Module:
+    """A model whose weights are drawn from its parameters' names: the same everywhere, with torch's generator left out of it."""
+    for name, parameter in model.named_parameters():
+        drawn = generator("golden", name).standard_normal(parameter.shape, dtype=np.float32)
+        if parameter.ndim > 1:  # filters without a mean: what is alike everywhere would decide all pixels for one class
+            drawn -= drawn.mean(tuple(range(1, drawn.ndim)), keepdims=True)
+            parameter.data.copy_(torch.from_numpy(drawn * (2.0 / (parameter.numel() / parameter.shape[0])) ** 0.5))
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def place(folder: Path) -> Session:
+    """A session on the processor in fp32."""
+    return Session(folder, 0, torch.device("cpu"), torch.float32, {})
+
+
+def checkpoint() -> Backbone:
+    """A tiny ViT."""
+    return Backbone(VIT, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), fixed(ViT(VIT)).state_dict())
+
+
+# --------------------------------------------------------------------------------------------------------------- ade20k
+
+
+def write_ade20k(root: Path) -> None:
+    """The scenes in ADE20K's layout."""
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", *(f"{i}\t0\t1\t1\t0\t{name}" for i, name in enumerate(CLASSES, 1))]
+    for kind in ("images", "annotations"):
+        (root / kind / "validation").mkdir(parents=True)
+    (root / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
+    for i in range(IMAGES):
+        labels = label_map(i)
+        Image.fromarray(scene(i)[0]).save(root / "images" / "validation" / f"{i:03}.jpg", quality=95)
+        Image.fromarray(np.where(labels == IGNORED, 0, labels + 1).astype(np.uint8)).save(root / "annotations" / "validation" / f"{i:03}.png")
+
+
+def segmentation(evaluator: Any, folder: Path) -> tuple[Golden, ...]:
+    """Known answers of `ade20k`: perfect and shuffled predictions, and a fixed model through the evaluator's windows, head and metric."""
+    from evals.openmmlab import upernet
+    from evals.openmmlab.mean_iou import MeanIoU
+    from harness.data import ade20k_classes
+
+    write_ade20k(folder)
+    classes, sizes = ade20k_classes(folder), dataclasses.replace(evaluator, channels=16).sizes(VIT, SETTING)
+
+    def mean_iou(predictions: list[np.ndarray]) -> float:
+        metric = MeanIoU(folder / "outcomes.npz")
+        metric.dataset_meta = test.metainfo
+        for i, predicted in enumerate(predictions):
+            truth = test[i]["data_samples"].to_dict()
+            metric.process({}, [{**truth, "pred_sem_seg": {"data": torch.from_numpy(predicted)[None]}}])
+        return float(metric.evaluate(len(predictions))["mIoU"])
+
+    with session.quiet(place(folder), "mmseg"):
+        test = upernet.scenes(folder, "validation", classes, upernet.test_pipeline(sizes, len(classes)))
+        perfect = [np.where((labels := label_map(i)) == IGNORED, 0, labels) for i in range(IMAGES)]
+        shuffled, hit, union = [], np.zeros(len(classes)), np.zeros(len(classes))
+        for i in range(IMAGES):
+            seen = label_map(i) != IGNORED
+            mixed, share = perfect[i].copy(), np.bincount(perfect[i][seen], minlength=len(classes)) / seen.sum()
+            mixed[seen] = generator("shuffle", i).permutation(mixed[seen])
+            shuffled.append(mixed)
+            hit, union = hit + seen.sum() * share**2, union + seen.sum() * (2 * share - share**2)  # what is to be expected of pixels at random
+        found = [Golden("perfect predictions, mIoU", mean_iou(perfect), 100.0, 1e-9),
+                 Golden("pixels shuffled, mIoU", mean_iou(shuffled), 100 * float((hit / union).mean()), 0.5)]
+        order = samples.InOrder(test, range(IMAGES), None, False)
+        model = fixed(upernet.build(checkpoint(), UNUSED, sizes, len(classes)))
+        work = loops.Work(place(folder), UNUSED, model, order, order, MeanIoU(folder / "outcomes.npz"))
+        score = session.only_test(work, "mmseg")["mIoU"]
+    return (*found, Golden("a fixed tiny checkpoint, mIoU", score, *FIXED_MIOU))
+
+
+# ----------------------------------------------------------------------------------------------------------------- coco
+
+
+def write_coco(root: Path) -> tuple[tuple[int, str], ...]:
+    """The scenes in COCO's layout; the categories have ids with gaps."""
+    (root / "annotations").mkdir()
+    (root / "val2017").mkdir()
+    categories = tuple((3 * i + 1, name) for i, name in enumerate(CLASSES[1:], 1))
+    images, annotations = [], []
+    for i in range(IMAGES):
+        image, squares = scene(i)
+        Image.fromarray(image).save(root / "val2017" / f"{i:012}.jpg", quality=95)
+        images.append({"id": i, "file_name": f"{i:012}.jpg", "height": image.shape[0], "width": image.shape[1]})
+        for label, x, y in squares:
+            outline = [x, y, x + SIDE, y, x + SIDE, y + SIDE, x, y + SIDE]
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": categories[label - 1][0], "bbox": [x, y, SIDE, SIDE],
+                                "area": SIDE * SIDE, "iscrowd": 0, "segmentation": [outline]})
+    body = {"images": images, "annotations": annotations, "categories": [{"id": number, "name": name} for number, name in categories]}
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(body))
+    return categories
+
+
+def detections(moved: int, labels: np.ndarray) -> list[dict[str, Any]]:
+    """The squares of all scenes `moved` to the right, with these labels (0..2), as mmdet hands predictions to a metric."""
+    found = []
+    for i in range(IMAGES):
+        image, squares = scene(i)
+        masks = np.zeros((4, *image.shape[:2]), bool)
+        for mask, (_, left, top) in zip(masks, squares, strict=True):
+            mask[top : top + SIDE, left + moved : left + moved + SIDE] = True
+        boxes = torch.tensor([[left + moved, top, left + moved + SIDE, top + SIDE] for _, left, top in squares], dtype=torch.float)
+        found.append({"img_id": i, "pred_instances": {
+            "bboxes": boxes, "labels": torch.from_numpy(labels[i]), "scores": torch.linspace(0.9, 0.6, 4) - 0.01 * i, "masks": torch.from_numpy(masks),
+        }})
+    return found
+
+
+def chance(count: int, total: int) -> float:
+    """AP, 0..1, to be expected of `count` detections of as many objects when each is one of them with probability count / total."""
+    hits = (generator("chance", count).random((1000, count)) < count / total).cumsum(1)
+    precision = hits / np.arange(1, count + 1)
+    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]  # at this recall or a higher one
+    at = [(hits >= recall * count).argmax(1) for recall in np.linspace(0, 1, 101)]
+    reached = [hits[:, -1] >= recall * count for recall in np.linspace(0, 1, 101)]
+    return float(np.mean([np.where(r, best[np.arange(len(best)), a], 0.0) for a, r in zip(at, reached, strict=True)]))
+
+
+def detection(evaluator: Any, folder: Path) -> tuple[Golden, ...]:
+    """Known answers of `coco`: perfect, moved and shuffled detections, and the detections of a fixed model."""
+    from evals.openmmlab import mask_rcnn
+    from evals.openmmlab.average_precision import AveragePrecision
+    from evals.openmmlab.backbone import even_taps, scales_for
+    from evals.openmmlab.scenes import COCOScenes
+
+    categories = write_coco(folder)
+    true = np.array([[label - 1 for label, _, _ in scene(i)[1]] for i in range(IMAGES)])
+    mixed = generator("shuffle").permutation(true.ravel()).reshape(true.shape)
+
+    with session.quiet(place(folder), "mmdet"):
+        test = COCOScenes(folder, "val2017", categories, mask_rcnn.test_pipeline(96))
+
+        def metric() -> Any:
+            return AveragePrecision(folder / "outcomes.npz", test.json, test.ids(list(range(IMAGES))), [number for number, _ in categories])
+
+        def precision(found: list[dict[str, Any]]) -> dict[str, float]:
+            judge = metric()
+            judge.dataset_meta = test.metainfo
+            judge.process({}, found)
+            return dict(judge.evaluate(len(found)))
+
+        found = []
+        for what, (moved, labels, expected, tolerance) in {
+            "perfect detections": (0, true, 100.0, 1e-6), "moved to an IoU of 0.74": (MOVED, true, 50.0, 1e-6),
+            "labels shuffled": (0, mixed, 100 * float(np.mean([chance(n, true.size) for n in np.bincount(true.ravel())])), 6.0),
+        }.items():
+            found += [Golden(f"{what}, {name}", value, expected, tolerance) for name, value in precision(detections(moved, labels)).items()]
+        order = samples.InOrder(test, range(IMAGES), None, False)
+        model = fixed(mask_rcnn.build(checkpoint(), UNUSED, mask_rcnn.SMALL, 96, even_taps(VIT.depth), scales_for(VIT.patch), len(categories)))
+        session.only_test(loops.Work(place(folder), UNUSED, model, order, order, metric(), test_batch=8), "mmdet")
+        with np.load(folder / "outcomes.npz") as saved:
+            score = float(saved["bbox_dt"][:, 2].mean()) / 1e4
+    return (*found, Golden("a fixed tiny checkpoint, mean score of its detections", score, *FIXED_SCORE))
+
+
