@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from evals.openmmlab import loops, samples, session
+from evals.openmmlab import session
+from evals.openmmlab.loops import Work
 from harness.checkpoint import Backbone
-from harness.plugins import Golden, Session
+from harness.plugins import EvalContext, Golden, Session
 from harness.randomness import generator
 from harness.spec import Protocol, Recipe, ViTConfig
 from harness.vit import ViT
@@ -26,7 +28,6 @@ IMAGES, SIDE, MOVED = 24, 20, 3  # MOVED by 3 of 20 pixels: IoU 17 / 23 = 0.74, 
 IGNORED = 255
 VIT = ViTConfig(size=(32, 32), patch=8, width=32, depth=4, heads=2)
 SETTING = Protocol(name="smoke", family="smoke", summary="", backbones={"tiny": VIT}, backbone="tiny")
-UNUSED = Recipe(batch=1, lr=1.0, iterations=1)
 # Measured in fp32 on an AMD EPYC: torch 2.14.1, mmseg 1.2.2, mmdet 3.3.0. (number, tolerance): machines differ in the last bits. Three times all weights were
 # changed by 1e-5 of themselves, a hundred times those bits, and moved the mIoU by 0.002 at most and the score by 0.23 (suppression then keeps other boxes).
 FIXED_MIOU, FIXED_SCORE = (8.15, 0.05), (70.29, 1.0)
@@ -67,14 +68,12 @@ def fixed(model: nn.Module) -> nn.Module:
     return model
 
 
-def place(folder: Path) -> Session:
-    """A session on the processor in fp32."""
-    return Session(folder, 0, torch.device("cpu"), torch.float32, {})
-
-
-def checkpoint() -> Backbone:
-    """A tiny ViT."""
-    return Backbone(VIT, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), fixed(ViT(VIT)).state_dict())
+def run(evaluator: Any, data: dict[str, Path], folder: Path, ask: Callable[[Work, str], dict[str, float]]) -> None:
+    """Let an evaluator prepare its work on a tiny ViT, in fp32 on the processor, and ask that."""
+    checkpoint = Backbone(VIT, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), fixed(ViT(VIT)).state_dict())
+    lent = Session(folder, 0, torch.device("cpu"), torch.float32, data)
+    with session.instead_of_training(ask):
+        evaluator.run(checkpoint, EvalContext(lent, SETTING, Recipe(batch=1, lr=1.0, iterations=1)))
 
 
 # --------------------------------------------------------------------------------------------------------------- ade20k
@@ -83,71 +82,70 @@ def checkpoint() -> Backbone:
 def write_ade20k(root: Path) -> None:
     """The scenes in ADE20K's layout."""
     rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", *(f"{i}\t0\t1\t1\t0\t{name}" for i, name in enumerate(CLASSES, 1))]
-    for kind in ("images", "annotations"):
-        (root / kind / "validation").mkdir(parents=True)
+    for split, count in (("training", 1), ("validation", IMAGES)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            labels = label_map(i)
+            Image.fromarray(scene(i)[0]).save(root / "images" / split / f"{i:03}.jpg", quality=95)
+            Image.fromarray(np.where(labels == IGNORED, 0, labels + 1).astype(np.uint8)).save(root / "annotations" / split / f"{i:03}.png")
     (root / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
-    for i in range(IMAGES):
-        labels = label_map(i)
-        Image.fromarray(scene(i)[0]).save(root / "images" / "validation" / f"{i:03}.jpg", quality=95)
-        Image.fromarray(np.where(labels == IGNORED, 0, labels + 1).astype(np.uint8)).save(root / "annotations" / "validation" / f"{i:03}.png")
 
 
 def segmentation(evaluator: Any, folder: Path) -> tuple[Golden, ...]:
     """Known answers of `ade20k`: perfect and shuffled predictions, and a fixed model through the evaluator's windows, head and metric."""
-    from evals.openmmlab import upernet
-    from evals.openmmlab.mean_iou import MeanIoU
-    from harness.data import ade20k_classes
+    found: list[Golden] = []
 
-    write_ade20k(folder)
-    classes, sizes = ade20k_classes(folder), dataclasses.replace(evaluator, channels=16).sizes(VIT, SETTING)
+    def ask(work: Work, scope: str) -> dict[str, float]:
+        classes = len(work.test.metainfo["classes"])
 
-    def mean_iou(predictions: list[np.ndarray]) -> float:
-        metric = MeanIoU(folder / "outcomes.npz")
-        metric.dataset_meta = test.metainfo
-        for i, predicted in enumerate(predictions):
-            truth = test[i]["data_samples"].to_dict()
-            metric.process({}, [{**truth, "pred_sem_seg": {"data": torch.from_numpy(predicted)[None]}}])
-        return float(metric.evaluate(len(predictions))["mIoU"])
+        def mean_iou(predictions: list[np.ndarray]) -> float:
+            work.metric.dataset_meta = work.test.metainfo
+            for i, predicted in enumerate(predictions):
+                truth = work.test.source[i]["data_samples"].to_dict()
+                work.metric.process({}, [{**truth, "pred_sem_seg": {"data": torch.from_numpy(predicted)[None]}}])
+            return float(work.metric.evaluate(len(predictions))["mIoU"])
 
-    with session.quiet(place(folder), "mmseg"):
-        test = upernet.scenes(folder, "validation", classes, upernet.test_pipeline(sizes, len(classes)))
         perfect = [np.where((labels := label_map(i)) == IGNORED, 0, labels) for i in range(IMAGES)]
-        shuffled, hit, union = [], np.zeros(len(classes)), np.zeros(len(classes))
+        shuffled, hit, union = [], np.zeros(classes), np.zeros(classes)
         for i in range(IMAGES):
             seen = label_map(i) != IGNORED
-            mixed, share = perfect[i].copy(), np.bincount(perfect[i][seen], minlength=len(classes)) / seen.sum()
+            mixed, share = perfect[i].copy(), np.bincount(perfect[i][seen], minlength=classes) / seen.sum()
             mixed[seen] = generator("shuffle", i).permutation(mixed[seen])
             shuffled.append(mixed)
             hit, union = hit + seen.sum() * share**2, union + seen.sum() * (2 * share - share**2)  # what is to be expected of pixels at random
-        found = [Golden("perfect predictions, mIoU", mean_iou(perfect), 100.0, 1e-9),
-                 Golden("pixels shuffled, mIoU", mean_iou(shuffled), 100 * float((hit / union).mean()), 0.5)]
-        order = samples.InOrder(test, range(IMAGES), None, False)
-        model = fixed(upernet.build(checkpoint(), UNUSED, sizes, len(classes)))
-        work = loops.Work(place(folder), UNUSED, model, order, order, MeanIoU(folder / "outcomes.npz"))
-        score = session.only_test(work, "mmseg")["mIoU"]
-    return (*found, Golden("a fixed tiny checkpoint, mIoU", score, *FIXED_MIOU))
+        found.append(Golden("perfect predictions, mIoU", mean_iou(perfect), 100.0, 1e-9))
+        found.append(Golden("pixels shuffled, mIoU", mean_iou(shuffled), 100 * float((hit / union).mean()), 0.5))
+        fixed(work.model)
+        scores = session.only_test(work, scope)
+        found.append(Golden("a fixed tiny checkpoint, mIoU", scores["mIoU"], *FIXED_MIOU))
+        return scores
+
+    write_ade20k(folder / "data")
+    run(dataclasses.replace(evaluator, channels=16), {"ade20k": folder / "data"}, folder, ask)
+    return tuple(found)
 
 
 # ----------------------------------------------------------------------------------------------------------------- coco
 
 
-def write_coco(root: Path) -> tuple[tuple[int, str], ...]:
+def write_coco(root: Path) -> None:
     """The scenes in COCO's layout; the categories have ids with gaps."""
-    (root / "annotations").mkdir()
-    (root / "val2017").mkdir()
-    categories = tuple((3 * i + 1, name) for i, name in enumerate(CLASSES[1:], 1))
-    images, annotations = [], []
-    for i in range(IMAGES):
-        image, squares = scene(i)
-        Image.fromarray(image).save(root / "val2017" / f"{i:012}.jpg", quality=95)
-        images.append({"id": i, "file_name": f"{i:012}.jpg", "height": image.shape[0], "width": image.shape[1]})
-        for label, x, y in squares:
-            outline = [x, y, x + SIDE, y, x + SIDE, y + SIDE, x, y + SIDE]
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": categories[label - 1][0], "bbox": [x, y, SIDE, SIDE],
-                                "area": SIDE * SIDE, "iscrowd": 0, "segmentation": [outline]})
-    body = {"images": images, "annotations": annotations, "categories": [{"id": number, "name": name} for number, name in categories]}
-    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(body))
-    return categories
+    (root / "annotations").mkdir(parents=True)
+    categories = [{"id": 3 * i + 1, "name": name} for i, name in enumerate(CLASSES[1:], 1)]
+    for split, count in (("train2017", 1), ("val2017", IMAGES)):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            image, squares = scene(i)
+            Image.fromarray(image).save(root / split / f"{i:012}.jpg", quality=95)
+            images.append({"id": i, "file_name": f"{i:012}.jpg", "height": image.shape[0], "width": image.shape[1]})
+            for label, x, y in squares:
+                outline = [x, y, x + SIDE, y, x + SIDE, y + SIDE, x, y + SIDE]
+                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": categories[label - 1]["id"], "bbox": [x, y, SIDE, SIDE],
+                                    "area": SIDE * SIDE, "iscrowd": 0, "segmentation": [outline]})
+        body = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(body))
 
 
 def detections(moved: int, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -177,38 +175,24 @@ def chance(count: int, total: int) -> float:
 
 def detection(evaluator: Any, folder: Path) -> tuple[Golden, ...]:
     """Known answers of `coco`: perfect, moved and shuffled detections, and the detections of a fixed model."""
-    from evals.openmmlab import mask_rcnn
-    from evals.openmmlab.average_precision import AveragePrecision
-    from evals.openmmlab.backbone import even_taps, scales_for
-    from evals.openmmlab.scenes import COCOScenes
-
-    categories = write_coco(folder)
+    found: list[Golden] = []
     true = np.array([[label - 1 for label, _, _ in scene(i)[1]] for i in range(IMAGES)])
     mixed = generator("shuffle").permutation(true.ravel()).reshape(true.shape)
+    expected = 100 * float(np.mean([chance(n, true.size) for n in np.bincount(true.ravel())]))
 
-    with session.quiet(place(folder), "mmdet"):
-        test = COCOScenes(folder, "val2017", categories, mask_rcnn.test_pipeline(96))
+    def ask(work: Work, scope: str) -> dict[str, float]:
+        work.metric.dataset_meta = work.test.metainfo
+        for what, moved, labels, answer, tolerance in (
+            ("perfect detections", 0, true, 100.0, 1e-6), ("moved to an IoU of 0.74", MOVED, true, 50.0, 1e-6), ("labels shuffled", 0, mixed, expected, 6.0),
+        ):
+            work.metric.process({}, detections(moved, labels))
+            found.extend(Golden(f"{what}, {name}", value, answer, tolerance) for name, value in work.metric.evaluate(IMAGES).items())
+        fixed(work.model)
+        scores = session.only_test(work, scope)
+        with np.load(work.metric.path) as saved:
+            found.append(Golden("a fixed tiny checkpoint, mean score of its detections", float(saved["bbox_dt"][:, 2].mean()) / 1e4, *FIXED_SCORE))
+        return scores
 
-        def metric() -> Any:
-            return AveragePrecision(folder / "outcomes.npz", test.json, test.ids(list(range(IMAGES))), [number for number, _ in categories])
-
-        def precision(found: list[dict[str, Any]]) -> dict[str, float]:
-            judge = metric()
-            judge.dataset_meta = test.metainfo
-            judge.process({}, found)
-            return dict(judge.evaluate(len(found)))
-
-        found = []
-        for what, (moved, labels, expected, tolerance) in {
-            "perfect detections": (0, true, 100.0, 1e-6), "moved to an IoU of 0.74": (MOVED, true, 50.0, 1e-6),
-            "labels shuffled": (0, mixed, 100 * float(np.mean([chance(n, true.size) for n in np.bincount(true.ravel())])), 6.0),
-        }.items():
-            found += [Golden(f"{what}, {name}", value, expected, tolerance) for name, value in precision(detections(moved, labels)).items()]
-        order = samples.InOrder(test, range(IMAGES), None, False)
-        model = fixed(mask_rcnn.build(checkpoint(), UNUSED, mask_rcnn.SMALL, 96, even_taps(VIT.depth), scales_for(VIT.patch), len(categories)))
-        session.only_test(loops.Work(place(folder), UNUSED, model, order, order, metric(), test_batch=8), "mmdet")
-        with np.load(folder / "outcomes.npz") as saved:
-            score = float(saved["bbox_dt"][:, 2].mean()) / 1e4
-    return (*found, Golden("a fixed tiny checkpoint, mean score of its detections", score, *FIXED_SCORE))
-
-
+    write_coco(folder / "data")
+    run(dataclasses.replace(evaluator, side=96), {"coco": folder / "data"}, folder, ask)
+    return tuple(found)
