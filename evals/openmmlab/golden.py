@@ -79,10 +79,11 @@ def run(evaluator: Any, data: dict[str, Path], folder: Path, ask: Callable[[Work
 # --------------------------------------------------------------------------------------------------------------- ade20k
 
 
-def write_ade20k(root: Path) -> None:
-    """The scenes in ADE20K's layout."""
-    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", *(f"{i}\t0\t1\t1\t0\t{name}" for i, name in enumerate(CLASSES, 1))]
-    for split, count in (("training", 1), ("validation", IMAGES)):
+def write_ade20k(root: Path, images: int = IMAGES, classes: int = len(CLASSES)) -> None:
+    """One training image and some to be scored in ADE20K's layout; classes beyond the drawn ones have names and no pixels."""
+    names = [*CLASSES, *(f"class {i}" for i in range(len(CLASSES), classes))]
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", *(f"{i}\t0\t1\t1\t0\t{name}" for i, name in enumerate(names, 1))]
+    for split, count in (("training", 1), ("validation", images)):
         for kind in ("images", "annotations"):
             (root / kind / split).mkdir(parents=True)
         for i in range(count):
@@ -129,22 +130,23 @@ def segmentation(evaluator: Any, folder: Path) -> tuple[Golden, ...]:
 # ----------------------------------------------------------------------------------------------------------------- coco
 
 
-def write_coco(root: Path) -> None:
-    """The scenes in COCO's layout; the categories have ids with gaps."""
+def write_coco(root: Path, images: int = IMAGES, classes: int = len(CLASSES) - 1) -> None:
+    """The same in COCO's layout; the categories have ids with gaps."""
     (root / "annotations").mkdir(parents=True)
-    categories = [{"id": 3 * i + 1, "name": name} for i, name in enumerate(CLASSES[1:], 1)]
-    for split, count in (("train2017", 1), ("val2017", IMAGES)):
+    names = [*CLASSES[1:], *(f"class {i}" for i in range(len(CLASSES) - 1, classes))]
+    categories = [{"id": 3 * i + 1, "name": name} for i, name in enumerate(names, 1)]
+    for split, count in (("train2017", 1), ("val2017", images)):
         (root / split).mkdir()
-        images, annotations = [], []
+        listed, annotations = [], []
         for i in range(count):
             image, squares = scene(i)
             Image.fromarray(image).save(root / split / f"{i:012}.jpg", quality=95)
-            images.append({"id": i, "file_name": f"{i:012}.jpg", "height": image.shape[0], "width": image.shape[1]})
+            listed.append({"id": i, "file_name": f"{i:012}.jpg", "height": image.shape[0], "width": image.shape[1]})
             for label, x, y in squares:
                 outline = [x, y, x + SIDE, y, x + SIDE, y + SIDE, x, y + SIDE]
                 annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": categories[label - 1]["id"], "bbox": [x, y, SIDE, SIDE],
                                     "area": SIDE * SIDE, "iscrowd": 0, "segmentation": [outline]})
-        body = {"images": images, "annotations": annotations, "categories": categories}
+        body = {"images": listed, "annotations": annotations, "categories": categories}
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(body))
 
 
