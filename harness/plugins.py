@@ -52,7 +52,7 @@ class Session:
     `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
     `dtype` is the autocast type (torch.float32: none). `workers` are loader processes (0: load in this process).
     `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple the images of a batch.
-    `recompute`: the blocks of a dense evaluator's ViT are computed again in the backward pass: less memory, the same numbers.
+    `recompute`: the blocks of a dense evaluator's ViT are computed again in the backward pass: less memory, the same numbers; FLOPs count it.
     `folders` maps the names of the job's data sets to folders.
     """
 
