@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,9 @@ from harness.spec import UserError
 LABELS_LOOKED_AT = 1000  # annotation pictures that a quick check opens
 IGNORED = 255  # what label 0 becomes when all labels are shifted by one for training
 ENOUGH = 100  # pictures in which each class of a set should occur
+ONE_CHANNEL = ("1", "L", "P", "I", "I;16")
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+FAR = 100  # image sides beyond which a coordinate is none: pycocotools walks along every outline pixel by pixel
 
 
 class ADE20K(Labelled):
@@ -40,7 +44,7 @@ class ADE20K(Labelled):
                 raise UserError(f"{images / without[0]}.jpg: has no annotation {labels / without[0]}.png")
             stems = sorted(have)
             for stem in stems[:: max(1, len(stems) // LABELS_LOOKED_AT)]:
-                check_labels(labels / f"{stem}.png", classes)
+                check_labels(labels / f"{stem}.png", classes, images / f"{stem}.jpg")
 
     def problems(self, root: Path, step: Callable[[int], None]) -> Iterator[str]:
         """Pairs, sizes, and labels: 0 (unlabelled) and 1..n, which training shifts by one to 255 (ignored) and 0..n-1; not shifted already."""
@@ -59,9 +63,9 @@ class ADE20K(Labelled):
                     yield f"{path}: missing"
                     continue
                 try:
-                    size = load_rgb(image).size
                     with Image.open(path) as label:
                         mode, shape, values = label.mode, label.size, np.unique(np.asarray(label))
+                    size = load_rgb(image, shape).size
                 except (BadImage, OSError, ValueError) as error:
                     yield f"{path if not isinstance(error, BadImage) else image}: cannot be read ({error})"
                     continue
@@ -91,10 +95,15 @@ class COCO(Labelled):
         return len(body["images"]), len(body["categories"])
 
     def check(self, root: Path) -> None:
-        """References inside both annotation files, and the image files that they name."""
+        """Both annotation files: their references, their instances, the image files that they name; and the categories are the same."""
+        named = []
         for split in self.splits:
             path = root / "annotations" / f"instances_{split}.json"
-            check_coco(path, read_json_file(path), root / split)
+            body = read_json_file(path)
+            check_coco(path, body, root / split, scored=split == "val2017")
+            named.append({(c["id"], c["name"]) for c in body["categories"]})
+        if other := sorted(named[1] - named[0]):
+            raise UserError(f"{path}: category {other[0][0]} {other[0][1]!r} is none of instances_train2017.json: both files must list the same categories")
 
     def problems(self, root: Path, step: Callable[[int], None]) -> Iterator[str]:
         """Images and references of both annotation files, boxes and masks inside their image."""
@@ -110,7 +119,7 @@ class COCO(Labelled):
                     yield f"{file}: missing"
                     continue
                 try:
-                    size = load_rgb(file).size
+                    size = load_rgb(file, (image["width"], image["height"])).size
                 except BadImage as error:
                     yield str(error).split(": mend")[0]
                     continue
@@ -118,20 +127,15 @@ class COCO(Labelled):
                     yield f"{file}: {size[0]}x{size[1]} pixels, {path.name} says {image['width']}x{image['height']}"
             for a in body["annotations"]:
                 name = f"{path}: annotation {a.get('id')}"
-                if a["image_id"] not in images:
-                    yield f"{name} names image {a['image_id']}, which the file does not have"
+                if refused := unusable(a, images, categories, scored=split == "val2017"):
+                    yield f"{name} {refused}"
                     continue
-                if a["category_id"] not in categories:
-                    yield f"{name} names category {a['category_id']}, which the file does not have"
                 image, (x, y, w, h) = images[a["image_id"]], a["bbox"]
                 if w <= 0 or h <= 0:
                     yield f"{name} has a box without area"
                 elif x < -1 or y < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1:
                     yield f"{name} has a box outside its image"
-                mask = a["segmentation"]
-                if isinstance(mask, dict) and list(mask["size"]) != [image["height"], image["width"]]:
-                    yield f"{name} has a mask of {mask['size'][1]}x{mask['size'][0]} pixels, its image has {image['width']}x{image['height']}"
-                elif isinstance(mask, list) and any(len(p) < 6 or len(p) % 2 for p in mask):
+                if flat(a.get("segmentation")):
                     yield f"{name} has a polygon with fewer than three corners"
 
 
@@ -145,7 +149,7 @@ def number_of_classes(root: Path) -> int:
 
 def wrong_labels(mode: str, values: np.ndarray, classes: int) -> str | None:
     """What is wrong with the labels that occur in an annotation picture of ADE20K, before and after the shift by one, or None."""
-    if mode not in ("L", "P", "I", "I;16"):
+    if mode not in ONE_CHANNEL:
         return f"mode {mode}, expected one channel of class numbers"
     if values.min() < 0:
         return f"label {values.min()} is negative"
@@ -155,32 +159,81 @@ def wrong_labels(mode: str, values: np.ndarray, classes: int) -> str | None:
     return None
 
 
-def check_labels(path: Path, classes: int) -> None:
-    """One annotation picture of ADE20K: a single channel of numbers up to the number of classes. Raises UserError."""
-    from PIL import Image
+def check_labels(path: Path, classes: int, image: Path) -> None:
+    """One annotation picture of ADE20K: a single channel of numbers up to the number of classes, of its image's size. Raises UserError."""
+    from PIL import ExifTags, Image
 
     try:
         with Image.open(path) as label:
-            mode, values = label.mode, np.unique(np.asarray(label))
+            mode, shape, values = label.mode, label.size, np.unique(np.asarray(label))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}): mend or remove it with its image") from error
     if (wrong := wrong_labels(mode, values, classes)) is not None:
         raise UserError(f"{path}: {wrong}")
-
-
-def check_coco(path: Path, body: Any, images: Path) -> None:
-    """References inside a COCO annotation file, and the image files that it names. Raises UserError for the first that is wrong."""
     try:
-        ids, categories = {i["id"]: i["file_name"] for i in body["images"]}, {c["id"] for c in body["categories"]}
+        with Image.open(image) as picture:
+            sizes = [picture.size] + [picture.size[::-1]] * (picture.getexif().get(ExifTags.Base.Orientation) in TURNED)
+    except (OSError, ValueError, SyntaxError):
+        return  # for --on-bad-image to decide
+    if shape not in sizes:
+        raise UserError(f"{path}: {shape[0]}x{shape[1]} pixels, its image has {sizes[0][0]}x{sizes[0][1]}: mend or remove both")
+
+
+def flat(mask: Any) -> bool:
+    """Whether an outline [x1, y1, x2, y2, ...] of a mask has fewer than three corners, or half a corner."""
+    return isinstance(mask, list) and any(len(outline) < 6 or len(outline) % 2 for outline in mask)
+
+
+def unusable(a: Mapping[str, Any], images: Mapping[Any, Any], categories: set[Any], scored: bool) -> str:
+    """What makes an annotation of COCO unusable, "" when nothing does: wrong references, numbers that are none, a mask that is not its image's.
+
+    `scored`: it is also read by COCO's own code at the end, after the training: that wants an area, iscrowd, an id above 0 (0 means "no match" there)
+    and three corners, and would stop at, or misread, anything else. In training such an instance is left out.
+    """
+    if a["image_id"] not in images:
+        return f"names image {a['image_id']}, which the file does not have"
+    if a["category_id"] not in categories:
+        return f"names category {a['category_id']}, which the file does not have"
+    image, mask = images[a["image_id"]], a.get("segmentation")
+    width, height = image["width"], image["height"]
+    try:
+        if len(a["bbox"]) != 4 or not all(map(math.isfinite, a["bbox"])):
+            return "has a box that is not four numbers"
+        if isinstance(mask, dict):
+            if list(mask["size"]) != [height, width]:
+                return f"has a mask of {mask['size'][1]}x{mask['size'][0]} pixels, its image has {width}x{height}"
+            if isinstance(mask["counts"], list) and (sum(mask["counts"]) != height * width or min(mask["counts"]) < 0):
+                return "has a mask whose runs do not fill its image"
+        for outline in mask if isinstance(mask, list) else ():
+            if not all(map(math.isfinite, outline)) or (outline and max(max(outline), -min(outline)) > FAR * max(width, height)):
+                return "has a polygon with corners that are nowhere"
+    except (TypeError, KeyError):
+        return "has a box or a mask that is not in COCO's layout"
+    if not scored:
+        return ""
+    if isinstance(a["id"], bool) or not isinstance(a["id"], int) or a["id"] < 1:
+        return "has no id above 0: number annotations from 1"
+    if lacking := [key for key in ("area", "iscrowd", "segmentation") if key not in a]:
+        return f"has no {lacking[0]}"
+    return "has a polygon with fewer than three corners" if not mask or flat(mask) else ""
+
+
+def check_coco(path: Path, body: Any, images: Path, scored: bool) -> None:
+    """References and instances of a COCO annotation file, and the image files that it names. Raises UserError for the first that is wrong."""
+    try:
+        ids, categories = {i["id"]: i for i in body["images"]}, {c["id"] for c in body["categories"]}
+        files = [i["file_name"] for i in ids.values() if i["width"] > 0 and i["height"] > 0]
         for a in body["annotations"]:
-            if a["image_id"] not in ids:
-                raise UserError(f"{path}: annotation {a['id']} names image {a['image_id']}, which the file does not have")
-            if a["category_id"] not in categories:
-                raise UserError(f"{path}: annotation {a['id']} names category {a['category_id']}, which the file does not have")
+            if refused := unusable(a, ids, categories, scored):
+                raise UserError(f"{path}: annotation {a.get('id')} {refused}: mend or remove it")
+        if scored and len({a["id"] for a in body["annotations"]}) != len(body["annotations"]):
+            raise UserError(f"{path}: two annotations have the same id: number them from 1")
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not in COCO's layout ({error} is missing)") from error
     if not ids or not categories:
         raise UserError(f"{path}: no images or no categories")
+    if len(files) != len(body["images"]):
+        raise UserError(f"{path}: two images have the same id, or one has no size")
     there = {p.name for p in images.iterdir()} if images.is_dir() else set()
-    if lost := sorted(f for f in ids.values() if f not in there):
+    if lost := sorted(f for f in files if f not in there):
         raise UserError(f"{images / lost[0]}: missing: {path.name} names it ({len(lost)} in all)")

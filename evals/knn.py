@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from harness.spec import Interrupted, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from harness.checkpoint import Backbone
-    from harness.plugins import EvalContext
+    from harness.plugins import EvalContext, Golden
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class KNN:
     def skip(self, vit: ViTConfig) -> str | None:
         """Runs on every ViT."""
         return None
+
+    def golden(self, folder: Path) -> tuple[Golden, ...]:
+        """Known answers, see `evals.known_images`."""
+        from evals.known_images import neighbours
+
+        return neighbours(self, folder)
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Compute the features of both splits once, then vote.

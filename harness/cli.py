@@ -38,7 +38,7 @@ def check_packages() -> None:
         UserError: one resolves elsewhere than beside harness/.
     """
     root = Path(__file__).resolve().parents[1]
-    for name in ("methods", "evals", "results", "slurm", "protocols", "weights", "data_sets"):
+    for name in ("methods", "evals", "results", "slurm", "protocols", "weights", "data_sets", "doctor"):
         found = find_spec(name)
         places = [Path(p).resolve() for p in (found.submodule_search_locations or ())] if found else []
         if root / name not in places[:1]:
@@ -101,11 +101,6 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("run", nargs="?", metavar="RUN", help="a node: its folder's name, a part of it that no other has, or the beginning of its key")
     status.add_argument("--runs", default="runs")
     status.set_defaults(go=command_status)
-
-    doctor = commands.add_parser("doctor", help="versions, devices, data: what works, what does not, the remedy")
-    doctor.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
-    doctor.add_argument("--runs", default="runs")
-    doctor.set_defaults(go=command_doctor)
 
     from harness.plugins import installed, load
 
@@ -273,13 +268,6 @@ def command_status(args: argparse.Namespace) -> int:
     print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}")
     print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
     return 0
-
-
-def command_doctor(args: argparse.Namespace) -> int:
-    """`harness doctor`: exit 1 when something that a run needs does not work."""
-    from harness.doctor import examine
-
-    return examine(args.data, Path(args.runs))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,8 +69,11 @@ class ImageList:
         return self.subset(sorted(order[held:].tolist())), self.subset(sorted(order[:held].tolist()))
 
 
-def load_rgb(path: Path) -> Any:
+def load_rgb(path: Path, size: tuple[int, int] | None = None) -> Any:
     """An image file as a PIL RGB image, turned upright by its EXIF orientation; gray, palette and CMYK are converted.
+
+    Labels of pixels are made for the upright image or for the stored one (facebookresearch/detectron2#788, #5366): with `size`, the (width, height)
+    that they are for, an image that has it as stored only is not turned. detectron2 and mmcv always turn, torchvision and pycocotools never.
 
     Raises:
         BadImage: it is missing, truncated or no image.
@@ -81,6 +84,8 @@ def load_rgb(path: Path) -> Any:
         with Image.open(path) as image:
             image.load()
             upright: Any = ImageOps.exif_transpose(image) if image.getexif() else image
+            if upright.size != size == image.size:
+                upright = image
             if upright.mode.startswith("I"):  # 16 bits a channel: PIL would clip at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
             if upright.mode == "P" and "transparency" in upright.info:

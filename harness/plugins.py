@@ -52,6 +52,7 @@ class Session:
     `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
     `dtype` is the autocast type (torch.float32: none). `workers` are loader processes (0: load in this process).
     `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple the images of a batch.
+    `recompute`: the blocks of a dense evaluator's ViT are computed again in the backward pass: less memory, the same numbers; FLOPs count it.
     `folders` maps the names of the job's data sets to folders.
     """
 
@@ -65,6 +66,7 @@ class Session:
     checkpoint_every_s: float = 30.0
     micro_batch: int | None = None
     force_accumulation: bool = False
+    recompute: bool = False
     report: Callable[[Progress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
     skipped_images: dict[str, str] = field(default_factory=dict)
@@ -90,6 +92,16 @@ class EvalContext:
     protocol: Setting
     recipe: Recipe | None
     overrides: Overrides = Overrides()
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A known answer of an evaluator: a score on what is known, and what it must be, give or take `tolerance`."""
+
+    what: str
+    score: float
+    expected: float
+    tolerance: float
 
 
 class Objective(Protocol):
@@ -162,7 +174,9 @@ class Evaluator(Protocol):
     """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains
     nothing and has no recipe, and `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's
     checkpoint/backbone.pt, classifier included), not the pre-training's; `needs_classifier`: it scores the classifier that the method leaves;
-    notes(protocol, vit) -> footnotes on what it changes for a ViT; "deviations" among the facts of an Outcome -> footnotes on what happened."""
+    notes(protocol, vit) -> footnotes on what it changes for a ViT; "deviations" among the facts of an Outcome -> footnotes on what happened;
+    golden(folder) -> tuple of Golden, made inside `folder` in seconds on a CPU: what perfect and shuffled predictions score, and a fixed checkpoint, so that
+    `doctor --evaluators` finds a wrong evaluator before a week is spent."""
 
     version: ClassVar[int]
 

@@ -69,6 +69,7 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
         on_bad_image=where["on_bad_image"], checkpoint_every_s=number_from("HARNESS_CHECKPOINT_S", 0, 30),
         should_stop=should_stop, log=log, micro_batch=number_from("HARNESS_MICRO_BATCH"),
         force_accumulation=os.environ.get("HARNESS_FORCE_ACCUMULATION", "") not in ("", "0"),
+        recompute=os.environ.get("HARNESS_RECOMPUTE", "") not in ("", "0"),
     )
 
 

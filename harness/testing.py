@@ -269,3 +269,11 @@ def test_evaluator_returns_its_metrics_also_when_resumed(name: str, made: Any, t
     with pytest.raises(Interrupted):
         outcome(tmp_path / "parts", 2)
     assert outcome(tmp_path / "parts", None).metrics == whole.metrics
+
+
+@pytest.mark.parametrize("name", [n for n in EVALS if hasattr(plugins.load("evals", n), "golden")])
+def test_known_answers(name: str, tmp_path: Path) -> None:
+    """An evaluator that misses what it says itself would fill a table with wrong numbers."""
+    answers = plugins.build("evals", name).golden(tmp_path)
+    assert answers and all(0 <= a.tolerance < 20 for a in answers)  # a wider one would let anything pass
+    assert [a for a in answers if not abs(a.score - a.expected) <= a.tolerance] == []

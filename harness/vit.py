@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from harness.positions import EXTRA, offsets, relative_index, resize_bias, resize_positions, sincos_positions
 from harness.spec import ViTConfig
@@ -125,7 +127,9 @@ class ViT(VisionTransformer):
                 if causal:
                     n = x.shape[1]
                     mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
-            x = block(x, attn_mask=mask, is_causal=causal and mask is None)
+            once_more = self.grad_checkpointing and torch.is_grad_enabled()  # timm's flag: a block is computed again in the backward pass, to save memory
+            run = partial(checkpoint, block, use_reentrant=False) if once_more else block
+            x = run(x, attn_mask=mask, is_causal=causal and mask is None)
             outputs.append(x)
         return outputs
 

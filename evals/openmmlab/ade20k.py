@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from evals.openmmlab.ade20k_published import PUBLISHED, USUAL, Published, beit
 from harness.checkpoint import Backbone
-from harness.plugins import EvalContext
+from harness.plugins import EvalContext, Golden
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig, suggest
 
 DEMO = Recipe(
@@ -112,6 +113,15 @@ class ADE20K:
         crop = self.crop or (its.crop if paper else vit.size[0])
         stride = its.stride if paper and not self.crop else crop * 2 // 3
         return -(-crop // vit.patch) * vit.patch, stride if self.stride is None else self.stride
+
+    def golden(self, folder: Path) -> tuple[Golden, ...]:
+        """Known answers, see `evals.openmmlab.golden`."""
+        from evals.openmmlab.foreign import openmmlab
+
+        with openmmlab():
+            from evals.openmmlab.golden import segmentation
+
+            return segmentation(self, folder)
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Fine-tune and score; resumable inside context.session.dir.

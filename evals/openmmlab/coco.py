@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evals.openmmlab import detection_recipes
 from harness.checkpoint import Backbone
-from harness.plugins import EvalContext
+from harness.plugins import EvalContext, Golden
 from harness.spec import Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
 
 LENGTHS = (25, 50, 100, 200, 400)  # epochs; Li21 tried the first three, and the last three from scratch
@@ -105,6 +106,15 @@ class COCO:
         """Side of the input in pixels: a multiple of the patch and of the coarsest map's stride, so 1036 for 1024 and a patch of 14."""
         multiple = max(vit.patch, round(vit.patch / min(self.map_scales(vit))))
         return -(-self.wanted_side(protocol) // multiple) * multiple
+
+    def golden(self, folder: Path) -> tuple[Golden, ...]:
+        """Known answers, see `evals.openmmlab.golden`."""
+        from evals.openmmlab.foreign import openmmlab
+
+        with openmmlab():
+            from evals.openmmlab.golden import detection
+
+            return detection(self, folder)
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Fine-tune and score; resumable inside context.session.dir.

@@ -20,6 +20,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
 from torch import nn
 
+from evals.openmmlab import pictures
 from evals.openmmlab.samples import InOrder, batches
 from harness.checkpoint import States
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
@@ -52,6 +53,10 @@ class Work:
 
     def __post_init__(self) -> None:
         choose_attention(self.model, self.session)
+        vit: Any = Named(self.model).vit
+        vit.set_grad_checkpointing(self.session.recompute)
+        # measured in bf16 on a CPU, five interleaved rounds: UperNet's step 1.06 times as fast (1.02 to 1.07), Mask R-CNN's 1.01 (0.99 to 1.04)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def autocast(self) -> Any:
         """Mixed precision as the session has it, on CPU as on CUDA (mmengine's AmpOptimWrapper wants a GPU)."""
@@ -165,7 +170,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
 
 
 class TestInOrder(BaseLoop):  # type: ignore[misc]
-    """Scores every image once. Killed, it begins again: training is kept."""
+    """Scores every image once, and draws some of them. Killed, it begins again: training is kept."""
 
     __test__ = False  # no test of pytest's
 
@@ -179,12 +184,17 @@ class TestInOrder(BaseLoop):  # type: ignore[misc]
         work, session = self.work, self.work.session
         count = len(work.test)
         total = -(-count // work.test_batch)
+        shown_at = set(pictures.places(count))
         work.model.eval()
         started = shown = time.monotonic()
         for i, data in enumerate(batches(work.test, session, work.test_batch, 0, total)):
             data.pop("bad")
             with work.autocast():
                 outputs = work.model.test_step(data)
+            for place, output in enumerate(outputs, i * work.test_batch):
+                if place in shown_at:
+                    info = work.test.source.get_data_info(int(work.test.indices[place]))
+                    pictures.draw(output, info, work.test.metainfo["classes"], session.dir / "samples")
             self.evaluator.process(data_samples=outputs, data_batch=data)
             now, done = time.monotonic(), min((i + 1) * work.test_batch, count)
             if now - shown > LOG_EVERY_S or i in (0, total - 1):

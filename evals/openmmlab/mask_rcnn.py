@@ -60,7 +60,7 @@ SMALL = Size(
 def train_pipeline(side: int, jitter: tuple[float, float]) -> list[dict[str, Any]]:
     """Large-scale jitter (recipes A10): resize to `side` times a factor, crop or pad to a square, flip."""
     return [
-        {"type": "HarnessReadImage"}, {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
+        {"type": "HarnessReadImage"}, {"type": "HarnessReadInstances"},
         {"type": "RandomFlip", "prob": 0.5}, {"type": "RandomResize", "scale": (side, side), "ratio_range": jitter, "keep_ratio": True},
         {"type": "RandomCrop", "crop_type": "absolute", "crop_size": (side, side), "recompute_bbox": True, "allow_negative_crop": True},
         {"type": "FilterAnnotations", "min_gt_bbox_wh": (1e-2, 1e-2), "by_mask": True, "keep_empty": False}, {"type": "PackDetInputs"},

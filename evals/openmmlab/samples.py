@@ -7,6 +7,7 @@ a place: no generator or loader state is saved, nothing is replayed (mmengine#15
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.registry import TRANSFORMS
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from harness.data import BadImage, load_rgb
@@ -24,21 +26,44 @@ from harness.spec import JobFailed
 MAX_BAD_IN_A_ROW = 100
 
 
-class ReadImage(BaseTransform):  # type: ignore[misc]
-    """`img_path` -> `img` (H, W, 3) uint8, blue first as OpenMMLab has it, by the reader of all other evaluators (EXIF, CMYK, bad files)."""
+class Reader(BaseTransform):  # type: ignore[misc]
+    """A step of a pipeline that reads files and raises BadImage for one that cannot be used."""
+
+
+class ReadImage(Reader):
+    """`img_path` -> `img` (H, W, 3) uint8, blue first as OpenMMLab has it, by the reader of all other evaluators (EXIF, CMYK, bad files).
+
+    The labels' size decides whether an EXIF orientation is followed (see load_rgb): the size of the label picture, or the one that the annotations give.
+    """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Adds img, img_shape and ori_shape, each (H, W).
 
         Raises:
-            BadImage: the file cannot be read.
+            BadImage: the file cannot be read, or has another size than its labels.
         """
-        image = np.ascontiguousarray(np.asarray(load_rgb(Path(results["img_path"])))[:, :, ::-1])
+        path, wanted = Path(results["img_path"]), size_of_labels(results)
+        read = load_rgb(path, wanted)
+        if wanted is not None and read.size != wanted:
+            raise BadImage(f"{results.get('seg_map_path') or path}: {wanted[0]}x{wanted[1]} pixels by its labels, its image has {read.width}x{read.height}: "
+                           f"mend or remove {path.name} and its labels, or add --retry --on-bad-image skip")
+        image = np.ascontiguousarray(np.asarray(read)[:, :, ::-1])
         results["img"], results["img_shape"], results["ori_shape"] = image, image.shape[:2], image.shape[:2]
         return results
 
 
 TRANSFORMS.register_module("HarnessReadImage", module=ReadImage, force=True)
+
+
+def size_of_labels(results: dict[str, Any]) -> tuple[int, int] | None:
+    """(width, height) that the labels of a data info are for; None where nothing says it, or where the label picture is broken (its reader says so)."""
+    if "seg_map_path" not in results:
+        return (results["width"], results["height"]) if "width" in results else None
+    try:
+        with Image.open(results["seg_map_path"]) as picture:
+            return picture.size
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return None
 
 
 def held_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -96,18 +121,31 @@ class InOrder(Dataset[dict[str, Any]]):
 
 
 def readable(source: BaseDataset, indices: Sequence[int], session: Session) -> list[int]:
-    """The images to score: all of them, or with `--on-bad-image skip` those that can be read; the others are counted in the session."""
-    if session.on_bad_image == "fail":
-        return list(indices)
-    kept = []
-    for i in indices:
-        path = source.get_data_info(int(i))["img_path"]
+    """The images to score, each read with its labels before training begins: a broken one would be met hours later.
+
+    With `--on-bad-image skip`, those that can be read; the others are counted in the session.
+
+    Raises:
+        BadImage: one cannot be read, and `--on-bad-image` is fail.
+    """
+    readers = [step for step in source.pipeline.transforms if isinstance(step, Reader)]
+
+    def broken(index: int) -> str:
+        info = source.get_data_info(index)
         try:
-            load_rgb(Path(path))
-            kept.append(int(i))
+            for read in readers:
+                info = read(info)
         except BadImage:
-            session.skipped_images[str(path)] = "cannot be read"
-    return kept
+            if session.on_bad_image == "fail":
+                raise
+            return str(info["img_path"])
+        return ""
+
+    places = [int(i) for i in indices]
+    with ThreadPoolExecutor(max(1, session.workers)) as threads:
+        paths = list(threads.map(broken, places))
+    session.skipped_images.update({path: "cannot be read" for path in paths if path})
+    return [place for place, path in zip(places, paths, strict=True) if not path]
 
 
 def batches(samples: InOrder, session: Session, batch: int, first: int, last: int) -> Iterator[dict[str, Any]]:
@@ -118,7 +156,8 @@ def batches(samples: InOrder, session: Session, batch: int, first: int, last: in
         return (pseudo_collate([samples[p] for p in place]) for place in places)
     return _plain_errors(DataLoader(
         samples, batch_sampler=places, num_workers=session.workers, collate_fn=pseudo_collate, worker_init_fn=_one_thread,
-        pin_memory=session.device.type == "cuda", multiprocessing_context="spawn" if session.device.type == "cuda" else "fork",
+        pin_memory=session.device.type == "cuda",
+        multiprocessing_context="fork",  # workers never touch CUDA; a spawned one would have its own copy of all annotations, and no mmcv ops
     ))
 
 

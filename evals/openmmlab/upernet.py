@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmcv.transforms import BaseTransform
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as ANY_MODELS
 from mmengine.registry import TRANSFORMS
 from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import PackSegInputs
 from mmseg.models.decode_heads import FCNHead, UPerHead
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.models.utils import resize
@@ -20,8 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evals.openmmlab.backbone import Pyramid, for_crops, keep_fp32
+from evals.openmmlab.samples import Reader
 from evals.openmmlab.views import predict_from_views
 from harness.checkpoint import Backbone
+from harness.data import BadImage
 from harness.spec import JobFailed, Recipe
 
 IGNORED = 255
@@ -30,30 +32,30 @@ META = ("img_path", "seg_map_path", "ori_shape", "img_shape", "pad_shape", "scal
 ANY_MODELS.register_module("HarnessPyramid", module=Pyramid, force=True)
 
 
-class ReadLabels(BaseTransform):  # type: ignore[misc]
-    """`seg_map_path` -> `gt_seg_map` (H, W) uint8 or int32: labels 1..n become 0..n-1, 0 is ignored (255)."""
+class ReadLabels(Reader):
+    """`seg_map_path` -> `gt_seg_map` (H, W) uint8: labels 1..n become 0..n-1, 0 is ignored (255). ReadImage has compared the size."""
 
     def __init__(self, classes: int) -> None:
+        if classes > IGNORED:
+            raise JobFailed(f"objectInfo150.txt: {classes} classes: at most {IGNORED} fit beside the ignored label")
         self.classes = classes
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Adds gt_seg_map.
 
         Raises:
-            JobFailed: no index picture, another size than the image, or a label above the number of classes.
+            BadImage: no index picture, or a label above the number of classes.
         """
         path = results["seg_map_path"]
         try:
             with Image.open(path) as picture:
                 labels = np.asarray(picture)
         except (OSError, SyntaxError) as error:
-            raise JobFailed(f"{path}: cannot be read as a label picture ({error}): mend it or remove it with its image") from error
+            raise BadImage(f"{path}: cannot be read as a label picture ({error}): mend it or remove it with its image") from error
         if labels.ndim != 2:
-            raise JobFailed(f"{path}: has {labels.shape[-1]} channels: ADE20K's labels are one-channel PNG files (annotations/ of ADEChallengeData2016)")
+            raise BadImage(f"{path}: has {labels.shape[-1]} channels: ADE20K's labels are one-channel PNG files (annotations/ of ADEChallengeData2016)")
         if labels.max() > self.classes:
-            raise JobFailed(f"{path}: label {labels.max()} is above the number of classes in objectInfo150.txt ({self.classes})")
-        if labels.shape != tuple(results["ori_shape"]):
-            raise JobFailed(f"{path}: {labels.shape[1]}x{labels.shape[0]} pixels, its image {results['ori_shape'][1]}x{results['ori_shape'][0]}")
+            raise BadImage(f"{path}: label {labels.max()} is above the number of classes in objectInfo150.txt ({self.classes})")
         results["gt_seg_map"] = np.where(labels == 0, IGNORED, labels.astype(np.int32) - 1).astype(np.uint8)
         results["seg_fields"].append("gt_seg_map")
         return results
@@ -64,7 +66,7 @@ class LossOnly:
 
     def loss_by_feat(self: Any, seg_logits: Tensor, batch_data_samples: list[Any]) -> dict[str, Tensor]:
         """Cross-entropy at the size of the labels; seg_logits (B, classes, h, w)."""
-        labels = self._stack_batch_gt(batch_data_samples).squeeze(1)  # (B, H, W)
+        labels = self._stack_batch_gt(batch_data_samples).squeeze(1).long()  # (B, H, W)
         logits = resize(seg_logits, size=labels.shape[-2:], mode="bilinear", align_corners=self.align_corners)
         return {"loss_ce": self.loss_decode(logits, labels, ignore_index=self.ignore_index)}
 
@@ -79,7 +81,19 @@ class AuxiliaryHead(LossOnly, FCNHead):  # type: ignore[misc]
     """FCNHead."""
 
 
+class PackLabels(PackSegInputs):  # type: ignore[misc]
+    """mmseg's packing with labels that stay uint8 up to the device; its int64 are eight times as much to pass between processes."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """inputs (3, H, W) uint8, data_samples with gt_sem_seg (1, H, W) uint8."""
+        packed: dict[str, Any] = super().transform(results)
+        labels = packed["data_samples"].gt_sem_seg
+        labels.data = labels.data.byte()
+        return packed
+
+
 TRANSFORMS.register_module("HarnessReadLabels", module=ReadLabels, force=True)
+TRANSFORMS.register_module("HarnessPackLabels", module=PackLabels, force=True)
 
 
 @MODELS.register_module("HarnessSegmentor", force=True)
@@ -118,7 +132,7 @@ def train_pipeline(sizes: dict[str, Any], classes: int) -> list[dict[str, Any]]:
         {"type": "HarnessReadImage"}, {"type": "HarnessReadLabels", "classes": classes},
         {"type": "RandomResize", "scale": (4 * short, short), "ratio_range": (0.5, 2.0), "keep_ratio": True},
         {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
-        {"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}, {"type": "PackSegInputs"},
+        {"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}, {"type": "HarnessPackLabels"},
     ]
 
 

@@ -163,6 +163,71 @@ def test_images_with_crowds_only_are_not_trained_on(tmp_path: Path) -> None:
     assert {i["bbox_label"] for n in range(9) for i in scenes.get_data_info(n)["instances"]} == {0, 1}
 
 
+class Look(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """What a loader's process finds: its threads, and the memory that is its own before and after it has read all annotations."""
+
+    def __init__(self, scenes: Any) -> None:
+        self.source, self.seed, self.scenes = scenes, None, scenes
+        self.skip_bad = False
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        import cv2
+
+        def own() -> int:
+            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+            return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+        before = own()
+        count = sum(len(self.scenes.get_data_info(i)["instances"]) for i in range(len(self.scenes)))
+        return {"torch": torch.get_num_threads(), "cv2": cv2.getNumThreads(), "grown": own() - before, "count": count}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's memory maps")
+def test_loader_processes_share_the_annotations_and_have_one_thread(tmp_path: Path) -> None:
+    """Sixteen copies of COCO's 450 MB, or cores x workers threads, would stop a machine."""
+    import warnings
+
+    from evals.openmmlab.samples import batches
+    from evals.openmmlab.scenes import COCOScenes
+    from harness.plugins import Session
+
+    root = make_coco(tmp_path / "coco", 2, 1)
+    path = root / "annotations" / "instances_train2017.json"
+    body = json.loads(path.read_text())
+    body["images"] = [{**body["images"][0], "id": i} for i in range(2000)]
+    outline = np.random.default_rng(0).uniform(0, 40, 200).round(2).tolist()
+    body["annotations"] = [{**body["annotations"][0], "id": 1 + i, "image_id": i % 2000, "segmentation": [outline]} for i in range(10_000)]
+    path.write_text(json.dumps(body))
+    scenes = COCOScenes(root, "train2017", CATEGORIES, [])
+    assert scenes.data_list == [] and scenes.data_bytes.nbytes > 15e6  # one array, and no objects whose reference counts a reader writes to
+    session = Session(tmp_path, 0, torch.device("cpu"), torch.float32, {}, workers=1)
+    looked: Any = Look(scenes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)  # Python's, about fork
+        (found,) = batches(looked, session, 1, 0, 1)
+    assert (found["torch"], found["count"]) == ([1], [10_000]) and found["cv2"][0] <= 1
+    assert found["grown"][0] < 0.3 * scenes.data_bytes.nbytes
+
+
+def test_pixels_and_labels_come_as_bytes(tmp_path: Path) -> None:
+    """Normalised floats and int64 labels would be four and eight times as much to pass from the loader to the device."""
+    from mmengine.registry import DefaultScope
+
+    from evals.openmmlab import mask_rcnn, upernet
+    from evals.openmmlab.scenes import COCOScenes
+
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        pipeline = upernet.train_pipeline({"crop": 32, "short": 32}, 3)
+        sample = upernet.scenes(make_ade20k(tmp_path / "ade", 1, 1), "training", ("ground", "red", "blue"), pipeline)[0]
+    assert sample["inputs"].dtype == sample["data_samples"].gt_sem_seg.data.dtype == torch.uint8
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        sample = COCOScenes(make_coco(tmp_path / "coco", 1, 1), "train2017", CATEGORIES, mask_rcnn.train_pipeline(32, (1.0, 1.0)))[0]
+    assert sample["inputs"].dtype == torch.uint8 and sample["data_samples"].gt_instances.masks.masks.dtype == np.uint8
+
+
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 

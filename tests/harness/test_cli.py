@@ -23,7 +23,7 @@ COMMANDS = {
     },
     "list": {"what", "--protocol", "--runs"},
     "status": {"run", "--runs"},
-    "doctor": {"--data", "--runs"},
+    "doctor": {"--data", "--runs", "--evaluators"},
     "export": {"run", "--to", "--out", "--runs"},
     "data": {"what", "names", "--protocol", "--data", "--archives", "--labels"},
     "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--runs"},

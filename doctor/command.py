@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import shutil
 import sys
+import tempfile
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from harness import plugins
@@ -17,7 +21,42 @@ from harness.spec import UserError
 from harness.store import Store
 
 
-def examine(data: str | None, runs: Path) -> int:
+class Doctor:
+    """The command `doctor`."""
+
+    help = "versions, devices, data: what works, what does not, the remedy"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Words of the command line."""
+        parser.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
+        parser.add_argument("--runs", default="runs")
+        parser.add_argument("--evaluators", action="store_true", help="let each evaluator score what has a known answer (a minute)")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """0 when everything that a run needs works, else 1."""
+        return examine(args.data, Path(args.runs), args.evaluators)
+
+
+def known_answers() -> Iterator[tuple[bool, str, str]]:
+    """(right, what was found, remedy) for each known answer of each evaluator that has any."""
+    for name, cls in plugins.importable("evals").items():
+        if not hasattr(cls, "golden"):
+            continue
+        began = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                answers = cls().golden(Path(folder))
+        except Exception as error:  # whatever an evaluator stops at is what is looked for here
+            yield False, f"evaluator {name}", f"stopped with {type(error).__name__}: {' '.join(str(error).split())}"
+            continue
+        for a in answers:
+            right = abs(a.score - a.expected) <= a.tolerance  # False for NaN
+            remedy = f"must be {a.expected:.2f}: install the versions of requirements.lock; do not trust its scores"
+            yield right, f"evaluator {name}: {a.what} {a.score:.2f}", remedy
+        yield True, f"evaluator {name}: {len(answers)} known answers in {time.monotonic() - began:.0f} s", ""
+
+
+def examine(data: str | None, runs: Path, evaluators: bool = False) -> int:
     """Print one line for each thing looked at; 1 when something that a run needs does not work, else 0."""
     import torch
 
@@ -70,4 +109,6 @@ def examine(data: str | None, runs: Path) -> int:
         say(True, f"runs {runs}: {shutil.disk_usage(runs if runs.exists() else runs.resolve().parent).free // 2**30} GB free")
     except (UserError, OSError) as error:
         say(False, f"runs {runs}", str(error))
+    for right, found, remedy in known_answers() if evaluators else ():
+        say(right, found, remedy)
     return 1 if problems else 0
