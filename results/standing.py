@@ -87,7 +87,7 @@ def compare(cell: Cell, row: Published) -> Standing | None:
         elif name not in line.names:
             return None
     barred = [f"another configuration: {d}" for d in cell.deviations if changes_plugin(d, cell)]
-    official, scored = next((n for start, n in SCORED.items() if row.eval.startswith(start)), 0), images_scored(example)
+    official, scored = next((n for start, n in SCORED.items() if row.eval.startswith(start)), 0), scored_images(example)
     if not scored or not official or scored % official:  # a multiple: each image scored under several corruptions
         barred.append(f"scored on {scored or 'an unknown number of'} images ({cell.data}), the official split has {official}")
     differences += release.differences(row, cell.eval) if release else training_differences(row, evaluation, trained)
@@ -115,7 +115,7 @@ def changes_plugin(deviation: str, cell: Cell) -> bool:
     return any(deviation.startswith(f"{name}.") and not deviation.startswith((f"{name}.recipe.", f"{name}.epochs=")) for name in (cell.method, cell.eval))
 
 
-def images_scored(example: Result) -> int | None:
+def scored_images(example: Result) -> int | None:
     """Number of images that a score stands on, by the record's facts."""
     found = example.facts.get("scored_images")
     return int(found) if isinstance(found, (int, float)) else None

@@ -111,7 +111,7 @@ def test_what_is_scored_at_the_end_is_looked_at_before_the_training(name: str, f
         evaluate(name, tmp_path / "fail", data)
     assert not (tmp_path / "fail" / "metrics.jsonl").exists()  # not one step was made
     outcome, lent = evaluate(name, tmp_path / "skip", data, on_bad_image="skip", workers=0)
-    assert outcome.facts["images_scored"] == 2 and [Path(p).stem for p in lent.skipped_images] == [Path(file).stem]
+    assert outcome.facts["scored_images"] == 2 and [Path(p).stem for p in lent.skipped_images] == [Path(file).stem]
 
 
 def test_boxes_are_cut_at_the_border_and_what_has_no_area_or_outline_is_left_out(tmp_path: Path) -> None:

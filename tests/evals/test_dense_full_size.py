@@ -31,7 +31,7 @@ vit, recipe = ViTConfig(), Recipe(batch=1, lr=1e-4, iterations=1, layer_decay=0.
 paper = Protocol(name="paper", family="paper", summary="", backbones={"b": vit}, backbone="b")
 session = Session(root, 0, torch.device("cpu"), dtype, {name.partition("@")[0]: root / "data"}, recompute=True)
 outcome = plugins.build("evals", name).run(Backbone(vit, IMAGENET_MEAN, IMAGENET_STD, ViT(vit).state_dict()), EvalContext(session, paper, recipe))
-print(outcome.facts["steps"], outcome.facts["images_scored"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(outcome.facts["steps"], outcome.facts["scored_images"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
