@@ -100,9 +100,10 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Path]:
     if not all(any(name in line.split() for line in hosts.read_text().splitlines()) for name in names):
         with open(hosts, "a") as stream:
             stream.write(f"127.0.0.1 {' '.join(names)}\n")
-    lines = [f"NodeName={n} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={p} CPUs={cpus} State=UNKNOWN" for n, p in zip(names, ports[1:], strict=True)]
+    here = socket.gethostname()
+    lines = [f"NodeName={n} NodeHostname={here} NodeAddr=127.0.0.1 Port={p} CPUs={cpus} State=UNKNOWN" for n, p in zip(names, ports[1:], strict=True)]
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(host=socket.gethostname(), port=ports[0], folder=folder, munge=folder / "munge" / "socket", nodes="\n".join(lines)))
+    config.write_text(CONFIG.format(host=here, port=ports[0], folder=folder, munge=folder / "munge" / "socket", nodes="\n".join(lines)))
     before, os.environ["SLURM_CONF"] = os.environ.get("SLURM_CONF"), str(config)
     started = [start_munge(folder)]
     try:
