@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "slurm"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "slurm"))
 
 from fake_slurm import FakeSlurm
 
 from harness.provenance import processor, versions
 from harness.store import write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 METHODS = "scratch,supervised,supervised@mean,beit,beit@random,beit-pixel,mae,mae@pixels,mae@dec-depth-1,mae@mask-ratio-50"
 EVALS = "imagenet,inat2018,places365,linear,linear@beit,partial,partial@0.5,partial@1,ade20k,coco"
 

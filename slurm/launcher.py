@@ -19,7 +19,7 @@ from harness.spec import UserError
 from harness.store import State, Store
 from slurm.profile import Profile, default_precision, read_profile
 from slurm.queue import jobs_of, limits, sole_submitter, states
-from slurm.submit import Group, Submission, arrange, call_sbatch, folders_of, show_groups, warn
+from slurm.submit import Group, Refused, Submission, arrange, call_sbatch, folders_of, show_groups, warn
 
 POLL_S = 5.0
 HELD_S = 60.0  # how often --wait looks whether there is room for what was held back
@@ -78,7 +78,7 @@ class Slurm:
             room = min(self.profile.max_submit or len(todo) + total, most.get("MaxJobCount", len(todo) + total)) - total
             out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lambda group: self.sbatch(group, store))
         if out.refused and not out.ids:
-            raise UserError(f"--cluster {self.profile.path}: {out.refused}")
+            raise Refused(f"--cluster {self.profile.path}: {out.refused}")
         return out
 
     def sbatch(self, group: Group, store: Store) -> str:
@@ -116,16 +116,19 @@ class Slurm:
 
     def follow(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None], out: Submission) -> int:
         """Show how it goes until everything has ended; the jobs do not need it."""
-        again, held, told = time.monotonic() + HELD_S, {n.key for n in out.held}, ""
+        again, held, told = time.monotonic() + HELD_S, {n.key for n in (*out.held, *out.waiting)}, ""
         with stop_on_signal() as asked:
             while not asked():
                 try:
                     if held and time.monotonic() > again:
-                        held = {n.key for n in self.submit(nodes, store, [n for n in nodes if n.key in held]).held}
+                        out = self.submit(nodes, store, [n for n in nodes if n.key in held])
+                        held = {n.key for n in (*out.held, *out.waiting)}
                         again = time.monotonic() + HELD_S
                     found, _, _ = self.standing(nodes, store)
                     told = ""
                 except UserError as error:  # the controller may be away for a while
+                    if isinstance(error, Refused):
+                        raise
                     if not told:
                         warn(f"{error}; asking again")
                     told = str(error)
@@ -133,7 +136,8 @@ class Slurm:
                     continue
                 status = {key: self.word(state, key in held) for key, state in found.items()}
                 for node in nodes:  # parents come first
-                    if status[node.key] == "killed" and any(status[p.key] not in ("done", "running", "pending") for p in node.parents.values()):
+                    above = {status[p.key] for p in node.parents.values()} & set(ENDED)
+                    if (status[node.key] == "killed" or node.key in held) and above - {"done"}:
                         status[node.key] = "blocked"
                 show(status)
                 if all(word in ENDED for word in status.values()):

@@ -24,6 +24,7 @@ from harness.spec import UserError
 from harness.store import Locked, State, Store, lock, read_json
 
 FOLDER = ".slurm"
+RESUMES = ("stopped", "time limit")  # how an attempt ends that is gone on with
 SILENT_S = 600.0  # a running job that has reported no step for so long is shown as silent
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED", "SUSPENDED")
 
@@ -85,9 +86,9 @@ def jobs_of(store: Store) -> tuple[dict[str, Job], int]:
 
 
 def ended(folder: Path, id: str) -> bool:
-    """Whether a job has said that it is over. SLURM may show it for a moment longer."""
+    """Whether a job has said that it is over; SLURM may show it for a moment longer. One that was stopped may be on its way back into the queue."""
     attempts = (read_json(folder / "slurm.json") or {}).get("attempts") or [{}]
-    return bool(attempts[-1].get("job") == id and attempts[-1].get("how"))
+    return attempts[-1].get("job") == id and attempts[-1].get("how") not in (None, *RESUMES)
 
 
 def states(store: Store) -> Mapping[str, State]:
@@ -95,10 +96,29 @@ def states(store: Store) -> Mapping[str, State]:
     if not (store.root / FOLDER).is_dir():
         return {}
     try:
-        return {name: job.shown(store.root / name) for name, job in jobs_of(store)[0].items()}
+        queue = {name: job.shown(store.root / name) for name, job in jobs_of(store)[0].items()}
+        return queue | left(store, queue)
     except UserError as error:
         print(f"the queue is not shown: {error}", file=sys.stderr)
         return {}
+
+
+def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
+    """Nodes that were submitted, are in the queue no more, and have no result although everything above them has."""
+    last = {}
+    for path in sorted((store.root / FOLDER).glob("harness-*/submission.json")):
+        last |= dict.fromkeys((read_json(path) or {}).get("nodes", ()), path.parent)
+    found = {}
+    for name, batch in last.items():
+        folder = store.root / name
+        if name in queue or (folder / "record.json").exists() or store.state(folder).status not in ("missing", "interrupted"):
+            continue
+        parents = (read_json(folder / "job.json") or {}).get("parents", {}).values()
+        if all((store.root / p["folder"] / "record.json").exists() for p in parents):
+            attempts = (read_json(folder / "slurm.json") or {}).get("attempts") or [{"how": "never began"}]
+            reason = f"left the queue ({attempts[-1].get('how') or 'died without a word'})"
+            found[name] = State("interrupted", f"{reason}: see {batch}/slurm-*.out and log.txt; the same run line submits it again")
+    return found
 
 
 def limits() -> Mapping[str, int]:

@@ -25,7 +25,7 @@ class Group:
     resources: Resources
 
 
-class Refused(Exception):
+class Refused(UserError):
     """sbatch refuses a group; the message is its own."""
 
 

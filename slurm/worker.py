@@ -20,6 +20,7 @@ from typing import Any
 
 from harness.run import BUSY
 from harness.store import read_json, write_json
+from slurm.queue import RESUMES
 
 BUSY_S = 10.0  # how often a node that another process works on is looked at again
 MORE_MEMORY = "ask for more memory for this node in the cluster profile"
@@ -107,13 +108,13 @@ def work(folder: Path, job: str, max_lost: int) -> int:
         attempts.end("done")
     elif asked and (code < 0 or code in (130, BUSY)):
         limit = asked[0] == signal.SIGUSR2
-        attempts.end("time limit" if limit else "stopped")
+        attempts.end(RESUMES[limit])
         if limit:  # SLURM puts back those that it stops itself; a cancelled one is to stay away
             done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False)
             print(f"time limit: saved, {'back into the queue' if done.returncode == 0 else done.stderr.strip()}", flush=True)
         return 130
     elif code == 130:
-        attempts.end("stopped")
+        attempts.end(RESUMES[0])
     elif code == -signal.SIGKILL:
         attempts.end(new_failure(folder, "out of memory", f"its process was killed, most likely for using more memory than the job has: {MORE_MEMORY}"))
     elif isinstance(failure := read_json(folder / "failure.json"), dict):

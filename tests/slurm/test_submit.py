@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,46 @@ def test_states_for_status(fake: FakeSlurm, store: Store, capsys: pytest.Capture
     assert (away[nodes[0].folder].status, away[nodes[0].folder].reason) == ("running", "job 100 on n7, no step for 22 minutes")
     assert store.explain(store.folder(nodes[1]), away).reason == "job 101 waits: Dependency"
     write_json(store.folder(nodes[0]) / "slurm.json", {"attempts": [{"job": "100", "host": "n7", "start": 0, "how": "stopped"}]})
-    assert nodes[0].folder not in queued(store), "a job that has said that it is over is not shown as running, whatever SLURM shows"
+    assert queued(store)[nodes[0].folder].status == "running", "stopped to be put back: SLURM shows it for a moment as it was"
+    write_json(store.folder(nodes[0]) / "slurm.json", {"attempts": [{"job": "100", "host": "n7", "start": 0, "how": "data error"}]})
+    assert queued(store)[nodes[0].folder].reason.startswith("left the queue (data error)"), "it has said that it is over"
     fake.set("100", "PENDING", "", "BeginTime")
     assert queued(store)[nodes[0].folder].status == "pending", "and when it is put back it waits"
     (fake.folder / "down").write_text("")
     assert queued(store) == {} and "the queue is not shown: squeue: Unable to contact slurm controller" in capsys.readouterr().err
     with pytest.raises(UserError, match="Unable to contact"):
         slurm(store).launch(nodes, store, quiet)
+
+
+def test_a_job_that_never_began_is_not_simply_missing(fake: FakeSlurm, store: Store) -> None:
+    """A setup line that fails on the node leaves no record; status says where SLURM put what it printed."""
+    nodes = graph(store, ("mae",), ("linear",))
+    slurm(store).launch(nodes, store, quiet)
+    fake.queue = []
+    away = queued(store)
+    assert set(away) == {nodes[0].folder} and away[nodes[0].folder].status == "interrupted", "what waits for it is explained by it"
+    assert "left the queue (never began): see" in away[nodes[0].folder].reason
+    assert store.explain(store.folder(nodes[1]), away).reason.startswith("its checkpoint interrupted: left the queue")
+
+
+def test_wait_takes_on_what_another_process_was_at_work_on(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent runs under `local`: the child is submitted when that is done, not forgotten."""
+    monkeypatch.setattr("slurm.launcher.HELD_S", 0.0)
+    nodes = graph(store, ("mae",), ("linear",))
+    seen: list[str] = []
+
+    def show(status: Any) -> None:
+        seen.append(status[nodes[1].key])
+        if len(seen) == 1:
+            held.close()
+            finish(store, nodes[0])
+        elif fake.queue:
+            finish(store, nodes[1], fake)
+
+    with ExitStack() as held:
+        held.enter_context(lock(store.folder(nodes[0])))
+        assert slurm(store, wait=True).launch(nodes, store, show) == 0
+    assert seen[0] == "pending" and seen[-1] == "done"
 
 
 def test_wait_follows_to_the_end(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
