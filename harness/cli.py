@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -157,9 +158,8 @@ def command_run(args: argparse.Namespace) -> int:
             (folder / "failure.json").unlink(missing_ok=True)
     todo = [n for n in plan.nodes if store.state(store.folder(n)).status != "done"]
     code = 0
-    for node in todo:  # also of those that will wait for a parent which fails: `table` and `status` then know of them
-        if not (store.folder(node) / "job.json").exists():
-            write_job(node, store)
+    with ThreadPoolExecutor(16) as pool:  # also of those that will wait for a parent which fails, so that `table` knows of them; each is flushed to disk
+        list(pool.map(lambda n: write_job(n, store), [n for n in todo if not (store.folder(n) / "job.json").exists()]))
     if todo:
         print(f"{len(plan.nodes)} nodes, {len(plan.nodes) - len(todo)} done before, {len(todo)} to do in {store.root}", file=sys.stderr)
         display = Display(plan.nodes, store)

@@ -42,7 +42,8 @@ def ask(*words: str) -> str:
         raise UserError(f"{words[0]}: {reason}: run this where SLURM's commands work, on a login node of the cluster") from error
     if done.returncode != 0:
         lines = [line.split("error: ")[-1] for line in done.stderr.strip().splitlines()]
-        raise UserError(f"{words[0]}: {': '.join(lines[-2:]) or f'exit code {done.returncode}'}")
+        remedy = "" if words[0] == "sbatch" else ": is this a login node, and the cluster up?"
+        raise UserError(f"{words[0]}: {': '.join(lines[-2:]) or f'exit code {done.returncode}'}{remedy}")
     return done.stdout
 
 
