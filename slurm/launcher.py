@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,6 +45,8 @@ class Slurm:
     def __post_init__(self) -> None:
         if self.cluster is None:
             raise UserError("--launcher slurm: name your cluster's profile with --cluster FILE (examples: slurm/profiles/)")
+        if find_spec("submitit") is None:
+            raise UserError("--launcher slurm: submitit is not installed: pip install 'vision-pretraining-harness[slurm]'")
         self.profile = read_profile(Path(self.cluster))
 
     @property
@@ -98,8 +101,8 @@ class Slurm:
         self.report(out)
         if self.wait:
             return self.follow(nodes, store, show, out)
-        running = [n for n in out.waiting if any(store.state(store.folder(p)).status == "running" for p in n.parents.values())]
-        return SUBMITTED if out.ids or out.held or running else 0
+        elsewhere = any(store.state(store.folder(n)).status == "running" for n in nodes)
+        return SUBMITTED if out.ids or out.held or elsewhere else 0
 
     @staticmethod
     def report(out: Submission) -> None:

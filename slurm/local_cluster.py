@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from harness.spec import UserError
 from slurm.queue import ask
 
 CONFIG = """\
@@ -115,6 +116,7 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Path]:
         wait_until_up(names, started)
         yield config
     finally:
+        empty_queue()
         for process in reversed(started):
             process.send_signal(signal.SIGTERM)
         for process in started:
@@ -123,7 +125,28 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Path]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for left in started_with(config):
+            os.kill(left, signal.SIGKILL)
         os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+
+
+def empty_queue() -> None:
+    """Cancel what is in the queue and give it a moment to end."""
+    with suppress(UserError):
+        ask("scancel", "--me")
+        deadline = time.monotonic() + 30
+        while ask("squeue", "-h", "-a") and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+
+def started_with(config: Path) -> list[int]:
+    """Processes that have this cluster's SLURM_CONF in their environment: a slurmstepd, and its job, outlive their slurmd."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"SLURM_CONF={config}".encode() in place.read_bytes().split(b"\0") and int(place.parent.name) != os.getpid():
+                found.append(int(place.parent.name))
+    return found
 
 
 def wait_until_up(names: list[str], started: list[subprocess.Popen[bytes]]) -> None:
@@ -134,7 +157,7 @@ def wait_until_up(names: list[str], started: list[subprocess.Popen[bytes]]) -> N
             last = ask("sinfo", "-h", "-N", "-p", "low", "-o", "%N %t")
             if [line.split() for line in sorted(last.splitlines())] == [[name, "idle"] for name in sorted(names)]:
                 return
-        except ValueError as error:
+        except UserError as error:
             last = str(error)
         if any(p.poll() is not None for p in started):
             break

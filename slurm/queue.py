@@ -106,7 +106,7 @@ def states(store: Store) -> Mapping[str, State]:
 
 def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
     """Nodes that were submitted, are in the queue no more, and have no result although everything above them has."""
-    last = {}
+    last: dict[str, Path] = {}
     for path in sorted((store.root / FOLDER).glob("harness-*/submission.json")):
         last |= dict.fromkeys((read_json(path) or {}).get("nodes", ()), path.parent)
     found = {}

@@ -127,10 +127,12 @@ def work(folder: Path, job: str, max_lost: int) -> int:
 def main() -> int:
     """`python -m slurm.worker BATCH`, in a SLURM job."""
     batch = Path(sys.argv[1])
-    body, task = read_json(batch / "submission.json"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    body = read_json(batch / "submission.json")
     if body is None:
         print(f"{batch / 'submission.json'}: cannot be read here: is the runs folder one that all nodes see?", flush=True)
         return 1
+    # submitted from inside an array's task, a job of its own inherits that one's number
+    task = os.environ["SLURM_ARRAY_TASK_ID"] if len(body["nodes"]) > 1 else None
     job = os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
     return work(batch.parents[1] / body["nodes"][int(task or 0)], job, body["max_lost"])
 

@@ -89,16 +89,21 @@ def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str
     assert harness(*line, "--runs", "here").stdout == done.stdout
 
 
-def test_a_requeued_job_goes_on_to_the_same_number(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
-    """scontrol requeue of a running job, as an administrator or a preemption does it."""
+@pytest.mark.parametrize("how", ["requeued", "preempted"])
+def test_a_job_that_is_put_back_goes_on_to_the_same_number(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, how: str) -> None:
+    """By scontrol requeue, as an administrator does it, or by a job of a higher partition that wants the whole cluster."""
     import torch
 
     line = (*LINE, *LONG)
     assert harness(*line, *on_slurm).returncode == 3
     wait_for(saved(tmp_path / "runs"))
     pretrain = min(queue(), key=int)
-    ask("scontrol", "requeue", pretrain)
-    wait_for(lambda: any(s in harness("status").stdout for s in ("pending", "running")))
+    if how == "requeued":
+        ask("scontrol", "requeue", pretrain)
+    else:
+        ask("sbatch", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+    wait_for(lambda: pretrain in ask("squeue", "--me", "-h", "-t", "PENDING", "-o", "%i").split())
+    assert f"pending      {next((tmp_path / 'runs').glob('pretrain-*')).name[-16:]}" in harness("status").stdout
     done = harness(*line, *on_slurm, "--wait", timeout=600)
     assert done.returncode == 0, done.stderr
     attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
@@ -162,11 +167,12 @@ def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, on_slurm: tuple[
 
 
 def test_a_job_at_its_time_limit_goes_on_in_its_next_turn(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
-    """A limit of two minutes: the job saves before it, puts itself back into the queue, and ends in a later turn under the same id."""
+    """A limit of two minutes, and more work than that: the job saves before it, puts itself back into the queue, and goes on under the same id."""
     (tmp_path / "c.toml").write_text(PROFILE.replace('time = "30"', 'time = "2"\nsignal_s = 60'))
-    line = (*LINE, "--set", "rotation.recipe.iterations=2500")
-    done = harness(*line, *on_slurm, "--wait", timeout=900)
-    attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
-    assert done.returncode == 0, (done.stdout, done.stderr, attempts)
-    assert [a["how"] for a in attempts] == ["time limit"] * (len(attempts) - 1) + ["done"] and len(attempts) > 1
-    assert len({a["job"] for a in attempts}) == 1
+    assert harness(*LINE, "--set", "rotation.recipe.iterations=100000", *on_slurm).returncode == 3
+    log = wait_for(lambda: next((tmp_path / "runs").glob("pretrain-*/log.txt"), None))
+    wait_for(lambda: "going on from step" in log.read_text(), 400)
+    attempts = json.loads((log.parent / "slurm.json").read_text())["attempts"]
+    assert [a.get("how") for a in attempts] == ["time limit"] * (len(attempts) - 1) + [None] and len({a["job"] for a in attempts}) == 1
+    assert harness("cancel").returncode == 0
+    wait_for(lambda: not queue())
