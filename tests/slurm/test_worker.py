@@ -34,7 +34,8 @@ class Bench:
         """The worker's process."""
         self.program.write_text(f"#!/bin/sh\nnode=$(dirname \"$3\")\n{program}\n")
         self.program.chmod(0o755)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "5", "PATH": f"{self.fake.folder}:{os.environ['PATH']}"}
+        path = f"{self.fake.folder}:{os.environ['PATH']}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "5", "PATH": path}
         line = [sys.executable, "-c", RUN, str(self.program), str(self.batch)]
         return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
