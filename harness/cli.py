@@ -199,7 +199,7 @@ def dry_run(plan: Plan, store: Store, planner: Planner, force: bool, launcher: A
         if cell.node is None:
             print(f"skipped: {cell.about['eval']} on {cell.about['method']}: {cell.skipped}")
     if hasattr(launcher, "preview"):
-        print(launcher.preview(plan.nodes, store))
+        print(launcher.preview(plan.nodes, store, force))
     return 0
 
 

@@ -154,8 +154,8 @@ class Slurm:
         """A node's state as the display knows it: one that is no longer in the queue, and has no result, was taken out of it."""
         return "pending" if held else "killed" if state.status in ("missing", "interrupted") else state.status
 
-    def preview(self, nodes: Sequence[Node], store: Store) -> str:
-        """What --dry-run adds: the text of each batch. Works where there is no SLURM."""
+    def preview(self, nodes: Sequence[Node], store: Store, force: bool = False) -> str:
+        """What --dry-run adds: the text of each batch; with `force` as if nothing were done. Works where there is no SLURM."""
         self.check_places(nodes, store)
         try:
             found, ids, _ = self.standing(nodes, store)
@@ -163,6 +163,6 @@ class Slurm:
         except UserError as error:
             warn(f"as if the queue were empty: {error}")
             found, ids, max_array = {n.key: store.state(store.folder(n)) for n in nodes}, {}, MAX_ARRAY
-        todo = [n for n in nodes if found[n.key].status in ("missing", "interrupted")]
-        done = {key for key, state in found.items() if state.status == "done"}
+        todo = [n for n in nodes if found[n.key].status in ("missing", "interrupted") or (force and n.key not in ids)]
+        done = {key for key, state in found.items() if state.status == "done" and not force}
         return show_groups(todo, ids, done, store, self.profile, min(self.profile.max_array or MAX_ARRAY, max_array))

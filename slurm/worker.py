@@ -68,7 +68,7 @@ class Attempts:
 
     def begin(self) -> None:
         """Note the start."""
-        self.all.append({"job": self.job, "host": socket.gethostname(), "start": time.time()})
+        self.all.append({"job": self.job, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "start": time.time()})
         write_json(self.path, {"attempts": self.all})
 
     def end(self, how: str) -> None:

@@ -281,6 +281,9 @@ def test_dry_run_shows_the_text_that_sbatch_gets(fake: FakeSlurm, store: Store, 
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("PATH", "")
     assert slurm(store).preview(nodes, store).count("#!/bin/bash") == 2, "also where there is no SLURM"
+    for node in nodes:
+        finish(store, node)
+    assert launcher.preview(nodes, store) == "nothing to submit" and launcher.preview(nodes, store, force=True).count("#!/bin/bash") == 2
 
 
 def test_flags_of_another_launcher_are_refused(tmp_path: Path) -> None:
