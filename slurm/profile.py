@@ -21,6 +21,14 @@ MEMORY = re.compile(r"\d+[KMGT]?")
 MEMORIES = ("mem", "mem_per_cpu", "mem_per_gpu")
 
 
+def seconds(time: str) -> int:
+    """sbatch's time as seconds: minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(p) for p in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(p * u for p, u in zip(parts, units, strict=False))
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one job asks for. Jobs of equal resources and equal dependencies become one array.
@@ -55,6 +63,8 @@ class Resources:
             raise UserError(f"gres = {self.gres!r}: write {{gpus}} where the number goes, as in \"gpu:h100:{{gpus}}\"")
         if self.time and not TIME.fullmatch(self.time):
             raise UserError(f"time = {self.time!r}: minutes, hours:minutes:seconds or days-hours, as in \"12:00:00\"")
+        if self.time and seconds(self.time) < self.signal_s + 60:
+            raise UserError(f"time = {self.time!r}: a minute more than signal_s ({self.signal_s} s) at least: a job is told to save so long before its end")
         given = [name for name in MEMORIES if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)}: give one of them")

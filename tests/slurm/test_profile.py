@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.spec import UserError
-from slurm.profile import default_precision, read_profile
+from slurm.profile import default_precision, read_profile, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +45,7 @@ environment = { B = "2" }
     ("environment = { A = 1 }", "expected a table of texts"),
     ('precision = "fp16"', "expected 'fp32' or 'bf16'"),
     ('time = "12h"', "time = '12h'"),
+    ('time = "2"', "a minute more than signal_s (120 s)"),
     ('mem = "64 GB"', "as in \"64G\""),
     ('mem = "64G"\nmem_per_cpu = "2G"', "mem and mem_per_cpu: give one of them"),
     ("gpus = 8", "one process on one GPU"),
@@ -57,6 +58,11 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, message: s
     with pytest.raises(UserError) as caught:
         profile(tmp_path, text)
     assert message in str(caught.value) and str(caught.value).startswith(f"--cluster {tmp_path / 'c.toml'}: ")
+
+
+@pytest.mark.parametrize(("text", "value"), [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("1-12", 129600), ("1-12:30", 131400), ("2-0:0:5", 172805)])
+def test_times_as_sbatch_reads_them(text: str, value: int) -> None:
+    assert seconds(text) == value
 
 
 def test_a_missing_file_points_to_the_examples(tmp_path: Path) -> None:
