@@ -67,17 +67,19 @@ def queue() -> list[str]:
 
 
 def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str, str], on_slurm: tuple[str, ...], tmp_path: Path) -> None:
-    """Exit code 3 at once; a second launcher picks the jobs up, and killing it changes nothing; the table is that of `local`."""
+    """Two launchers at once submit each node once; a third picks the jobs up, and killing it changes nothing; the table is that of `local`."""
     line = (*LINE, "--seeds", "0,1")
-    first = harness(*line, *on_slurm)
-    assert first.returncode == 3 and first.stdout == "" and "submitted 4 nodes as 3 jobs or arrays" in first.stderr, first.stderr
+    command = [sys.executable, "-m", "harness", *line, *on_slurm]
+    both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(p.communicate(timeout=300)[1].partition("submitted ")[2] for p in both)
+    assert [p.returncode for p in both] == [3, 3] and len(list((tmp_path / "runs" / ".slurm").glob("harness-*"))) == 3, said
+    assert said[1].startswith("4 nodes as 3 jobs or arrays:") and said[0].startswith("0 nodes as 0 jobs or arrays"), said
     there = queue()
     shown = harness("status").stdout
     assert shown.count("evaluate nearest-mean on rotation") == 2 and "waits: Dependency" in shown, shown
-    follower = subprocess.Popen([sys.executable, "-m", "harness", *line, *on_slurm, "--wait"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    follower = subprocess.Popen([*command, "--wait"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     assert follower.stderr is not None
-    said = next(text for text in follower.stderr if "submitted" in text)
-    assert "submitted 0 nodes as 0 jobs or arrays" in said and set(queue()) <= set(there)
+    assert "submitted 0 nodes as 0 jobs or arrays" in next(text for text in follower.stderr if "submitted" in text) and set(queue()) <= set(there)
     follower.send_signal(signal.SIGKILL)
     follower.wait()
     follower.stderr.close()
