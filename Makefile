@@ -4,17 +4,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-slow lint bench
+.PHONY: demo test test-slow test-slurm lint bench
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
 	$(BIN)/python -m harness run --methods beit,mae --evals ade20k,coco
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
+
+# A real SLURM on this machine; as root, after: apt-get install slurm-wlm munge
+test-slurm: .venv/.ready
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -6,9 +6,11 @@ Exit codes: 0 all done, 1 some cell failed, 2 usage or bad input (nothing starte
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -102,8 +104,10 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--runs", default="runs")
     status.set_defaults(go=command_status)
 
+    from harness.launch import add_flags
     from harness.plugins import installed, load
 
+    add_flags(run)
     for name in installed("commands"):
         command = load("commands", name)()
         sub = commands.add_parser(name, help=command.help)
@@ -114,37 +118,35 @@ def parser() -> argparse.ArgumentParser:
 
 def command_run(args: argparse.Namespace) -> int:
     """`harness run`."""
-    from harness import plugins
-    from harness.launch import Display, cores, write_job
+    from harness.launch import Display, cores, make_launcher, write_job
     from harness.plan import Planner
     from harness.request import Request
     from harness.run import check_environment
     from harness.store import Store
 
+    launcher = make_launcher(args)
     request = Request(
         methods=words(",".join(args.methods)), evals=words(",".join(args.evals)), protocol=args.protocol, backbone=args.backbone,
         seeds=integers("--seeds", args.seeds), eval_seeds=integers("--eval-seeds", args.eval_seeds), data=args.data, pretrain_data=args.pretrain_data,
         settings=tuple(args.set), tuning=args.tuning, on_bad_image=args.on_bad_image,
+        precision=getattr(launcher, "precision", None),
     )
     check_environment()
-    launcher = plugins.load("launchers", args.launcher, "--launcher")()
     store = Store(Path(args.runs))
     planner = Planner(request)
     plan = planner.plan()
     store.check_version()
     if args.dry_run:
-        return dry_run(plan, store, planner, args.force)
+        return dry_run(plan, store, planner, args.force, launcher)
     if planner.missing:
         raise UserError(next(iter(planner.missing.values())))
     store.prepare()
     if planner.pending:
         planner.generate(cores())
         plan = Planner(request).plan()
-    for node in plan.nodes:
-        folder = store.folder(node)
-        state = store.state(folder).status
-        if state == "running" and args.force:
-            raise UserError(f"--force: {node.folder} is being worked on ({store.state(folder).reason}): stop that process first")
+    for node in plan.nodes if args.force else ():
+        if (state := store.state(store.folder(node))).status == "running":
+            raise UserError(f"--force: {node.folder} is being worked on ({state.reason}): stop that process first")
     for node in plan.nodes:
         folder = store.folder(node)
         if args.force and (old := store.set_aside(folder)) is not None:
@@ -152,19 +154,17 @@ def command_run(args: argparse.Namespace) -> int:
         elif args.retry:
             (folder / "failure.json").unlink(missing_ok=True)
     todo = [n for n in plan.nodes if store.state(store.folder(n)).status != "done"]
-    interrupted = False
-    for node in todo:  # also of those that will wait for a parent which fails: `table` and `status` then know of them
-        if not (store.folder(node) / "job.json").exists():
-            write_job(node, store)
+    code = 0
+    with ThreadPoolExecutor(16) as pool:  # also of those that will wait for a parent which fails, so that `table` knows of them; each is flushed to disk
+        list(pool.map(lambda n: write_job(n, store), [n for n in todo if not (store.folder(n) / "job.json").exists()]))
     if todo:
         print(f"{len(plan.nodes)} nodes, {len(plan.nodes) - len(todo)} done before, {len(todo)} to do in {store.root}", file=sys.stderr)
         display = Display(plan.nodes, store)
-        interrupted = launcher.launch(plan.nodes, store, display)
+        code = launcher.launch(plan.nodes, store, display)
         display.close()
-    if interrupted:
+    if code == 130:
         print("interrupted: run the same line again to go on", file=sys.stderr)
-        return 130
-    return print_table(plan, store)
+    return code or print_table(plan, store)
 
 
 def print_table(plan: Plan, store: Store) -> int:
@@ -181,21 +181,22 @@ def print_table(plan: Plan, store: Store) -> int:
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
-def dry_run(plan: Plan, store: Store, planner: Planner, force: bool) -> int:
-    """The graph and what is cached."""
+def dry_run(plan: Plan, store: Store, planner: Planner, force: bool, launcher: Any) -> int:
+    """The graph and what is cached, and what the launcher would do."""
     if planner.pending:
         print(f"data to be generated first (keys are not final): {', '.join(sorted(planner.pending))}")
     for reason in planner.missing.values():
         print(f"missing (keys are not final): {reason}")
     for number, node in enumerate(plan.nodes, start=1):
-        status = store.state(store.folder(node)).status
-        shown = {"done": "to be done again" if force else "cached"}.get(status, status)
+        shown = {"done": "to be done again" if force else "cached"}.get(status := store.state(store.folder(node)).status, status)
         after = ", ".join(f"{role} {p.key[:8]}" for role, p in node.parents.items())
         print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {shown}"
               + (f" (after {after})" if after else ""))
     for cell in plan.cells:
         if cell.node is None:
             print(f"skipped: {cell.about['eval']} on {cell.about['method']}: {cell.skipped}")
+    if hasattr(launcher, "preview"):
+        print(launcher.preview(plan.nodes, store, force))
     return 0
 
 
@@ -234,28 +235,27 @@ def source(plugin: Any) -> str:
 
 def command_status(args: argparse.Namespace) -> int:
     """`harness status`."""
-    import json
-
     from harness.jobs import read_job
+    from harness.launch import queued
     from harness.store import Store, read_json, read_record
 
     store = Store(Path(args.runs))
     if not store.root.is_dir():
         raise UserError(f"--runs {store.root}: no such folder: name the folder that `run` wrote to")
     store.check_version()
-    folders = store.folders()
+    folders, away = store.folders(), queued(store)
     if args.run is None:
         for folder in folders:
             try:
-                state, job, record = store.explain(folder), read_job(folder / "job.json"), read_record(folder)
+                state, job, record = store.explain(folder, away), read_job(folder / "job.json"), read_record(folder)
             except UserError as error:
                 print(f"{'damaged':12} {folder.name}: {error}")
                 continue
             about = job.get("about", {})
-            progress = read_json(folder / "progress.json") if state.status == "running" else None
+            p = read_json(folder / "progress.json") if state.status == "running" else None
             detail = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items()) if record else state.reason
-            if progress:
-                detail = f"step {progress['step']}/{progress['steps']}, {progress['images_per_s']:.0f} images/s, {progress['seconds_left'] or 0:.0f} s left"
+            if p:
+                detail = f"step {p['step']}/{p['steps']}, {p['images_per_s']:.0f} images/s, {p['seconds_left'] or 0:.0f} s left, {state.reason}"
             print(f"{state.status:12} {job['key']} {about.get('title', job['name'])} seed {about.get('seed')}{': ' + detail if detail else ''}")
         return 0
     found = [f for f in folders if f.name == Path(args.run).name or f.name.rsplit("-", 1)[-1].startswith(args.run)]
@@ -263,7 +263,7 @@ def command_status(args: argparse.Namespace) -> int:
     if len(found) != 1:
         what = "no such run" if not found else f"{len(found)} runs fit"
         raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)])}")
-    state = store.state(found[0])
+    state = store.explain(found[0], away)
     record = read_record(found[0])
     print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}")
     print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))

@@ -6,6 +6,7 @@ this process. A node that fails takes down only what depends on it.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.jobs import Node
+from harness.plugins import importable, load
 from harness.run import BUSY, execute, stop_on_signal
+from harness.spec import UserError
 from harness.store import State, Store, lock_owner, read_json, write_json
 
 POLL_S = 0.2
@@ -26,9 +29,35 @@ ENDED = ("done", "failed", "killed", "blocked")
 
 
 class Launcher(Protocol):
-    """Brings nodes to an end. Returns True when it was interrupted."""
+    """Brings nodes to an end. Returns 0 when all have ended, 3 when they are submitted and not finished, 130 when it was interrupted.
 
-    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> bool: ...
+    Optional are `flags` (names of flags of `run` -> keywords of add_argument; what is given goes to the constructor), `precision` (what `auto` means where it
+    runs jobs), preview(nodes, store, force) -> what --dry-run adds, and a static queued(store) -> states of nodes elsewhere, by folder name, for `status`.
+    """
+
+    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> int: ...
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that installed launchers add to `run`."""
+    for name, launcher in importable("launchers").items():
+        for flag, keywords in getattr(launcher, "flags", {}).items():
+            parser.add_argument(f"--{flag}", **{**keywords, "help": f"with --launcher {name}: {keywords['help']}"})
+
+
+def make_launcher(args: argparse.Namespace) -> Any:
+    """The launcher that --launcher names, with its flags. Raises UserError when there is no such one, or a flag is another one's."""
+    chosen = load("launchers", args.launcher, "--launcher")
+    given = {flag: getattr(args, flag) for launcher in importable("launchers").values() for flag in getattr(launcher, "flags", {})}
+    own = getattr(chosen, "flags", {})
+    if wrong := [flag for flag, value in given.items() if value and flag not in own]:
+        raise UserError(f"--{wrong[0]}: --launcher {args.launcher} does not know it: leave it out, or name another launcher")
+    return chosen(**{flag: given[flag] for flag in own})
+
+
+def queued(store: Store) -> dict[str, State]:
+    """States of nodes that wait or run elsewhere, by folder name."""
+    return {name: s for launcher in importable("launchers").values() if hasattr(launcher, "queued") for name, s in launcher.queued(store).items()}
 
 
 def cores() -> int:
@@ -67,7 +96,7 @@ class Local:
 
     running: dict[str, tuple[subprocess.Popen[bytes], int]] = field(default_factory=dict)
 
-    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> bool:
+    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> int:
         """See `Launcher`."""
         slots, threads = room()
         todo, status = list(nodes), {n.key: store.state(store.folder(n)).status for n in nodes}
@@ -94,7 +123,7 @@ class Local:
                 interrupted = asked()
         finally:
             self.stop(store, nodes)
-        return interrupted
+        return 130 if interrupted else 0
 
     def start(self, node: Node, store: Store, threads: int, slots: int) -> None:
         """Start a node's process; what it prints goes to its log."""
@@ -160,7 +189,7 @@ class Local:
 class Debug:
     """One after the other in this process: breakpoints work, and tracebacks are in the job's log."""
 
-    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> bool:
+    def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> int:
         """See `Launcher`."""
         status: dict[str, str] = {}
         os.environ.setdefault("HARNESS_THREADS", str(room()[1]))  # as many as under `local`: the number of threads can change the last bits
@@ -179,9 +208,9 @@ class Debug:
                     time.sleep(1.0)
                 status[node.key] = store.state(store.folder(node)).status
                 if code == 130 or asked():
-                    return True
+                    return 130
         show(status)
-        return False
+        return 0
 
 
 class Display:
@@ -262,7 +291,7 @@ class Display:
                     known += 1
                     continue
                 waiting += sum(sample) / len(sample)
-        busy = max(1, min(room()[0], sum(s in ("running", "elsewhere") for s in status.values()) or 1))
+        busy = max(1, sum(s in ("running", "elsewhere") for s in status.values()))
         return f"{clock(waiting / busy)} left" + (f" and {known} jobs not timed yet" if known else "")
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ class Planner:
         self.tuning = request.tuning or self.setting.tuning
         self.missing: dict[str, str] = {}
         self.settings = Settings(request.settings)
-        self.precision = resolve_precision()
+        self.precision = request.precision or resolve_precision()
         self.folders: dict[str, Path] = dict(data.locate(request.data, self.setting))
         if request.pretrain_data is not None:
             self.folders["folder"] = Path(request.pretrain_data)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from harness.checkpoint import write_atomically
@@ -222,12 +223,14 @@ class Store:
             return State("interrupted", "not finished: run the same line again to go on")
         return State("missing", "not run")
 
-    def explain(self, folder: Path) -> State:
-        """State of a node's folder; one that waits for a parent which failed says which and why."""
+    def explain(self, folder: Path, away: Mapping[str, State] = MappingProxyType({})) -> State:
+        """State of a node's folder; one that waits for a parent which failed says which and why. `away`: what launchers know of nodes elsewhere."""
         state = self.state(folder)
+        if state.status not in ("done", "failed") and folder.name in away:
+            return away[folder.name]
         if state.status in ("missing", "interrupted"):
             for role, parent in read_job(folder / "job.json")["parents"].items() if (folder / "job.json").exists() else ():
-                above = self.explain(self.root / parent["folder"])
+                above = self.explain(self.root / parent["folder"], away)
                 if above.status in ("failed", "interrupted"):
                     return State("failed", above.reason if above.reason.startswith("its ") else f"its {role} {above.status}: {above.reason}")
         return state

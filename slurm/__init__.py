@@ -1,1 +1,1 @@
-"""SLURM: the only place that imports submitit. Empty until the cluster issue; `--launcher` lists what is installed."""
+"""SLURM: the launcher, cluster profiles and the local test cluster. The only place that imports submitit."""

@@ -19,12 +19,13 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = {
     "run": {
         "--methods", "--evals", "--protocol", "--backbone", "--seeds", "--eval-seeds", "--data", "--pretrain-data", "--runs", "--launcher", "--set",
-        "--tuning", "--on-bad-image", "--dry-run", "--retry", "--force",
+        "--tuning", "--on-bad-image", "--dry-run", "--retry", "--force", "--cluster", "--wait",
     },
     "list": {"what", "--protocol", "--runs"},
     "status": {"run", "--runs"},
     "doctor": {"--data", "--runs", "--evaluators"},
     "export": {"run", "--to", "--out", "--runs"},
+    "cancel": {"run", "--runs"},
     "data": {"what", "names", "--protocol", "--data", "--archives", "--labels"},
     "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
 }

@@ -1,0 +1,152 @@
+"""What SLURM's queue holds of a runs folder: batches as they were submitted, and what squeue says of them. sacct is not needed.
+
+    runs/.slurm/lock                     held while somebody submits
+    runs/.slurm/<batch>/submission.json  the nodes of one job or array, in the order of its tasks
+                        batch.sh         what sbatch was given       slurm-*.out   what SLURM and the setup lines printed
+    runs/<node>/slurm.json               the attempts at a node: job, host, start, end, and how it ended
+
+A batch's name is its job's comment in SLURM. What squeue shows under it is in the queue, whoever submitted it and whatever became of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.spec import UserError
+from harness.store import Locked, State, Store, lock, read_json
+
+FOLDER = ".slurm"
+RESUMES = ("stopped", "time limit")  # how an attempt ends that is gone on with
+SILENT_S = 600.0  # a running job that has reported no step for so long is shown as silent
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED", "SUSPENDED")
+
+
+def ask(*words: str) -> str:
+    """What a SLURM command prints.
+
+    Raises:
+        UserError: it is not there, or refuses; its own last line says why.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = "not found" if isinstance(error, FileNotFoundError) else "no answer in 120 s" if isinstance(error, subprocess.TimeoutExpired) else error
+        raise UserError(f"{words[0]}: {reason}: run this where SLURM's commands work, on a login node of the cluster") from error
+    if done.returncode != 0:
+        lines = [line.split("error: ")[-1] for line in done.stderr.strip().splitlines()]
+        remedy = "" if words[0] == "sbatch" else ": is this a login node, and the cluster up?"
+        raise UserError(f"{words[0]}: {': '.join(lines[-2:]) or f'exit code {done.returncode}'}{remedy}")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or a task of an array, as squeue shows it. `id` as in 12 or 12_3."""
+
+    id: str
+    state: str
+    reason: str
+    host: str
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has not started (again)."""
+        return self.state in WAITING
+
+    def shown(self, folder: Path) -> State:
+        """The state of its node, for `status`."""
+        if self.waits:
+            return State("pending", f"job {self.id} waits: {self.reason}")
+        told = read_json(folder / "progress.json")
+        silent = time.time() - told["time"] if isinstance(told, dict) and "time" in told else 0.0
+        return State("running", f"job {self.id} on {self.host}" + (f", no step for {silent / 60:.0f} minutes" if silent > SILENT_S else ""))
+
+
+def jobs_of(store: Store) -> tuple[dict[str, Job], int]:
+    """(jobs of this runs folder by the name of their node's folder, number of all jobs that the user has in the queue). Raises UserError."""
+    found, batches, lines = {}, dict[str, Any](), ask("squeue", "--me", "-h", "-r", "-o", "%i|%T|%N|%k|%r").splitlines()
+    for line in lines:
+        id, state, host, batch, reason = line.strip().split("|", 4)
+        if batch not in batches:  # a comment of other people's jobs may be anything
+            batches[batch] = read_json(store.root / FOLDER / batch / "submission.json") if batch.startswith("harness-") and "/" not in batch else None
+        body, task = batches[batch], int(id.partition("_")[2] or 0)
+        if not isinstance(body, dict) or task >= len(body["nodes"]):
+            continue
+        name, job = body["nodes"][task], Job(id, state, reason, host)
+        if job.waits or not ended(store.root / name, id):
+            found[name] = job
+    return found, len(lines)
+
+
+def ended(folder: Path, id: str) -> bool:
+    """Whether a job has said that it is over; SLURM may show it for a moment longer. One that was stopped may be on its way back into the queue."""
+    attempts = (read_json(folder / "slurm.json") or {}).get("attempts") or [{}]
+    return attempts[-1].get("job") == id and attempts[-1].get("how") not in (None, *RESUMES)
+
+
+def states(store: Store) -> Mapping[str, State]:
+    """States of the nodes in the queue by folder name, for `status`; where squeue cannot be asked, none and a warning."""
+    if not (store.root / FOLDER).is_dir():
+        return {}
+    try:
+        queue = {name: job.shown(store.root / name) for name, job in jobs_of(store)[0].items()}
+        return queue | left(store, queue)
+    except UserError as error:
+        print(f"the queue is not shown: {error}", file=sys.stderr)
+        return {}
+
+
+def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
+    """Nodes that were submitted, are in the queue no more, and have no result although everything above them has."""
+    last: dict[str, Path] = {}
+    for path in sorted((store.root / FOLDER).glob("harness-*/submission.json")):
+        last |= dict.fromkeys((read_json(path) or {}).get("nodes", ()), path.parent)
+    found = {}
+    for name, batch in last.items():
+        folder = store.root / name
+        if name in queue or (folder / "record.json").exists() or store.state(folder).status not in ("missing", "interrupted"):
+            continue
+        parents = (read_json(folder / "job.json") or {}).get("parents", {}).values()
+        if all((store.root / p["folder"] / "record.json").exists() for p in parents):
+            attempts = (read_json(folder / "slurm.json") or {}).get("attempts") or [{"how": "never began"}]
+            reason = f"left the queue ({attempts[-1].get('how') or 'died without a word'})"
+            found[name] = State("interrupted", f"{reason}: see {batch}/slurm-*.out and log.txt; the same run line submits it again")
+    return found
+
+
+def limits() -> Mapping[str, int]:
+    """MaxArraySize and the other whole numbers of the cluster's configuration. Raises UserError."""
+    pairs = (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())
+    return {name.strip(): int(value) for name, _, value in pairs if value.strip().isdecimal()}
+
+
+@contextmanager
+def sole_submitter(store: Store) -> Iterator[None]:
+    """One at a time looks at the queue and submits; a second one waits. The kernel frees the lock when its owner dies."""
+    with ExitStack() as held:
+        told = False
+        while True:
+            try:
+                held.enter_context(lock(store.root / FOLDER))
+                break
+            except Locked as error:
+                if not told:
+                    print(f"waiting: {error.owner} is submitting into {store.root}", file=sys.stderr)
+                told = True
+        yield
+
+
+def new_batch(store: Store) -> Path:
+    """Folder for a batch; its name is unlike any other."""
+    import secrets
+
+    name = f"harness-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+    return store.root.resolve() / FOLDER / name

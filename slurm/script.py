@@ -1,0 +1,70 @@
+"""The text that sbatch gets for one job or array. submitit writes it, with its names and quoting; the command in it is ours.
+
+submitit's own job format, a pickled function, and its view of the queue, by sacct, are not used: a job is a file that
+`python -m harness.run` reads, the same under every launcher, and its state is its records.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.jobs import Node
+from slurm.profile import Profile, Resources
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: Resources, profile: Profile) -> str:
+    """The batch script of nodes that ask for the same and wait for the same jobs.
+
+    Args:
+        batch: its folder.
+        after: ids of the jobs that must end well before it starts; when one does not, SLURM removes it from the queue.
+    """
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Executor(SlurmExecutor):  # type: ignore[misc, unused-ignore]
+        """submitit's executor, for its text."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            """Where there is no SLURM the text can be shown all the same."""
+            return 2
+
+    array = len(nodes) > 1
+    python = profile.python or sys.executable
+    exports = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(resources.cpus), "HARNESS_THREADS": str(resources.cpus),
+        **({"HARNESS_WORKERS": str(resources.cpus)} if resources.gpus else {}), **dict(resources.environment),
+    }
+    executor = Executor(folder=batch)
+    executor.update_parameters(
+        job_name=name_of(nodes), partition=resources.partition or None, account=resources.account or None, qos=resources.qos or None,
+        constraint=resources.constraint or None, time=resources.time or None, cpus_per_task=resources.cpus, nodes=1, ntasks_per_node=1,
+        gpus_per_node=resources.gpus or None if not resources.gres else None, gres=resources.gres.format(gpus=resources.gpus) if resources.gpus else None,
+        mem=resources.mem or None, mem_per_cpu=resources.mem_per_cpu or None, mem_per_gpu=resources.mem_per_gpu or None,
+        dependency=f"afterok:{':'.join(after)}" if after else None, comment=batch.name, wckey=None, use_srun=False, stderr_to_stdout=True,
+        array_parallelism=profile.max_running or len(nodes), setup=[*resources.setup, *(f"export {k}={shlex.quote(v)}" for k, v in exports.items())],
+        additional_parameters={
+            "output": str(batch / ("slurm-%A_%a.out" if array else "slurm-%j.out")), "requeue": True, "signal": f"B:USR2@{resources.signal_s}",
+            **({"kill-on-invalid-dep": "yes"} if after else {}),
+        },
+    )
+    if array:
+        executor.parameters["map_count"] = len(nodes)  # as submitit does for its own arrays
+    text = executor._make_submission_file_text(f"exec {shlex.quote(python)} -m slurm.worker {shlex.quote(str(batch))}", "")
+    lines = text.strip().splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+    return "\n".join([*lines[: last + 1], *(f"#SBATCH {option}" for option in resources.extra), *lines[last + 1:]]) + "\n"
+
+
+def name_of(nodes: Sequence[Node]) -> str:
+    """What squeue shows people: the node's name, or what the nodes of an array have in common."""
+    if len({n.name for n in nodes}) == 1:
+        return f"{nodes[0].kind} {nodes[0].name}"
+    return f"{nodes[0].kind} x{len(nodes)}" if len({n.kind for n in nodes}) == 1 else f"harness x{len(nodes)}"

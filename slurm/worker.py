@@ -1,0 +1,141 @@
+"""What a SLURM job runs: `python -m slurm.worker BATCH` starts `python -m harness.run JOB.json`, hands signals on, and notes how it ended.
+
+Exit code 0 when the node is done, so that the jobs after it start. At its time limit the job saves and puts itself back into the
+queue; preempted or requeued ones save, and SLURM puts them back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.run import BUSY
+from harness.store import read_json, write_json
+from slurm.queue import RESUMES
+
+BUSY_S = 10.0  # how often a node that another process works on is looked at again
+MORE_MEMORY = "ask for more memory for this node in the cluster profile"
+FEWER_IMAGES = "set HARNESS_MICRO_BATCH in the profile's environment, it changes no key"
+
+
+def classify(failure: Mapping[str, Any]) -> tuple[str, str]:
+    """(what kind of failure it is, what helps) of a failure.json."""
+    kind, message = str(failure.get("type", "")), str(failure.get("message", ""))
+    if "OutOfMemory" in kind or re.search("out of memory|can't allocate memory", message, re.I):
+        return "out of memory", FEWER_IMAGES
+    if kind == "MemoryError":
+        return "out of memory", MORE_MEMORY
+    if re.search(r"\bloss (nan|-?inf)|not finite|\bis (nan|-?inf)\b", message, re.I):
+        return "loss not finite", ""
+    if kind == "BadImage" or "unreadable" in message:
+        return "data error", ""
+    if f"Errno {errno.ENOSPC}" in message or f"Errno {errno.EDQUOT}" in message:
+        return "disk full", "make room, then run with --retry"
+    if kind in ("UserError", "FileNotFoundError", "ModuleNotFoundError", "ImportError"):
+        return "bad configuration", ""
+    return "error", ""
+
+
+def note_failure(folder: Path, failure: dict[str, Any]) -> str:
+    """Write a failure with its kind and remedy in front of and behind its message; the kind."""
+    kind, remedy = (failure["class"], "") if "class" in failure else classify(failure)
+    message = failure["message"] if failure["message"].startswith(kind) else f"{kind}: {failure['message']}"
+    write_json(folder / "failure.json", {**failure, "class": kind, "message": f"{message}: {remedy}" if remedy else message})
+    return kind
+
+
+def new_failure(folder: Path, kind: str, message: str) -> str:
+    """The failure of a job whose process could not write one itself."""
+    return note_failure(folder, {"class": kind, "message": message, "type": "Exit", "traceback": "", "time": time.time()})
+
+
+class Attempts:
+    """slurm.json of a node: its attempts, the last one this."""
+
+    def __init__(self, folder: Path, job: str) -> None:
+        self.path, self.job = folder / "slurm.json", job
+        self.all: list[dict[str, Any]] = list((read_json(self.path) or {}).get("attempts", []))
+        self.lost = [a for a in self.all if a["job"] == job and not a.get("how")]  # died without a word: its node was lost
+
+    def begin(self) -> None:
+        """Note the start."""
+        self.all.append({"job": self.job, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "start": time.time()})
+        write_json(self.path, {"attempts": self.all})
+
+    def end(self, how: str) -> None:
+        """Note how it ended."""
+        self.all[-1] |= {"end": time.time(), "how": how}
+        write_json(self.path, {"attempts": self.all})
+
+
+def work(folder: Path, job: str, max_lost: int) -> int:
+    """One attempt at a node. Returns the exit code of the job."""
+    attempts = Attempts(folder, job)
+    attempts.begin()
+    if len(attempts.lost) > max_lost:
+        hosts = ", ".join(a["host"] for a in attempts.lost)
+        attempts.end(new_failure(folder, "lost node", f"died {len(attempts.lost)} times without a word (on {hosts}), max_lost is {max_lost}"))
+        return 1
+    asked: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        asked.append(number)
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, pass_on)
+    code, environment = BUSY, {**os.environ, "HARNESS_LAUNCHER_PID": str(os.getpid())}  # it saves and ends when this process dies
+    while code == BUSY and not asked:
+        with open(folder / "log.txt", "ab") as log:
+            line = [sys.executable, "-m", "harness.run", str(folder / "job.json")]
+            running[:] = [subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)]
+        if asked:  # a signal that came before the process was in the list
+            running[0].send_signal(signal.SIGTERM)
+        if (code := running[0].wait()) == BUSY and not asked:
+            time.sleep(BUSY_S)
+    if code == 0:
+        attempts.end("done")
+    elif asked and (code < 0 or code in (130, BUSY)):
+        limit = asked[0] == signal.SIGUSR2
+        attempts.end(RESUMES[limit])
+        if limit:  # SLURM puts back those that it stops itself; a cancelled one is to stay away
+            done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False)
+            print(f"time limit: saved, {'back into the queue' if done.returncode == 0 else done.stderr.strip()}", flush=True)
+        return 130
+    elif code == 130:
+        attempts.end(RESUMES[0])
+    elif code == -signal.SIGKILL:
+        attempts.end(new_failure(folder, "out of memory", f"its process was killed, most likely for using more memory than the job has: {MORE_MEMORY}"))
+    elif isinstance(failure := read_json(folder / "failure.json"), dict):
+        attempts.end(note_failure(folder, failure))
+    else:
+        attempts.end(new_failure(folder, "error", f"its process ended with exit code {code}: see {folder / 'log.txt'}"))
+    return code if code >= 0 else 1
+
+
+def main() -> int:
+    """`python -m slurm.worker BATCH`, in a SLURM job."""
+    batch = Path(sys.argv[1])
+    body = read_json(batch / "submission.json")
+    if body is None:
+        print(f"{batch / 'submission.json'}: cannot be read here: is the runs folder one that all nodes see?", flush=True)
+        return 1
+    # submitted from inside an array's task, a job of its own inherits that one's number
+    task = os.environ["SLURM_ARRAY_TASK_ID"] if len(body["nodes"]) > 1 else None
+    job = os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    return work(batch.parents[1] / body["nodes"][int(task or 0)], job, body["max_lost"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

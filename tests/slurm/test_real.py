@@ -1,0 +1,180 @@
+"""On a real SLURM: slurmctld and two slurmd on this machine (`make test-slurm`; needs root and Debian's slurm-wlm and munge)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.local_cluster import cluster, missing
+from slurm.queue import ask
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+LINE = ("run", "--protocol", "smoke", "--methods", "rotation", "--evals", "nearest-mean")
+PROFILE = 'cpus = 1\npartition = "low"\ntime = "30"\n'
+LONG = ("--set", "rotation.recipe.iterations=400")
+
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("smoke_data", "conf"), pytest.mark.skipif(bool(missing()), reason=missing())]
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Path]:
+    with cluster(tmp_path_factory.mktemp("cluster") / "c") as config:
+        environment["SLURM_CONF"] = str(config)
+        environment["HARNESS_CHECKPOINT_S"] = "1"
+        yield config
+
+
+@pytest.fixture
+def on_slurm(tmp_path: Path) -> tuple[str, ...]:
+    """The flags, with a profile in the test's folder."""
+    (tmp_path / "c.toml").write_text(PROFILE)
+    return ("--launcher", "slurm", "--cluster", "c.toml")
+
+
+def one(runs: Path, pattern: str) -> Any:
+    """JSON of the one file that fits."""
+    [path] = runs.glob(pattern)
+    return json.loads(path.read_text())
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 240) -> Any:
+    """The first true value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"not within {seconds:.0f} s: {ask('squeue', '-a')}")
+
+
+def saved(runs: Path) -> Callable[[], list[Path]]:
+    """The states that a pre-training has saved."""
+    return lambda: list(runs.glob("pretrain-*/checkpoint/train/state-*.pt"))
+
+
+def queue() -> list[str]:
+    """Ids in the queue."""
+    return ask("squeue", "--me", "-h", "-r", "-o", "%i").split()
+
+
+def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str, str], on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """Two launchers at once submit each node once; a third picks the jobs up, and killing it changes nothing; the table is that of `local`."""
+    line = (*LINE, "--seeds", "0,1")
+    command = [sys.executable, "-m", "harness", *line, *on_slurm]
+    both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(p.communicate(timeout=300)[1].partition("submitted ")[2] for p in both)
+    assert [p.returncode for p in both] == [3, 3] and len(list((tmp_path / "runs" / ".slurm").glob("harness-*"))) == 3, said
+    assert said[1].startswith("4 nodes as 3 jobs or arrays:") and said[0].startswith("0 nodes as 0 jobs or arrays"), said
+    there = queue()
+    shown = harness("status").stdout
+    assert shown.count("evaluate nearest-mean on rotation") == 2 and "waits: Dependency" in shown, shown
+    follower = subprocess.Popen([*command, "--wait"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert follower.stderr is not None
+    assert "submitted 0 nodes as 0 jobs or arrays" in next(text for text in follower.stderr if "submitted" in text) and set(queue()) <= set(there)
+    follower.send_signal(signal.SIGKILL)
+    follower.wait()
+    follower.stderr.close()
+    done = harness(*line, *on_slurm, "--wait")
+    assert done.returncode == 0, done.stderr
+    wait_for(lambda: not queue())
+    ends = [json.loads(p.read_text())["attempts"] for p in (tmp_path / "runs").glob("*/slurm.json")]
+    assert [[a["how"] for a in attempts] for attempts in ends] == [["done"]] * 4
+    assert harness(*line, "--runs", "here").stdout == done.stdout
+
+
+@pytest.mark.parametrize("how", ["requeued", "preempted"])
+def test_a_job_that_is_put_back_goes_on_to_the_same_number(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, how: str) -> None:
+    """By scontrol requeue, as an administrator does it, or by a job of a higher partition that wants the whole cluster."""
+    import torch
+
+    line = (*LINE, *LONG)
+    assert harness(*line, *on_slurm).returncode == 3
+    wait_for(saved(tmp_path / "runs"))
+    pretrain = min(queue(), key=int)
+    if how == "requeued":
+        ask("scontrol", "requeue", pretrain)
+    else:
+        ask("sbatch", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+    wait_for(lambda: pretrain in ask("squeue", "--me", "-h", "-t", "PENDING", "-o", "%i").split())
+    assert f"pending      {next((tmp_path / 'runs').glob('pretrain-*')).name[-16:]}" in harness("status").stdout
+    done = harness(*line, *on_slurm, "--wait", timeout=600)
+    assert done.returncode == 0, done.stderr
+    attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
+    assert [a["how"] for a in attempts] == ["stopped", "done"] and {a["job"] for a in attempts} == {pretrain}
+    assert "going on from step" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
+    whole = harness(*line, "--runs", "whole")
+    assert whole.stdout == done.stdout
+    a, b = (torch.load(next((tmp_path / r).glob("pretrain-*/checkpoint/backbone.pt")), weights_only=True)["state"] for r in ("whole", "runs"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_cancelled_jobs_stay_away_until_run_again(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    line = (*LINE, *LONG)
+    assert harness(*line, *on_slurm).returncode == 3
+    wait_for(saved(tmp_path / "runs"))
+    cancelled = harness("cancel")
+    assert cancelled.returncode == 0 and cancelled.stdout.count("cancelled") == 2
+    wait_for(lambda: not queue())
+    assert one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"][-1]["how"] == "stopped"
+    assert "interrupted" in harness("status").stdout
+    again = harness(*line, *on_slurm)
+    assert again.returncode == 3 and "submitted 2 nodes" in again.stderr
+    assert harness("cancel").returncode == 0
+    wait_for(lambda: not queue())
+
+
+def test_a_failure_takes_down_what_depends_on_it(harness: Call, on_slurm: tuple[str, ...], smoke_data: Path, tmp_path: Path) -> None:
+    """kill-on-invalid-dep empties the queue; the cell says why; --retry submits both again."""
+    import shutil
+
+    shutil.copytree(smoke_data, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "imagenet" / "train").rglob("*.jpg"))[37]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200] + bytes(len(whole) - 200))
+    line = (*LINE, "--data", "data", *on_slurm, "--wait")
+    failed = harness(*line)
+    assert failed.returncode == 1 and f"data error: {broken}" in failed.stdout.replace("\\", ""), failed.stdout + failed.stderr
+    assert queue() == []
+    again = harness(*line)
+    assert again.returncode == 1 and "submitted 0 nodes" in again.stderr
+    broken.write_bytes(whole)
+    assert harness(*line, "--retry").returncode == 0
+
+
+def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """All processes of the job die at once, without a word: SLURM starts it again, and it goes on from its last state."""
+    line = (*LINE, *LONG)
+    assert harness(*line, *on_slurm).returncode == 3
+    wait_for(saved(tmp_path / "runs"))
+    job = int(next((tmp_path / "runs").glob("pretrain-*/lock")).read_text().split()[1])
+    worker = int(Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[1])
+    step = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    assert b"slurmstepd" in Path(f"/proc/{step}/cmdline").read_bytes()
+    for process in (step, worker, job):
+        os.kill(process, signal.SIGKILL)
+    done = harness(*line, *on_slurm, "--wait", timeout=600)
+    attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
+    assert done.returncode == 0, (done.stdout, done.stderr, attempts)
+    assert [a.get("how") for a in attempts] == [None, "done"]
+    assert "going on from step" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
+
+
+def test_a_job_at_its_time_limit_goes_on_in_its_next_turn(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """A limit of two minutes, and more work than that: the job saves before it, puts itself back into the queue, and goes on under the same id."""
+    (tmp_path / "c.toml").write_text(PROFILE.replace('time = "30"', 'time = "2"\nsignal_s = 60'))
+    assert harness(*LINE, "--set", "rotation.recipe.iterations=100000", *on_slurm).returncode == 3
+    log = wait_for(lambda: next((tmp_path / "runs").glob("pretrain-*/log.txt"), None))
+    wait_for(lambda: "going on from step" in log.read_text(), 400)
+    attempts = json.loads((log.parent / "slurm.json").read_text())["attempts"]
+    assert [a.get("how") for a in attempts] == ["time limit"] * (len(attempts) - 1) + [None] and len({a["job"] for a in attempts}) == 1
+    assert harness("cancel").returncode == 0
+    wait_for(lambda: not queue())

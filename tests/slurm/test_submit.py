@@ -1,0 +1,306 @@
+"""The graph in SLURM's queue, against a fake of its commands: nothing twice, nothing lost, and each state said as it is."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_slurm import FakeSlurm
+
+from harness.jobs import Node
+from harness.launch import make_launcher, queued, write_job
+from harness.spec import UserError
+from harness.store import Store, lock, write_json
+from slurm.cancel import Cancel
+from slurm.launcher import Slurm
+
+METHODS, EVALS = ("mae", "beit", "scratch"), ("linear", "coco", "knn", "partial")
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    cluster = FakeSlurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(cluster.folder), prepend=":")
+    return cluster
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    found = Store(tmp_path / "runs")
+    found.prepare()
+    return found
+
+
+def graph(store: Store, methods: tuple[str, ...] = METHODS, evals: tuple[str, ...] = EVALS) -> list[Node]:
+    """Pre-trainings (beit's after a tokenizer), each with evaluations, parents first; their job files written as `run` does."""
+    nodes: list[Node] = []
+    for method in methods:
+        parents = {}
+        if method == "beit":
+            parents = {"tokenizer": Node("asset", "dvae", {"plugin": "dvae"}, {}, {"title": "tokenizer dvae", "seed": 0})}
+        pretrain = Node("pretrain", method, {"plugin": method}, parents, {"title": f"pretrain {method}", "seed": 0})
+        scores = [Node("evaluate", f"{e}-{method}", {"plugin": e}, {"checkpoint": pretrain}, {"title": f"evaluate {e} on {method}", "seed": 0}) for e in evals]
+        nodes += [*parents.values(), pretrain, *scores]
+    for node in nodes:
+        write_job(node, store)
+    return nodes
+
+
+def slurm(store: Store, text: str = "", wait: bool = False) -> Slurm:
+    """The launcher with a profile."""
+    path = store.root.parent / "cluster.toml"
+    path.write_text(text)
+    return Slurm(cluster=str(path), wait=wait, poll_s=0.02)
+
+
+def quiet(status: Any) -> None:
+    """A display that shows nothing."""
+
+
+def finish(store: Store, node: Node, fake: FakeSlurm | None = None) -> None:
+    """The node's record, as its job would leave it; it leaves the queue."""
+    from harness.store import record_validator
+
+    body: dict[str, Any] = dict.fromkeys(record_validator().schema["required"])
+    write_json(store.folder(node) / "record.json", body | {"schema": 1, "metrics": {}})
+    if fake is not None:
+        ids = {name: job for name, job in fake_ids(store, fake).items() if name == node.folder}
+        fake.queue = [line for line in fake.queue if line[0] not in ids.values()]
+
+
+def fake_ids(store: Store, fake: FakeSlurm) -> dict[str, str]:
+    """Folder name -> job id in the fake's queue."""
+    from slurm.queue import jobs_of
+
+    return {name: job.id for name, job in jobs_of(store)[0].items()}
+
+
+def test_edges_become_dependencies_and_equal_nodes_arrays(fake: FakeSlurm, store: Store) -> None:
+    nodes = graph(store)
+    launcher = slurm(store, 'max_running = 2\nmem = "8G"\n[nodes."evaluate-coco*"]\nmem = "64G"')
+    assert launcher.launch(nodes, store, quiet) == 3
+    ids = fake_ids(store, fake)
+    assert set(ids) == {n.folder for n in nodes}, "the whole graph at once"
+    first = {n.name: ids[n.folder] for n in nodes if n.kind != "evaluate"}
+    assert first["mae"].partition("_")[0] == first["scratch"].partition("_")[0] == first["dvae"].partition("_")[0], "one array of what waits for nothing"
+    assert "dependency" not in fake.options(first["mae"].partition("_")[0])
+    assert fake.options(first["beit"])["dependency"] == f"afterok:{first['dvae']}"
+    for node in nodes:
+        if node.kind == "evaluate":
+            options = fake.options(ids[node.folder].partition("_")[0])
+            method = node.parents["checkpoint"].name
+            assert options["dependency"] == f"afterok:{first[method]}" and options["kill-on-invalid-dep"] == "yes"
+            assert options["mem"] == ("64G" if node.name.startswith("coco") else "8G")
+            if not node.name.startswith("coco"):
+                assert options["array"] == "0-2%2", "three evaluations of one shape, two at a time"
+
+
+def test_two_launchers_do_not_submit_a_node_twice(fake: FakeSlurm, store: Store) -> None:
+    nodes = graph(store)
+    launchers = [slurm(store) for _ in range(2)]
+    codes: list[int] = []
+    threads = [threading.Thread(target=lambda one=one: codes.append(one.launch(nodes, store, quiet))) for one in launchers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [3, 3] and len(fake.queue) == len(nodes)
+
+
+def test_a_launcher_killed_after_sbatch_loses_nothing(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between sbatch and the next line there is nothing to write down: the queue itself says what was submitted."""
+    nodes = graph(store)
+
+    class Killed(BaseException):
+        pass
+
+    real, calls = Slurm.sbatch, []
+
+    def dies(self: Slurm, group: Any, store: Store) -> str:
+        calls.append(real(self, group, store))
+        if len(calls) == 2:
+            raise Killed
+        return calls[-1]
+
+    monkeypatch.setattr(Slurm, "sbatch", dies)
+    with pytest.raises(Killed):
+        slurm(store).launch(nodes, store, quiet)
+    there = fake_ids(store, fake)
+    assert 0 < len(there) < len(nodes)
+    monkeypatch.setattr(Slurm, "sbatch", real)
+    assert slurm(store).launch(nodes, store, quiet) == 3
+    assert len(fake.queue) == len(nodes) and there.items() <= fake_ids(store, fake).items()
+
+
+def test_what_is_done_failed_or_elsewhere_is_not_submitted(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = graph(store, ("mae", "scratch", "beit"), ("linear", "knn"))
+    by = {n.name: n for n in nodes}
+    finish(store, by["mae"])
+    finish(store, by["knn-mae"])
+    write_json(store.folder(by["scratch"]) / "failure.json", {"message": "loss nan", "type": "JobFailed", "traceback": "", "time": 0})
+    with lock(store.folder(by["beit"])):  # as a `local` launcher's job does
+        assert slurm(store).launch(nodes, store, quiet) == 3
+    assert set(fake_ids(store, fake)) == {by["linear-mae"].folder, by["dvae"].folder}
+    assert "dependency" not in fake.options("100"), "a parent that is done is not waited for"
+    assert "4 nodes wait for one that failed" in capsys.readouterr().err
+
+
+def test_limits_of_the_cluster(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """MaxArraySize of the fake is 11; max_submit counts other jobs of the user; the rest comes when there is room."""
+    nodes = graph(store, ("mae",), tuple(f"linear@{i}" for i in range(25)))
+    fake.queue = [["7", "RUNNING", "n1", "mine", "None"]]
+    launcher = slurm(store, "max_submit = 20")
+    assert launcher.launch(nodes, store, quiet) == 3
+    assert len(fake.queue) == 20 and [fake.options(i).get("array") for i in fake.scripts] == [None, "0-10%11", "0-6%7"]
+    assert "7 nodes are not submitted yet: the queue has no room for more (max_submit)" in capsys.readouterr().err
+    fake.queue = fake.queue[:10]
+    assert launcher.launch(nodes, store, quiet) == 3
+    assert len(fake.queue) == 20
+
+
+def test_what_sbatch_refuses_is_said(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = graph(store)
+    (fake.folder / "refuse").write_text("100")
+    with pytest.raises(UserError, match=r"cluster.toml: sbatch: QOSMaxSubmitJobPerUserLimit: Batch job submission failed"):
+        slurm(store).launch(nodes, store, quiet)
+    (fake.folder / "refuse").write_text("102")
+    assert slurm(store).launch(nodes, store, quiet) == 3
+    assert len(fake.scripts) == 2 and "QOSMaxSubmitJobPerUserLimit" in capsys.readouterr().err
+    (fake.folder / "refuse").unlink()
+    assert slurm(store).launch(nodes, store, quiet) == 3
+    assert len(fake.queue) == len(nodes)
+
+
+def test_states_for_status(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = graph(store, ("mae",), ("linear",))
+    slurm(store).launch(nodes, store, quiet)
+    fake.set("100", "RUNNING", "n7")
+    write_json(store.folder(nodes[0]) / "progress.json", {"time": time.time() - 1300})
+    away = queued(store)
+    assert (away[nodes[0].folder].status, away[nodes[0].folder].reason) == ("running", "job 100 on n7, no step for 22 minutes")
+    assert store.explain(store.folder(nodes[1]), away).reason == "job 101 waits: Dependency"
+    write_json(store.folder(nodes[0]) / "slurm.json", {"attempts": [{"job": "100", "host": "n7", "start": 0, "how": "stopped"}]})
+    assert queued(store)[nodes[0].folder].status == "running", "stopped to be put back: SLURM shows it for a moment as it was"
+    write_json(store.folder(nodes[0]) / "slurm.json", {"attempts": [{"job": "100", "host": "n7", "start": 0, "how": "data error"}]})
+    assert queued(store)[nodes[0].folder].reason.startswith("left the queue (data error)"), "it has said that it is over"
+    fake.set("100", "PENDING", "", "BeginTime")
+    assert queued(store)[nodes[0].folder].status == "pending", "and when it is put back it waits"
+    (fake.folder / "down").write_text("")
+    assert queued(store) == {} and "the queue is not shown: squeue: Unable to contact slurm controller" in capsys.readouterr().err
+    with pytest.raises(UserError, match="Unable to contact"):
+        slurm(store).launch(nodes, store, quiet)
+
+
+def test_a_job_that_never_began_is_not_simply_missing(fake: FakeSlurm, store: Store) -> None:
+    """A setup line that fails on the node leaves no record; status says where SLURM put what it printed."""
+    nodes = graph(store, ("mae",), ("linear",))
+    slurm(store).launch(nodes, store, quiet)
+    fake.queue = []
+    away = queued(store)
+    assert set(away) == {nodes[0].folder} and away[nodes[0].folder].status == "interrupted", "what waits for it is explained by it"
+    assert "left the queue (never began): see" in away[nodes[0].folder].reason
+    assert store.explain(store.folder(nodes[1]), away).reason.startswith("its checkpoint interrupted: left the queue")
+
+
+def test_wait_takes_on_what_another_process_was_at_work_on(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent runs under `local`: the child is submitted when that is done, not forgotten."""
+    monkeypatch.setattr("slurm.launcher.HELD_S", 0.0)
+    nodes = graph(store, ("mae",), ("linear",))
+    seen: list[str] = []
+
+    def show(status: Any) -> None:
+        seen.append(status[nodes[1].key])
+        if len(seen) == 1:
+            held.close()
+            finish(store, nodes[0])
+        elif fake.queue:
+            finish(store, nodes[1], fake)
+
+    with ExitStack() as held:
+        held.enter_context(lock(store.folder(nodes[0])))
+        assert slurm(store, wait=True).launch(nodes, store, show) == 0
+    assert seen[0] == "pending" and seen[-1] == "done"
+
+
+def test_wait_follows_to_the_end(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held back is submitted once there is room; a job taken out of the queue ends the wait too, with what is below it."""
+    monkeypatch.setattr("slurm.launcher.HELD_S", 0.0)
+    nodes = graph(store, ("mae", "scratch"), ("linear",))
+    by = {n.name: n for n in nodes}
+    seen: list[dict[str, str]] = []
+
+    def show(status: Any) -> None:
+        seen.append({n.name: status[n.key] for n in nodes})
+        step = len(seen)
+        if step == 1:
+            assert set(seen[0].values()) == {"pending"} and len(fake.queue) == 2
+            finish(store, by["mae"], fake)
+        elif by["linear-mae"].folder in fake_ids(store, fake) and "RUNNING" not in {line[1] for line in fake.queue}:
+            fake.set(fake_ids(store, fake)[by["linear-mae"].folder], "RUNNING", "n1")
+        elif seen[-1]["linear-mae"] == "running":
+            finish(store, by["linear-mae"], fake)
+            fake.queue = []  # scratch is cancelled by hand
+
+    assert slurm(store, "max_submit = 2", wait=True).launch(nodes, store, show) == 0
+    assert seen[-1] == {"mae": "done", "linear-mae": "done", "scratch": "killed", "linear-scratch": "blocked"}
+
+
+def test_cancel(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = graph(store, ("mae",), ("linear", "knn"))
+    slurm(store).launch(nodes, store, quiet)
+    parser = argparse.ArgumentParser()
+    Cancel.add_arguments(parser)
+    with pytest.raises(UserError, match="cancel nothing: no such run in the queue"):
+        Cancel().run(parser.parse_args(["nothing", "--runs", str(store.root)]))
+    assert Cancel().run(parser.parse_args([nodes[1].key[:6], "--runs", str(store.root)])) == 0
+    assert {line[0] for line in fake.queue} == {"100", "101_1"}
+    assert Cancel().run(parser.parse_args(["--runs", str(store.root)])) == 0
+    assert fake.queue == [] and "cancelled 101_0" in capsys.readouterr().out
+
+
+def test_dry_run_shows_the_text_that_sbatch_gets(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = graph(store, ("mae",), ("linear", "knn"))
+    launcher = slurm(store, 'partition = "gpu"\ngpus = 1\ngres = "gpu:h100:{gpus}"\nsetup = ["module load cuda"]\nextra = ["--reservation=x"]')
+    text = launcher.preview(nodes, store)
+    assert not fake.scripts, "nothing is submitted"
+    launcher.launch(nodes, store, quiet)
+    batch = next(line[3] for line in fake.queue if line[0] == "100")
+    shown = text[text.index("#!"):text.index("# ---- J2")]
+    assert shown.replace("J1", batch).strip() == fake.scripts["100"].strip()
+    for line in ("#SBATCH --partition=gpu", "#SBATCH --gres=gpu:h100:1", "#SBATCH --reservation=x", "module load cuda", "#SBATCH --signal=B:USR2@120"):
+        assert line in text.splitlines()
+    assert "--dependency=afterok:J1" in text and "--array=0-1%2" in text
+    done = subprocess.run(["bash", "-n"], input=shown, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PATH", "")
+    assert slurm(store).preview(nodes, store).count("#!/bin/bash") == 2, "also where there is no SLURM"
+    for node in nodes:
+        finish(store, node)
+    assert launcher.preview(nodes, store) == "nothing to submit" and launcher.preview(nodes, store, force=True).count("#!/bin/bash") == 2
+
+
+def test_flags_of_another_launcher_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--cluster: --launcher local does not know it"):
+        make_launcher(argparse.Namespace(launcher="local", cluster="x.toml", wait=False))
+    with pytest.raises(UserError, match="name your cluster's profile with --cluster"):
+        make_launcher(argparse.Namespace(launcher="slurm", cluster=None, wait=False))
+
+
+def test_auto_precision_is_that_of_the_nodes(store: Store) -> None:
+    """A login node without a GPU must not decide that a GPU cluster computes in fp32."""
+    assert slurm(store, "gpus = 1").precision == "bf16" and slurm(store, 'precision = "fp32"').precision == "fp32"
+
+
+def test_without_submitit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra: the command line works without it, and this launcher says what to install."""
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert queued(store) == {}
+    with pytest.raises(UserError, match=r"pip install 'vision-pretraining-harness\[slurm\]'"):
+        slurm(store)

@@ -1,0 +1,124 @@
+"""What runs inside a job: how an attempt ended, and what SLURM must be told. The process that does the node is played by a shell script."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_slurm import FakeSlurm
+
+from harness.store import write_json
+from slurm.worker import classify
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "import sys; sys.executable = sys.argv[1]; sys.argv = ['worker', sys.argv[2]]; import slurm.worker as w; w.BUSY_S = 0.1; sys.exit(w.main())"
+
+
+class Bench:
+    """A batch of one node in a runs folder, and a program in place of `python -m harness.run`."""
+
+    def __init__(self, folder: Path, max_lost: int = 1) -> None:
+        self.fake, self.node = FakeSlurm(folder / "bin"), folder / "runs" / "pretrain-mae-0123"
+        self.batch, self.program = folder / "runs" / ".slurm" / "harness-1", folder / "program"
+        self.node.mkdir(parents=True)
+        write_json(self.batch / "submission.json", {"nodes": [self.node.name], "max_lost": max_lost})
+
+    def start(self, program: str) -> subprocess.Popen[str]:
+        """The worker's process."""
+        self.program.write_text(f"#!/bin/sh\nnode=$(dirname \"$3\")\n{program}\n")
+        self.program.chmod(0o755)
+        path = f"{self.fake.folder}:{os.environ['PATH']}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "5", "PATH": path}
+        line = [sys.executable, "-c", RUN, str(self.program), str(self.batch)]
+        return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self, program: str) -> int:
+        """Its exit code."""
+        process = self.start(program)
+        output, _ = process.communicate(timeout=60)
+        assert "Traceback" not in output, output
+        return process.returncode
+
+    @property
+    def ends(self) -> list[str | None]:
+        """How the attempts ended."""
+        return [a.get("how") for a in json.loads((self.node / "slurm.json").read_text())["attempts"]]
+
+    @property
+    def failure(self) -> dict[str, Any]:
+        return json.loads((self.node / "failure.json").read_text())
+
+    def stopped_by(self, number: int, program: str) -> int:
+        """Exit code when a signal comes."""
+        process = self.start(f"echo here > \"$node/started\"\n{program}")
+        deadline = time.monotonic() + 30
+        while not (self.node / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        return process.returncode
+
+
+SAVES = "trap 'exit 130' TERM; while :; do sleep 0.1; done"
+
+
+def test_done_failed_and_died(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    assert bench.run("exit 0") == 0
+    assert bench.run("""echo '{"message": "train: loss nan at step 3", "type": "JobFailed"}' > "$node/failure.json"; exit 1""") == 1
+    assert bench.failure["class"] == "loss not finite" and bench.failure["message"] == "loss not finite: train: loss nan at step 3"
+    (bench.node / "failure.json").unlink()
+    assert bench.run("kill -KILL $$") == 1
+    assert "out of memory: its process was killed" in bench.failure["message"]
+    (bench.node / "failure.json").unlink()
+    assert bench.run("exit 3") == 3
+    assert "exit code 3: see " in bench.failure["message"]
+    assert bench.ends == ["done", "loss not finite", "out of memory", "error"]
+
+
+def test_a_job_at_its_time_limit_goes_back_into_the_queue(tmp_path: Path) -> None:
+    """The signal that SLURM sends before the limit: save, and requeue. A cancelled or preempted job only saves: SLURM does the rest."""
+    bench = Bench(tmp_path)
+    assert bench.stopped_by(signal.SIGUSR2, SAVES) == 130
+    assert (bench.fake.folder / "scontrol.log").read_text() == "requeue 77\n"
+    (bench.node / "started").unlink()
+    assert bench.stopped_by(signal.SIGTERM, SAVES) == 130
+    assert (bench.fake.folder / "scontrol.log").read_text() == "requeue 77\n"
+    assert bench.ends == ["time limit", "stopped"] and not (bench.node / "failure.json").exists()
+
+
+def test_a_node_lost_too_often_is_given_up(tmp_path: Path) -> None:
+    """Attempts that ended without a word count; those that were stopped do not, or a preempted job would be given up."""
+    bench = Bench(tmp_path, max_lost=1)
+    for killed in (False, True, True):
+        (bench.node / "started").unlink(missing_ok=True)
+        assert bench.stopped_by(signal.SIGKILL if killed else signal.SIGTERM, SAVES.replace("while :", "while kill -0 $PPID 2> /dev/null")) != 0
+    assert bench.run("exit 0") == 1
+    assert bench.ends == ["stopped", None, None, "lost node"] and bench.failure["class"] == "lost node"
+
+
+def test_a_node_that_another_process_has_is_waited_for(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    assert bench.run('echo x >> "$node/tries"; [ $(wc -l < "$node/tries") -lt 3 ] && exit 75; exit 0') == 0
+    assert bench.ends == ["done"]
+
+
+@pytest.mark.parametrize(("kind", "message", "found"), [
+    ("OutOfMemoryError", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
+    ("RuntimeError", "RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", "out of memory"),
+    ("JobFailed", "train: loss inf at step 3 of 9", "loss not finite"),
+    ("BadImage", "a/b.jpg: cannot be read as an image", "data error"),
+    ("JobFailed", "a: 100 unreadable images in a row", "data error"),
+    ("OSError", "OSError: [Errno 28] No space left on device", "disk full"),
+    ("UserError", "HARNESS_MICRO_BATCH=x: expected a number", "bad configuration"),
+    ("KeyError", "KeyError: 'a'", "error"),
+])
+def test_kinds_of_failure(kind: str, message: str, found: str) -> None:
+    assert classify({"type": kind, "message": message})[0] == found
