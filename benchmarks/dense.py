@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import math
 import os
@@ -286,6 +287,8 @@ def peak(step: Step, data: dict[str, Any], device: str) -> float:
         before = torch.cuda.memory_allocated()
         step(data)
         return (torch.cuda.max_memory_allocated() - before) / 2**30
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # or a step would fill, unseen, what the one before it has freed
     process, over, seen = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss
 
