@@ -1,4 +1,4 @@
-"""A plan of 2,000 evaluations on 100 pre-trainings into a fake SLURM, and `status` on it; the rival is a call of sbatch for each node (max_array = 1).
+"""A plan of 2,090 nodes into a fake SLURM, and `status` on it; the rival is a call of sbatch for each node (max_array = 1).
 
 Wall-clock seconds of the command line, imports and planning included, and processor seconds of it and its children. The fake's commands are
 small shell scripts (tests/slurm/fake_slurm.py); nothing is trained. The smoke protocol's data is made first if it is not there. The rival gets a
@@ -69,7 +69,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         day = datetime.date.today().isoformat()
         body = {"date": day, "processor": processor(), "load": os.getloadavg()[0], "versions": versions(), **result}
-        write_json(Path(sys.argv[1]) / f"{day}-slurm-scale.json", body)
+        write_json(Path(sys.argv[1]) / f"slurm-scale-{day}.json", body)
 
 
 if __name__ == "__main__":

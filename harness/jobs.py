@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ class Node:
         object.__setattr__(self, "identity", body)
         object.__setattr__(self, "key", digest(body))
 
-    @property
+    @cached_property
     def settings(self) -> str:
         """The key without the seeds: what results must share to be averaged."""
         body = {k: v for k, v in self.identity.items() if k not in ("seed", "eval_seed", "parents")}

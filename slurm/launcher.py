@@ -101,8 +101,7 @@ class Slurm:
         self.report(out)
         if self.wait:
             return self.follow(nodes, store, show, out)
-        elsewhere = any(store.state(store.folder(n)).status == "running" for n in nodes)
-        return SUBMITTED if out.ids or out.held or elsewhere else 0
+        return SUBMITTED if out.ids or out.held or any(store.state(store.folder(n)).status == "running" for n in nodes) else 0
 
     @staticmethod
     def report(out: Submission) -> None:
