@@ -12,7 +12,7 @@ from typing import Any
 from harness.spec import Metric, UserError, suggest
 from harness.store import Result
 from results.cells import Cell, sheets
-from results.formats import DASH, Entry, Grid, Notes, number
+from results.grid import DASH, Entry, Grid, Notes, number
 from results.reference import beit_tables, mae_tables
 from results.reference.names import EVALUATORS, METHODS, counterpart
 from results.reference.paper_table import Column, PaperTable, Row

@@ -11,9 +11,12 @@ from typing import ClassVar
 from harness import plugins
 from harness.spec import UserError, suggest
 from harness.store import Result, collect
+from results.ancestry import Archive
 from results.beside import LAYOUTS, fill, grid_of, paper_table, rows_of
 from results.cells import sheets
-from results.formats import FORMATS, grid
+from results.costs import cell_cost, with_costs
+from results.formats import FORMATS
+from results.grid import grid
 from results.standing import with_published
 
 
@@ -34,14 +37,24 @@ class Table:
         parser.add_argument("--evals", metavar="C,D", help="only these columns, in this order (names or groups)")
         parser.add_argument("--protocol", metavar="NAME", help="only this protocol")
         parser.add_argument("--backbone", metavar="NAME", help="only this backbone")
+        parser.add_argument("--spread", choices=("std", "ci95"), default="std", help="what stands behind a mean (default: std; csv and json have both)")
+        parser.add_argument("--cost", action="store_true", help="more columns: device-hours, FLOPs, images per second, peak memory")
         parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path, help="runs folders, several are joined (default: runs)")
 
     @staticmethod
-    def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = ()) -> str:
-        """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear."""
+    def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = (), spread: str = "std",
+               archive: Archive | None = None) -> str:
+        """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear.
+
+        `spread`: std or ci95, what stands behind a mean. With an archive there are columns of cost.
+        """
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
-        rows = [s.cell(method, name, metric).as_row() for s in found for method in s.methods for name, metric in s.columns]
-        return FORMATS[format](list(map(grid, found)), rows).rstrip("\n")
+        rows, grids = [], []
+        for sheet in found:
+            cells = [sheet.cell(method, name, metric) for method in sheet.methods for name, metric in sheet.columns]
+            rows += [{**cell.as_row(), **(cell_cost(cell, sheet, archive) if archive else {})} for cell in cells]
+            grids.append(with_costs(grid(sheet, spread), sheet, archive) if archive else grid(sheet, spread))
+        return FORMATS[format](grids, rows).rstrip("\n")
 
     @staticmethod
     def render_layout(name: str, results: Iterable[Result], format: str = "markdown") -> str:
@@ -74,7 +87,10 @@ class Table:
         methods = chosen("methods", args.methods, {r.method for r in results})
         evals = chosen("evals", args.evals, {r.eval for r in results})
         results = [r for r in results if (not methods or r.method in methods) and (not evals or r.eval in evals)]
-        print(self.render(results, args.format, methods, evals) if args.layout is None else self.render_layout(args.layout, results, args.format))
+        if args.layout is not None:
+            print(self.render_layout(args.layout, results, args.format))
+        else:
+            print(self.render(results, args.format, methods, evals, args.spread, Archive(tuple(folders)) if args.cost else None))
         return 0
 
 

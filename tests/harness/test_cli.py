@@ -26,7 +26,7 @@ COMMANDS = {
     "doctor": {"--data", "--runs"},
     "export": {"run", "--to", "--out", "--runs"},
     "data": {"what", "names", "--protocol", "--data", "--archives", "--labels"},
-    "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
+    "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--spread", "--cost", "--runs"},
 }
 
 
