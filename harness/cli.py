@@ -180,7 +180,7 @@ def print_table(plan: Plan, store: Store) -> int:
     states = {n.key: store.explain(store.folder(n)) for n in plan.nodes}
     records = {n.key: r for n in plan.nodes if (r := read_record(store.folder(n))) is not None}
     results = [replace(r, status="failed") if r.status in ("interrupted", "missing") else r for r in plan.results(states, records)]
-    print(load("commands", "table")().render(results))
+    print(load("commands", "table")().render(results, folders=(store.root,)))
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +56,11 @@ class Archive:
         return self._records[folder] if folder is not None else None
 
     def jobs(self, kind: str) -> Iterable[Mapping[str, Any]]:
-        """job.json of all nodes of a kind, each key once."""
+        """job.json of all nodes of a kind that can be read, each key once."""
         for folders in self._folders.values():
             if folders[0].name.startswith(f"{kind}-"):
-                yield read_job(folders[0] / "job.json")
+                with contextlib.suppress(UserError):
+                    yield read_job(folders[0] / "job.json")
 
     def steps(self, result: Result) -> tuple[Step, ...]:
         """All nodes behind a score, the evaluation first, each once."""

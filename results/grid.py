@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from harness.spec import Metric
 from results.cells import Cell, Sheet
+from results.ranks import ranks_of, sentence
 from results.reference.remarks import remarks_on
 from results.statistics import BOOTSTRAP_FROM
 
@@ -132,6 +133,9 @@ def remarks(sheet: Sheet) -> tuple[str, ...]:
     if gaps:
         listed = ", ".join(f"{evaluator} {metric} {gap:.1f}" for (evaluator, metric), gap in gaps.items())
         found.append(f"Power: the gap that this test would find in 4 of 5 repetitions with these seeds, at Holm's strictest step: {listed}.")
+    ranks = ranks_of(sheet)
+    if ranks is not None and len(ranks.evaluators) > 2:
+        found.append(sentence(ranks))
     return tuple(found)
 
 

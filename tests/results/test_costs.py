@@ -7,7 +7,6 @@ import pytest
 
 from harness.jobs import Node
 from harness.store import RECORD_SCHEMA, Store, collect, record_validator, write_json
-from results.ancestry import Archive
 from results.table import Table
 
 
@@ -41,16 +40,16 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_pre_training_is_shared_among_its_evaluations(runs: Path) -> None:
-    rows = {r["eval"]: r for r in json.loads(Table.render(collect([runs]), "json", archive=Archive((runs,))))}
+    rows = {r["eval"]: r for r in json.loads(Table.render(collect([runs]), "json", folders=(runs,), cost=True))}
     ade = rows["ade20k"]
     assert (ade["cost_pretrain_hours"], ade["cost_eval_hours"], ade["cost_total_hours"], ade["cost_shared_hours"]) == (3.0, 0.5, 3.5, 2.0)
     assert ade["cost_flops"] == 4.001e12 and ade["cost_images_per_s"] == 1.0 and ade["cost_peak_memory_bytes"] == 3 * 2**30
-    line = next(x for x in Table.render(collect([runs]), archive=Archive((runs,))).splitlines() if x.startswith("| beit"))
+    line = next(x for x in Table.render(collect([runs]), folders=(runs,), cost=True).splitlines() if x.startswith("| beit"))
     assert [f.strip() for f in line.split("|")[4:-1]] == ["3.00", "0.75", "3.75", "4.00e+12", "1", "3.0"]
 
 
 def test_a_cost_with_a_part_gone_is_unknown(runs: Path) -> None:
     # Half of a cost would pass for a cheap method.
     next(runs.glob("asset-*/record.json")).unlink()
-    row = json.loads(Table.render(collect([runs]), "json", archive=Archive((runs,))))[0]
+    row = json.loads(Table.render(collect([runs]), "json", folders=(runs,), cost=True))[0]
     assert row["cost_pretrain_hours"] is None and row["cost_total_hours"] is None and row["cost_eval_hours"] in (0.5, 0.25)
