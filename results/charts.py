@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 COLOURS = 8
+WIDTH = 376.0  # three charts side by side on a desktop
 FONT = 6.6  # width of a character at the page's 12 px, for how much room a label needs
 
 
@@ -87,7 +88,7 @@ def short(value: float) -> str:
 
 def lines(series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], x_label: str, y_label: str, order: Sequence[str]) -> str:
     """Curves: name -> one (xs, ys) for each seed. Colours go by the place of a name in `order`; the legend names them below."""
-    width, height = 440.0, 260.0
+    width, height = WIDTH, 240.0
     xs = [v for curves in series.values() for x, _ in curves for v in x]
     ys = [v for curves in series.values() for _, y in curves for v in y if math.isfinite(v)]
     if not xs or not ys:
@@ -114,9 +115,10 @@ class Dot:
 
 
 def dots(rows: Sequence[Dot], label: str, order: Sequence[str]) -> str:
-    """Scores from top to bottom: a bar from the axis to the mean, the interval as whiskers, each seed a small dot, a published number a diamond."""
-    room = min(200.0, max(len(d.name) for d in rows) * FONT + 16)
-    width, height = 440.0, 30.0 + 24 * len(rows) + 36
+    """Scores from top to bottom: the mean as a bar (a disc where the axis does not begin at zero), its interval as whiskers, each seed a small dot, a
+    published number a diamond."""
+    room = min(170.0, max(len(d.name) for d in rows) * FONT + 16)
+    width, height = WIDTH, 30.0 + 24 * len(rows) + 36
     values = [v for d in rows for v in (d.value, *d.seeds, *(d.interval or ()), *((d.published,) if d.published is not None else ()))]
     low, high = around(values, 0.05)
     low = 0.0 if low < 0 <= min(d.value for d in rows) or min(values) < 0.4 * max(values) else low
@@ -127,7 +129,10 @@ def dots(rows: Sequence[Dot], label: str, order: Sequence[str]) -> str:
         said = f"{d.name}: {d.value:.2f}" + (f", 95 % CI {d.interval[0]:.2f} to {d.interval[1]:.2f}" if d.interval else ", one seed")
         parts.append(f'<g class="{tone}{single}"><title>{html.escape(said)}</title>')
         parts.append(text(room - 8, y + 4, clipped(d.name, room), "name", "end"))
-        parts.append(f'<rect x="{x(low):.1f}" y="{y - 7:.1f}" width="{max(0.5, x(d.value) - x(low)):.1f}" height="14" class="bar"/>')
+        if low == 0.0:  # a bar's length is read from zero
+            parts.append(f'<rect x="{x(low):.1f}" y="{y - 7:.1f}" width="{max(0.5, x(d.value) - x(low)):.1f}" height="14" class="bar"/>')
+        else:
+            parts.append(f'<circle cx="{x(d.value):.1f}" cy="{y:.1f}" r="6" class="disc"/>')
         if d.interval:
             a, b = max(low, d.interval[0]), d.interval[1]
             parts += [line(x(a), y, x(b), y, "whisker"), line(x(a), y - 4, x(a), y + 4, "whisker"), line(x(b), y - 4, x(b), y + 4, "whisker")]
@@ -148,7 +153,7 @@ def clipped(name: str, room: float) -> str:
 
 def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str, order: Sequence[str], higher_is_better: bool = True) -> str:
     """Named points (name, x, y), x logarithmic; those that no other point beats in both are filled and joined."""
-    width, height = 440.0, 280.0
+    width, height = WIDTH, 260.0
     low, high = min(p[1] for p in points), max(p[1] for p in points)
     x, y = Scale(low / 1.4, high * 1.4, 52, width - 16, True), Scale(*around([p[2] for p in points], 0.12), height - 44, 24)
     sign = 1 if higher_is_better else -1

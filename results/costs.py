@@ -111,6 +111,11 @@ def with_costs(table: Grid, sheet: Sheet, archive: Archive) -> Grid:
     return replace(table, header=(*table.header, *HEADINGS), rows=rows, below=(*table.below, LEGEND))
 
 
+def cost_grid(sheet: Sheet, archive: Archive) -> Grid:
+    """The cost columns as a table of their own."""
+    return Grid("", ("method", *HEADINGS), tuple((Entry(m), *row_entries(m, sheet, archive)) for m in sheet.methods), ())
+
+
 def hours(value: float | None) -> str:
     """Device-hours for reading: two decimals, three below a tenth."""
     return DASH if value is None else f"{value:.3f}" if value < 0.1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"

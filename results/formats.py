@@ -78,6 +78,7 @@ def web(grids: Sequence[Grid], rows: Rows) -> str:
 
     def field(entry: Entry) -> str:
         text = f"<strong>{html.escape(entry.text)}</strong>" if entry.bold else html.escape(entry.text)
+        text = f'<a href="#{html.escape(entry.link)}">{text}</a>' if entry.link else text
         marks = ", ".join([*(["†"] if entry.dagger else []), *entry.marks])
         return text + html.escape(entry.beside and f", {entry.beside}") + (f"<sup>{marks}</sup>" if marks else "")
 
@@ -87,7 +88,7 @@ def web(grids: Sequence[Grid], rows: Rows) -> str:
 
     lines = [f"<p>{html.escape(APART.format(len(grids)))}.</p>"] if len(grids) > 1 else []
     for table in grids:
-        lines += ["<table>", f"<caption>{html.escape(table.caption)}</caption>", "<thead>"]
+        lines += ["<table>", *([f"<caption>{html.escape(table.caption)}</caption>"] if table.caption else []), "<thead>"]
         lines += ["<tr>" + "".join(f'<th scope="col">{html.escape(h)}</th>' for h in table.header) + "</tr>", "</thead>", "<tbody>"]
         for name, *cells in table.rows:
             lines.append(f'<tr><th scope="row">{field(name)}</th>' + "".join(map(cell, cells)) + "</tr>")

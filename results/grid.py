@@ -22,7 +22,8 @@ DASH = "–"
 class Entry:
     """Text of one field of a table, with the marks of its footnotes; `bold` for the best of a column, `beside` is a published number.
 
-    `dagger`: not distinguishable from the best; `faint`: a single seed, shown grey where a format has grey; `hint` is what lies behind the text.
+    `dagger`: not distinguishable from the best; `faint`: a single seed, shown grey where a format has grey; `hint` is what lies behind the text, `link`
+    the place on the same page that says more.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Entry:
     dagger: bool = False
     faint: bool = False
     hint: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)

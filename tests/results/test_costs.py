@@ -4,23 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from folders import about, written
 
 from harness.jobs import Node
-from harness.store import RECORD_SCHEMA, Store, collect, record_validator, write_json
+from harness.store import Store, collect
 from results.table import Table
-
-
-def written(root: Path, node: Node, hours: float, **fields: object) -> Path:
-    """A node's folder with a record."""
-    folder = Store(root).folder(node)
-    folder.mkdir()
-    job = node.job(root)
-    write_json(folder / "job.json", job)
-    plain = {**dict.fromkeys(record_validator().schema["required"]), "schema": RECORD_SCHEMA, "metrics": {}, "deviations_found": [], "facts": {}}
-    same = {k: job[k] for k in ("kind", "name", "key", "identity", "about", "parents")}
-    used = {"device_hours": hours, "wall_s": hours * 3600, "start": "2026-01-01", "flops": 0.0}
-    write_json(folder / "record.json", {**plain, **same, **used, **fields})
-    return folder
 
 
 @pytest.fixture
@@ -32,9 +20,7 @@ def runs(tmp_path: Path) -> Path:
     written(tmp_path, tokenizer, 1.0, flops=1e12, peak_memory_bytes=2**30)
     written(tmp_path, pretraining, 2.0, flops=3e12, images_seen=7200, peak_memory_bytes=3 * 2**30)
     for name, hours in (("ade20k", 0.5), ("linear", 0.25)):
-        about = {"method": "beit", "eval": name, "protocol": "demo", "backbone": "tiny", "data": "generated data", "seed": 0, "eval_seed": 0,
-                 "columns": [{"name": "score", "unit": "%", "higher_is_better": True}], "deviations": []}
-        evaluation = Node("evaluate", f"{name}-beit", {"seed": 0, "eval": name}, {"checkpoint": pretraining}, about)
+        evaluation = Node("evaluate", f"{name}-beit", {"seed": 0, "eval": name}, {"checkpoint": pretraining}, about("beit", name))
         written(tmp_path, evaluation, hours, metrics={"score": 1.0}, flops=1e9, peak_memory_bytes=2 * 2**30)
     return tmp_path
 
