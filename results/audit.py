@@ -14,6 +14,7 @@ from results.ancestry import Archive, Step
 from results.cells import Sheet
 
 UNKNOWN, NONE, UNTRAINED = "not known", "none", "not trained"  # what is not trained has no augmentation, EMA or precision to be unequal in
+VERDICTS = ("unequal", UNKNOWN, "equal")
 TRICKS = ("scales", "flip", "tta", "crops")  # fields of evaluators that score an image more than once
 READ_OUT = ("by", "pooling", "layer", "taps", "k")
 TOLERANCE = {"device-hours": 0.1, "FLOPs": 0.01}  # measured, so never equal to the last digit
@@ -254,7 +255,7 @@ def trials_of(sheet: Sheet, archive: Archive) -> dict[str, str]:
     for job in archive.jobs("evaluate"):
         about = job.get("about") or {}
         if about.get("method") in found and all(about.get(k) == getattr(sheet, k) for k in ("protocol", "backbone", "data")):
-            found[about["method"]].setdefault(about["eval"], set()).add(about.get("settings", job["key"]))
+            found[about["method"]].setdefault(about["eval"], set()).add(about.get("settings", ""))
     return {method: _counts({name: len(settings) for name, settings in by_eval.items()}) for method, by_eval in found.items()}
 
 
@@ -290,6 +291,6 @@ def stamp(items: Sequence[Item]) -> str:
     said = f"Fairness audit: {sum(i.equal is True for i in items)} of {len(items)} items equal"
     said += f"; unequal: {', '.join(unequal)}" if unequal else ""
     said += f"; not known: {', '.join(unknown)}" if unknown else ""
-    return said + " (`harness audit` says who had what)."
+    return f"{said}. Who had what: harness audit."
 
 

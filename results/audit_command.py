@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from harness.spec import UserError
 from results.ancestry import Archive, Step
-from results.audit import Item, audit, of_sheet
+from results.audit import VERDICTS, Item, audit, of_sheet
 from results.cells import sheets
 from results.table import add_choice, choose
 
@@ -61,9 +61,8 @@ def as_text(title: str, items: Sequence[Item]) -> str:
     if not items:
         return f"{title}: fewer than two rows with a score, nothing to compare"
     width = max(len(i.name) for i in items)
-    order = {"unequal": 0, "not known": 1, "equal": 2}
     lines = [f"{title}: {sum(i.equal is True for i in items)} of {len(items)} items equal"]
-    for item in sorted(items, key=lambda i: order[i.verdict]):
+    for item in sorted(items, key=lambda i: VERDICTS.index(i.verdict)):
         groups = item.grouped()
         said = next(iter(groups)) if len(groups) == 1 else "; ".join(f"{', '.join(methods)}: {value}" for value, methods in groups.items())
         lines.append(f"{item.verdict:10} {item.name:{width}}  {said}")

@@ -17,7 +17,7 @@ FONT = 6.6  # width of a character at the page's 12 px, for how much room a labe
 
 
 def colour(number: int) -> str:
-    """Class of the n-th colour; beyond the last they come again, dashed."""
+    """Class of the n-th colour; beyond the last they come again, curves dashed."""
     return f"c{number % COLOURS}" + (" again" if number >= COLOURS else "")
 
 
@@ -146,9 +146,9 @@ def dots(rows: Sequence[Dot], label: str, order: Sequence[str]) -> str:
 
 
 def clipped(name: str, room: float) -> str:
-    """A name that fits into so many pixels."""
+    """A name that fits into so many pixels; its middle goes, since long names differ at their ends."""
     most = int((room - 12) / FONT)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
 def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str, order: Sequence[str], higher_is_better: bool = True) -> str:

@@ -13,7 +13,7 @@ from harness import plugins
 from harness.spec import UserError, suggest
 from harness.store import Result, collect
 from results.ancestry import Archive
-from results.audit import of_sheet, stamp
+from results.audit import VERDICTS, of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of, paper_table, rows_of
 from results.cells import sheets
 from results.costs import cell_cost, with_costs
@@ -53,7 +53,7 @@ class Table:
         for sheet in found:
             cells = [sheet.cell(method, name, metric) for method in sheet.methods for name, metric in sheet.columns]
             items = of_sheet(sheet, archive) if archive else ()
-            fairness = {"audit": {item.name: item.verdict for item in items}} if items and format == "json" else {}
+            fairness = {"audit": {v: [i.name for i in items if i.verdict == v] for v in VERDICTS}} if items and format == "json" else {}
             rows += [{**cell.as_row(), **(cell_cost(cell, sheet, archive) if archive and cost else {}), **fairness} for cell in cells]
             table = grid(sheet, spread)
             table = with_costs(table, sheet, archive) if archive and cost else table

@@ -64,7 +64,7 @@ def test_what_is_not_known_is_not_called_equal() -> None:
 
 def test_the_stamp_names_what_is_unequal() -> None:
     items = (Item("x", {"a": "1", "b": "1"}), Item("y", {"a": "1", "b": "2"}), Item("z", {"a": "1", "b": "not known"}))
-    assert stamp(items) == "Fairness audit: 1 of 3 items equal; unequal: y; not known: z (`harness audit` says who had what)." and stamp(()) == ""
+    assert stamp(items) == "Fairness audit: 1 of 3 items equal; unequal: y; not known: z. Who had what: harness audit." and stamp(()) == ""
     assert as_text("t", items).splitlines()[1:] == ["unequal    y  a: 1; b: 2", "not known  z  a: 1; b: not known", "equal      x  1"]
 
 
