@@ -29,8 +29,9 @@ class Cell:
     (divisor n - 1) and `ci95` are over pre-training seeds, None below two; `std_eval` is the spread of fine-tuning seeds on one pre-training.
     `n` counts results, `n_pretrain` and `n_eval` the distinct seeds of each layer. `p_best` is the Holm-corrected p of the paired comparison with the
     best of the column, `undecided` whether the two cannot be told apart (None: the best itself, or one of them has one seed); `detectable` is the gap
-    that the column's seeds would find. `status` is that of the worst seed, so that "done" means complete; `reason` says why something is
-    missing. `remarks` is what a reader must know besides. `results` are the scores behind it, `published` the published number of the same protocol.
+    that the column's seeds would find. `status` is that of the worst seed, so that "done" means complete; `reason` says why something is missing.
+    `remarks` is what a reader must know besides, `stale` what has changed since it was measured. `results` are the scores behind it, `published` the
+    published number of the same protocol.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Cell:
     status: str = "missing"
     reason: str = NOT_RUN
     remarks: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
     results: tuple[Result, ...] = field(default=(), repr=False)
     published: Published | None = None
 
@@ -72,7 +74,7 @@ class Cell:
             "protocol": self.protocol, "backbone": self.backbone, "data": self.data, "tuning": self.tuning,
             "published": self.published.value if self.published else None, "published_source": self.published.source if self.published else None,
             "deviations": list(self.deviations), "status": self.status, "reason": self.reason,
-            "remarks": list(self.remarks),
+            "remarks": list(self.remarks), "stale": list(self.stale),
         }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from results.grid import Entry, Grid
 
 FAINT = ' class="single" style="opacity:.6"'  # a single seed; grey on light and dark alike
-PAIRS, LISTS = {"ci95", "spread"}, {"deviations", "remarks", "differences", "notes"}  # fields of rows that CSV has to flatten
+PAIRS, LISTS = {"ci95", "spread"}, {"deviations", "remarks", "stale", "differences", "notes"}  # fields of rows that CSV has to flatten
 APART = "{} tables: results of different protocols, backbones, data or tuning are never put into one"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -21,7 +21,7 @@ def markdown(grids: Sequence[Grid], rows: Rows) -> str:
     from tabulate import tabulate
 
     def field(entry: Entry) -> str:
-        text = (f"**{_markdown(entry.text)}**" if entry.bold else _markdown(entry.text)) + (" †" if entry.dagger else "")
+        text = (f"**{_markdown(entry.text)}**" if entry.bold else _markdown(entry.text)) + "".join(f" {s}" for s in entry.signs)
         return text + _markdown(entry.beside and f", {entry.beside}") + "".join(f" [{m}]" for m in entry.marks)
 
     blocks = [APART.format(len(grids)) + "."] if len(grids) > 1 else []
@@ -52,7 +52,7 @@ def latex(grids: Sequence[Grid], rows: Rows) -> str:
 
     def field(entry: Entry) -> str:
         text = rf"\textbf{{{_latex(entry.text)}}}" if entry.bold else _latex(entry.text)
-        marks = [*([_LATEX["†"]] if entry.dagger else []), *entry.marks]
+        marks = [*map(_latex, entry.signs), *entry.marks]
         return text + _latex(entry.beside and f", {entry.beside}") + (rf"\textsuperscript{{{','.join(marks)}}}" if marks else "")
 
     blocks = [f"% {APART.format(len(grids))}."] if len(grids) > 1 else []
@@ -79,7 +79,7 @@ def web(grids: Sequence[Grid], rows: Rows) -> str:
     def field(entry: Entry) -> str:
         text = f"<strong>{html.escape(entry.text)}</strong>" if entry.bold else html.escape(entry.text)
         text = f'<a href="#{html.escape(entry.link)}">{text}</a>' if entry.link else text
-        marks = ", ".join([*(["†"] if entry.dagger else []), *entry.marks])
+        marks = ", ".join([*entry.signs, *entry.marks])
         return text + html.escape(entry.beside and f", {entry.beside}") + (f"<sup>{marks}</sup>" if marks else "")
 
     def cell(entry: Entry) -> str:

@@ -22,15 +22,15 @@ DASH = "–"
 class Entry:
     """Text of one field of a table, with the marks of its footnotes; `bold` for the best of a column, `beside` is a published number.
 
-    `dagger`: not distinguishable from the best; `faint`: a single seed, shown grey where a format has grey; `hint` is what lies behind the text, `link`
-    the place on the same page that says more.
+    `signs`: † for not distinguishable from the best, * for stale; `faint`: a single seed, shown grey where a format has grey; `hint` is what lies
+    behind the text, `link` the place on the same page that says more.
     """
 
     text: str
     marks: tuple[str, ...] = ()
     bold: bool = False
     beside: str = ""
-    dagger: bool = False
+    signs: tuple[str, ...] = ()
     faint: bool = False
     hint: str = ""
     link: str = ""
@@ -90,8 +90,9 @@ def grid(sheet: Sheet, spread: str = "std") -> Grid:
                 beside = f"published {cell.published.text}"
                 texts += [f"published: {cell.published.source}", *remarks_on(cell.published)]
             best = any(cell is b for b in bold)
-            row.append(Entry(number(cell, show_n, 1, spread), tuple(notes.mark(t) for t in texts), best, beside,
-                             bool(cell.undecided) and not best, cell.n_pretrain == 1, hint(cell)))
+            texts += [f"stale: {s}" for s in cell.stale]
+            signs = (*(("†",) if cell.undecided and not best else ()), *(("*",) if cell.stale else ()))
+            row.append(Entry(number(cell, show_n, 1, spread), tuple(notes.mark(t) for t in texts), best, beside, signs, cell.n_pretrain == 1, hint(cell)))
         rows.append(tuple(row))
     header = ("method", *(_heading(name, metric, one_unit) for name, metric in sheet.columns))
     return Grid(caption(sheet, scored, one_unit, spread), header, tuple(rows), notes.listed(), below=remarks(sheet))
@@ -122,10 +123,11 @@ def hint(cell: Cell) -> str:
 
 def remarks(sheet: Sheet) -> tuple[str, ...]:
     """What the seeds of a sheet allow to say, each as a line under the table: interval, layers of seeds, dagger, power."""
+    stale = ["Starred: stale, may not come out again, since what it was measured with has changed."] if any(c.stale for c in sheet.cells.values()) else []
     cells = [c for c in sheet.cells.values() if c.n_pretrain > 1]
     if not cells:
-        return ()
-    found = [_intervals(sorted({c.n_pretrain for c in cells if c.ci95}))]
+        return tuple(stale)
+    found = [*stale, _intervals(sorted({c.n_pretrain for c in cells if c.ci95}))]
     if any(c.n_eval == 1 for c in cells):
         found.append("With one fine-tuning seed on each pre-training, the spread holds the noise of both.")
     tested = [c for c in sheet.cells.values() if c.undecided is not None]

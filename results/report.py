@@ -33,6 +33,7 @@ from results.formats import APART, web
 from results.grid import grid
 from results.image_noise import noise
 from results.ranks import ranks_of, sentence
+from results.staleness import Staleness, with_stale
 from results.standing import with_published
 from results.table import add_choice, choose
 
@@ -90,7 +91,8 @@ class Page:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
 
-        found = [with_published(s) for s in sheets(results, methods, evals)]
+        staleness = Staleness(self.archive, data=True)
+        found = [with_stale(with_published(s), staleness) for s in sheets(results, methods, evals)]
         for sheet in found:
             for cell in sheet.cells.values():
                 if cell.results:

@@ -19,6 +19,7 @@ from results.cells import sheets
 from results.costs import cell_cost, with_costs
 from results.formats import FORMATS
 from results.grid import grid
+from results.staleness import Staleness, with_stale
 from results.standing import with_published
 
 
@@ -44,11 +45,12 @@ class Table:
                folders: Sequence[Path] = (), cost: bool = False) -> str:
         """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear.
 
-        `spread`: std or ci95, what stands behind a mean. With the runs folders that the results came from, the table carries the stamp of the fairness
-        audit, and on `cost` columns of cost.
+        `spread`: std or ci95, what stands behind a mean. With the runs folders that the results came from, the table stars what is stale and carries the
+        stamp of the fairness audit, and on `cost` columns of cost.
         """
         archive = Archive(tuple(folders)) if folders else None
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
+        found = [with_stale(sheet, Staleness(archive)) for sheet in found] if archive else found
         rows, grids = [], []
         for sheet in found:
             cells = [sheet.cell(method, name, metric) for method in sheet.methods for name, metric in sheet.columns]
