@@ -240,6 +240,7 @@ def command_status(args: argparse.Namespace) -> int:
     import json
 
     from harness.jobs import read_job
+    from harness.plugins import load
     from harness.store import Store, read_json, read_record
 
     store = Store(Path(args.runs))
@@ -265,9 +266,8 @@ def command_status(args: argparse.Namespace) -> int:
     if len(found) != 1:
         what = "no such run" if not found else f"{len(found)} runs fit"
         raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)])}")
-    state = store.state(found[0])
-    record = read_record(found[0])
-    print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}")
+    state, record = store.state(found[0]), read_record(found[0])
+    print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}", *load("commands", "table").explain(found[0]), sep="\n")
     print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
     return 0
 

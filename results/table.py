@@ -24,7 +24,7 @@ from results.standing import with_published
 
 
 class Table:
-    """The command plugin `table`. `harness run` calls `render` for the cells of its own plan."""
+    """The command plugin `table`. `harness run` calls `render` for the cells of its own plan, `harness status` calls `explain`."""
 
     name: ClassVar[str] = "table"
     help: ClassVar[str] = "print what the runs folders hold as a table"
@@ -61,6 +61,13 @@ class Table:
             table = with_costs(table, sheet, archive) if archive and cost else table
             grids.append(replace(table, below=(*table.below, stamp(items))) if items else table)
         return FORMATS[format](grids, rows).rstrip("\n")
+
+    @staticmethod
+    def explain(folder: Path) -> list[str]:
+        """What `harness status RUN` says of a job besides its record."""
+        from results.changes import explain
+
+        return explain(folder)
 
     @staticmethod
     def render_layout(name: str, results: Iterable[Result], format: str = "markdown") -> str:
