@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Archive:
 
     roots: tuple[Path, ...]
     _folders: dict[str, list[Path]] = field(default_factory=dict, repr=False)
+    _jobs: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     _records: dict[Path, Mapping[str, Any] | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,12 +56,12 @@ class Archive:
                 self._records[folder] = None
         return self._records[folder] if folder is not None else None
 
-    def jobs(self, kind: str) -> Iterable[Mapping[str, Any]]:
-        """job.json of all nodes of a kind that can be read, each key once."""
-        for folders in self._folders.values():
-            if folders[0].name.startswith(f"{kind}-"):
-                with contextlib.suppress(UserError):
-                    yield read_job(folders[0] / "job.json")
+    def jobs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Key -> job.json of all nodes that can be read, each key once."""
+        for key, folders in self._folders.items() if not self._jobs else ():
+            with contextlib.suppress(UserError):
+                self._jobs[key] = read_job(folders[0] / "job.json")
+        return self._jobs
 
     def steps(self, result: Result) -> tuple[Step, ...]:
         """All nodes behind a score, the evaluation first, each once."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from results.ancestry import Archive, Step
 from results.cells import Sheet
+from results.selection import trials_of, tried
 
 UNKNOWN, NONE, UNTRAINED = "not known", "none", "not trained"  # what is not trained has no augmentation, EMA or precision to be unequal in
 VERDICTS = ("unequal", UNKNOWN, "equal")
@@ -249,22 +250,6 @@ def _short(value: Any) -> str:
     return f"({', '.join(map(_short, value))})" if isinstance(value, (list, tuple)) else str(value)
 
 
-def trials_of(sheet: Sheet, archive: Archive) -> dict[str, str]:
-    """Hyper-parameter trials of each method: how many different settings of its evaluations lie in the runs folders (same protocol, backbone, data)."""
-    found: dict[str, dict[str, set[str]]] = {m: {} for m in sheet.methods}
-    for job in archive.jobs("evaluate"):
-        about = job.get("about") or {}
-        if about.get("method") in found and all(about.get(k) == getattr(sheet, k) for k in ("protocol", "backbone", "data")):
-            found[about["method"]].setdefault(about["eval"], set()).add(about.get("settings", ""))
-    return {method: _counts({name: len(settings) for name, settings in by_eval.items()}) for method, by_eval in found.items()}
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    """"1 for each evaluator", or what differs from it."""
-    more = [f"{n} on {name}" for name, n in counts.items() if n > 1]
-    return (f"{', '.join(more)}, 1 on the others" if more else "1 for each evaluator") if counts else NONE
-
-
 def seeds_of(sheet: Sheet) -> dict[str, str]:
     """Seeds with a score: the smallest and largest number over a method's cells."""
     counts: dict[str, set[int]] = {m: set() for m in sheet.methods}
@@ -280,7 +265,7 @@ def of_sheet(sheet: Sheet, archive: Archive) -> tuple[Item, ...]:
     if len(found) < 2:
         return ()
     trials, seeds = trials_of(sheet, archive), seeds_of(sheet)
-    return audit(found, {m: trials[m] for m in found}, {m: seeds[m] for m in found})
+    return audit(found, {m: tried(trials, m) for m in found}, {m: seeds[m] for m in found})
 
 
 def stamp(items: Sequence[Item]) -> str:

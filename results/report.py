@@ -33,6 +33,7 @@ from results.formats import APART, web
 from results.grid import grid
 from results.image_noise import noise
 from results.ranks import ranks_of, sentence
+from results.selection import selected_on_test, trials_of
 from results.staleness import Staleness, with_stale
 from results.standing import with_published
 from results.table import add_choice, choose
@@ -124,7 +125,8 @@ class Page:
         for method, (name, *entries) in zip(sheet.methods, table.rows, strict=True):
             cells = [sheet.cell(method, evaluator, metric) for evaluator, metric in sheet.columns]
             rows.append((name, *(replace(e, link=self._anchors.get(place(c), "")) for e, c in zip(entries, cells, strict=True))))
-        table = replace(table, rows=tuple(rows), below=(*table.below, *([stamp(items)] if items else [])))
+        said = filter(None, (selected_on_test(sheet, trials_of(sheet, self.archive)), stamp(items)))
+        table = replace(table, rows=tuple(rows), below=(*table.below, *said))
         ranks = ranks_of(sheet)
         pictures, left_out = self.pictures(sheet)
         pretraining, evaluations = curves_of(sheet, self.archive)

@@ -19,6 +19,7 @@ from results.cells import sheets
 from results.costs import cell_cost, with_costs
 from results.formats import FORMATS
 from results.grid import grid
+from results.selection import selected_on_test, trials_of
 from results.staleness import Staleness, with_stale
 from results.standing import with_published
 
@@ -45,8 +46,8 @@ class Table:
                folders: Sequence[Path] = (), cost: bool = False) -> str:
         """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear.
 
-        `spread`: std or ci95, what stands behind a mean. With the runs folders that the results came from, the table stars what is stale and carries the
-        stamp of the fairness audit, and on `cost` columns of cost.
+        `spread`: std or ci95, what stands behind a mean. With the runs folders that the results came from, the table stars what is stale, flags what was
+        selected on test and carries the stamp of the fairness audit, and on `cost` columns of cost.
         """
         archive = Archive(tuple(folders)) if folders else None
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
@@ -59,7 +60,8 @@ class Table:
             rows += [{**cell.as_row(), **(cell_cost(cell, sheet, archive) if archive and cost else {}), **fairness} for cell in cells]
             table = grid(sheet, spread)
             table = with_costs(table, sheet, archive) if archive and cost else table
-            grids.append(replace(table, below=(*table.below, stamp(items))) if items else table)
+            said = (selected_on_test(sheet, trials_of(sheet, archive)), stamp(items)) if archive else ()
+            grids.append(replace(table, below=(*table.below, *filter(None, said))))
         return FORMATS[format](grids, rows).rstrip("\n")
 
     @staticmethod
