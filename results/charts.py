@@ -161,13 +161,32 @@ def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: s
     corners = sorted(front, key=lambda p: p[1])
     parts = axes(x, y, x_label, y_label)
     parts.append(f'<polyline points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for _, a, b in corners)}" class="front"/>')
+    taken = [(x(a) - 6, y(b) - 6, x(a) + 6, y(b) + 6) for _, a, b in points]
     for point in points:
         name, a, b = point
-        left = x(a) > width - 40 - len(name) * FONT
+        label, anchor, box = beside(x(a), y(b), clipped(name, 160), taken, width)
+        taken.append(box)
         parts.append(f'<g class="{colour(order.index(name))}"><title>{html.escape(f"{name}: {b:.2f} at {a:.3g}")}</title>'
                      f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" class="{"dot" if point in front else "ring"}"/>'
-                     f'{text(x(a) + (-9 if left else 9), y(b) + 4, clipped(name, 160), "name", "end" if left else "start")}</g>')
+                     f'{text(*label, clipped(name, 160), "name", anchor)}</g>')
     return svg(width, height, parts, f"{y_label} against {x_label}")
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def beside(x: float, y: float, words: str, taken: Sequence[Box], width: float) -> tuple[tuple[float, float], str, Box]:
+    """Place, anchor and box of a label: right of a point, else left, above or below it, where the first is free; right where none is."""
+    long = len(words) * FONT
+    places: list[tuple[tuple[float, float], str, Box]] = [
+        ((x + 9, y + 4), "start", (x + 7, y - 6, x + 9 + long, y + 6)), ((x - 9, y + 4), "end", (x - 9 - long, y - 6, x - 7, y + 6)),
+        ((x, y - 10), "middle", (x - long / 2, y - 20, x + long / 2, y - 8)), ((x, y + 19), "middle", (x - long / 2, y + 8, x + long / 2, y + 20)),
+    ]
+    for place in places:
+        left, top, right, bottom = place[2]
+        if left > 0 and right < width and not any(left < c and a < right and top < d and b < bottom for a, b, c, d in taken):
+            return place
+    return places[1] if places[0][2][2] > width else places[0]
 
 
 def rank_diagram(mean: Mapping[str, float], critical: float, groups: Sequence[Sequence[str]]) -> str:

@@ -105,6 +105,13 @@ def test_the_front_of_a_scatter_is_what_nothing_beats() -> None:
     assert re.search(r'beaten.*?class="ring"', picture)
 
 
+def test_labels_of_neighbours_do_not_lie_on_each_other() -> None:
+    first = charts.beside(100.0, 100.0, "supervised", [(94, 94, 106, 106), (124, 96, 136, 108)], 376.0)
+    assert first[1] == "end"  # the other point lies where the label would: to the left
+    assert charts.beside(130.0, 102.0, "beit-pixel", [(94, 94, 106, 106), first[2]], 376.0)[1] == "start"
+    assert charts.beside(370.0, 50.0, "at the edge", [], 376.0)[1] == "end"
+
+
 def test_ticks_are_round_and_within() -> None:
     assert charts.Scale(0.0, 10.0, 0, 1).ticks() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     assert charts.Scale(0.02, 0.3, 0, 1, True).ticks() == pytest.approx([0.02, 0.05, 0.1, 0.2])
