@@ -23,6 +23,16 @@ class Step:
     record: Mapping[str, Any] | None
 
     @property
+    def kind(self) -> str:
+        """evaluate, pretrain or asset. A checkpoint may be an evaluation's: ImageNet-A scores the model that ImageNet fine-tuned."""
+        return str(self.record["kind"]) if self.record else self.folder.name.partition("-")[0] if self.folder else ""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it only loads weights that somebody else trained: their images, labels and cost are not known."""
+        return "weights" in (self.identity.get("files") or {})
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What decided its key, {} when the record is gone."""
         return self.record["identity"] if self.record else {}

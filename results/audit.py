@@ -74,7 +74,7 @@ def audit(found: Mapping[str, Mapping[str, Trail]], trials: Mapping[str, str], s
 
     def measured(name: str, field: str, unit: str) -> Item:
         sums = {m: [(s.record or {}).get(field) for s in steps] for m, steps in before.items()}
-        known = {m: float(sum(v)) for m, v in sums.items() if v and None not in v}
+        known = {m: float(sum(v)) for m, v in sums.items() if v and None not in v and not any(s.foreign for s in before[m])}
         return Item(name, {m: (f"{known[m]:.3g}{unit}" if known[m] else NONE) if m in known else UNKNOWN for m in before}, known, TOLERANCE[name.split()[-1]])
 
     items = [
@@ -113,8 +113,8 @@ def audit(found: Mapping[str, Mapping[str, Trail]], trials: Mapping[str, str], s
 
 
 def _before(trail: Trail) -> tuple[Step, ...]:
-    """What came before an evaluation: the checkpoint first, then its parents and assets."""
-    return trail[1:]
+    """What came before the evaluations: the pre-training first, then its parents and assets."""
+    return tuple(s for s in trail[1:] if s.kind != "evaluate")
 
 
 def _trained(steps: Iterable[Step]) -> list[Step]:
@@ -127,16 +127,11 @@ def _each(steps: Sequence[Step], say: Callable[[Step], str]) -> str:
     return " then ".join(say(s) for s in steps) or UNKNOWN
 
 
-def foreign(step: Step) -> bool:
-    """Whether it only loads weights that somebody else trained, of which nothing is known."""
-    return "weights" in (step.identity.get("files") or {})
-
-
 def length(step: Step) -> str:
     """Length of a training in its recipe's unit, "800 epochs" or "260 steps of 16"."""
     recipe = step.identity.get("recipe")
     if not recipe:
-        return UNKNOWN if foreign(step) else NONE
+        return UNKNOWN if step.foreign else NONE
     return f"{recipe['epochs']:g} epochs" if recipe.get("epochs") is not None else f"{recipe['iterations']} steps of {recipe['batch']}"
 
 
@@ -144,7 +139,7 @@ def seen(step: Step) -> str:
     """Images that a training saw, and crops where one image gives several."""
     record = step.record or {}
     images, crops = record.get("images_seen"), (record.get("facts") or {}).get("crops_seen")
-    return UNKNOWN if images is None or foreign(step) else NONE if not images else f"{images}" + (f" ({crops} crops)" if crops and crops != images else "")
+    return UNKNOWN if images is None or step.foreign else NONE if not images else f"{images}" + (f" ({crops} crops)" if crops and crops != images else "")
 
 
 def architecture(step: Step) -> str:
@@ -179,7 +174,7 @@ def size(step: Step) -> str:
 def data(step: Step) -> str:
     """Data sets with the first digits of their fingerprints."""
     return ", ".join(f"{name} {str(print_)[:6]}" for name, print_ in sorted((step.identity.get("data") or {}).items())) or (
-        UNKNOWN if foreign(step) else NONE)
+        UNKNOWN if step.foreign else NONE)
 
 
 def tokenizer(steps: Sequence[Step]) -> str:
@@ -202,8 +197,8 @@ def _reads_labels(step: Step) -> bool | None:
     from harness.canonical import restore
 
     about = (step.record or {}).get("about") or {}
-    if foreign(step) or "labels" in about:
-        return None if foreign(step) else bool(about["labels"])
+    if step.foreign or "labels" in about:
+        return None if step.foreign else bool(about["labels"])
     with contextlib.suppress(Exception):  # a plugin that is gone, or of another version
         return bool(getattr(restore(step.identity["plugin"]), "needs_labels", False))
     return None
@@ -212,14 +207,14 @@ def _reads_labels(step: Step) -> bool | None:
 def recipe_value(step: Step, name: str) -> str:
     """One value of a training's recipe."""
     recipe = step.identity.get("recipe")
-    return UNKNOWN if foreign(step) else UNTRAINED if not recipe else NONE if recipe.get(name) is None else str(recipe[name])
+    return UNKNOWN if step.foreign else UNTRAINED if not recipe else NONE if recipe.get(name) is None else str(recipe[name])
 
 
 def augmentation(step: Step) -> str:
     """The parts of a recipe's augmentation that are switched on."""
     recipe = step.identity.get("recipe")
     if not recipe:
-        return UNKNOWN if foreign(step) else UNTRAINED
+        return UNKNOWN if step.foreign else UNTRAINED
     mixes = recipe["augment"].get("mixup") or recipe["augment"].get("cutmix")
     shown = {k: v for k, v in recipe["augment"].items() if k not in ("class", "crop_ratio") and (mixes or not k.startswith("mixup_"))}
     return ", ".join(f"{k} {_short(v)}" for k, v in shown.items() if v not in (0, None) and (k, v) != ("repeats", 1)) or NONE

@@ -94,4 +94,4 @@ def expected(node: Any) -> Mapping[str, Any]:
     """What a record will say, as far as the plan knows it: images where the length is in steps."""
     recipe = node.identity.get("recipe")
     images = recipe["iterations"] * recipe["batch"] if recipe and recipe["iterations"] is not None else None if recipe else 0
-    return {"identity": node.identity, "about": node.about, "images_seen": images, "facts": {}}
+    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "facts": {}}

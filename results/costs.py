@@ -19,7 +19,8 @@ LEGEND = ("Cost of one seed (mean over seeds), from the records: device-hours of
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one score (one pair of seeds). Hours are device-hours, None where a record is gone or does not say.
+    """Cost of one score (one pair of seeds). Hours are device-hours, None where a record is gone, does not say, or loads
+    weights that were trained elsewhere.
 
     `shared_hours` is the evaluation's own plus its part of the pre-training, which `evaluations` scores of the table share.
     """
@@ -34,7 +35,7 @@ class Cost:
 
     @property
     def total_hours(self) -> float | None:
-        """Pre-training and this evaluation."""
+        """Pre-training and evaluation."""
         return None if self.pretrain_hours is None or self.eval_hours is None else self.pretrain_hours + self.eval_hours
 
     @property
@@ -48,15 +49,20 @@ class Cost:
 
 
 def cost_of(result: Result, archive: Archive, evaluations: int = 1) -> Cost:
-    """Cost of one score."""
-    evaluation, *before = archive.steps(result) or (Step("evaluation", result.key, None, None),)
-    pretraining = next((s for s in before if s.role == "checkpoint" and s.record), None)
-    seen, seconds = ((pretraining.record or {}).get("images_seen"), (pretraining.record or {}).get("wall_s")) if pretraining else (None, None)
-    known = bool(before)
+    """Cost of one score. Fine-tuning that it goes on from (ImageNet's, for ImageNet-A) is part of its evaluation."""
+    return cost_of_steps(archive.steps(result) or (Step("evaluation", result.key, None, None),), evaluations)
+
+
+def cost_of_steps(steps: Sequence[Step], evaluations: int = 1) -> Cost:
+    """Cost of nodes, each counted once."""
+    after, before = ([s for s in steps if (s.kind == "evaluate" or s.role == "evaluation") is wanted] for wanted in (True, False))
+    pretraining = next((s.record for s in before if s.kind == "pretrain" and s.record), None) or {}
+    seen, seconds = pretraining.get("images_seen"), pretraining.get("wall_s")
+    known = bool(before) and not any(s.foreign for s in before)
     return Cost(
-        _sum(before, "device_hours") if known else None, _sum([evaluation], "device_hours"), max(1, evaluations), _sum([evaluation, *before], "flops"),
+        _sum(before, "device_hours") if known else None, _sum(after, "device_hours"), max(1, evaluations), _sum(steps, "flops") if known else None,
         _sum(before, "flops") if known else None, seen / seconds if seen and seconds else None,
-        max((s.record["peak_memory_bytes"] for s in (evaluation, *before) if s.record and s.record["peak_memory_bytes"]), default=None),
+        max((s.record["peak_memory_bytes"] for s in steps if s.record and s.record["peak_memory_bytes"]), default=None),
     )
 
 
@@ -84,24 +90,21 @@ def cell_cost(cell: Cell, sheet: Sheet, archive: Archive) -> dict[str, Any]:
 
 
 def row_entries(method: str, sheet: Sheet, archive: Archive) -> tuple[Entry, ...]:
-    """The cost columns of a method's row."""
-    by_eval = {c.eval: cell_cost(c, sheet, archive) for c in sheet.cells.values() if c.method == method and c.results}
-    if not by_eval:
-        return tuple(Entry(DASH) for _ in HEADINGS)
+    """The cost columns of a method's row: means over pre-training seeds of what each has cost with all its evaluations, highest memory."""
+    by_seed: dict[int, dict[str, Step]] = {}
+    for cell in sheet.cells.values():
+        for result in cell.results if cell.method == method else ():
+            by_seed.setdefault(result.seed, {}).update((s.key, s) for s in archive.steps(result))
+    costs = [cost_of_steps(tuple(steps.values())) for steps in by_seed.values()]
 
-    def column(name: str) -> list[Any]:
-        return [cost[f"cost_{name}"] for cost in by_eval.values()]
+    def mean(values: Sequence[float | None]) -> float | None:
+        return None if not values or None in values else statistics.fmean(v for v in values if v is not None)
 
-    def mean(name: str) -> float | None:
-        values = column(name)
-        return None if any(v is None for v in values) else statistics.fmean(values)
-
-    before, after, memory = mean("pretrain_hours"), column("eval_hours"), [v for v in column("peak_memory_bytes") if v is not None]
-    evaluated = None if any(v is None for v in after) else sum(after)
-    total = None if before is None or evaluated is None else before + evaluated
-    flops, speed = mean("pretrain_flops"), mean("images_per_s")
-    texts = [hours(before), hours(evaluated), hours(total), DASH if flops is None else f"{flops:.2e}" if flops else "0",
-             DASH if speed is None else f"{speed:.0f}", f"{max(memory) / 2**30:.1f}" if memory else DASH]
+    flops, speed = mean([c.pretrain_flops for c in costs]), mean([c.images_per_s for c in costs])
+    memory = max((c.peak_memory_bytes for c in costs if c.peak_memory_bytes), default=None)
+    texts = [hours(mean([getattr(c, name) for c in costs])) for name in ("pretrain_hours", "eval_hours", "total_hours")]
+    texts += [DASH if flops is None else f"{flops:.2e}" if flops else "0", DASH if speed is None else f"{speed:.0f}",
+              DASH if memory is None else f"{memory / 2**30:.1f}"]
     return tuple(map(Entry, texts))
 
 

@@ -46,7 +46,8 @@ def curves_of(sheet: Sheet, archive: Archive) -> tuple[list[Chart], list[Chart]]
     for cell in sheet.cells.values():
         for result in cell.results:
             for step in archive.steps(result):
-                if step.folder is None or step.key in seen or step.role not in ("evaluation", "checkpoint", "parent"):
+                wanted = step.role == "evaluation" or step.kind == "pretrain"  # not the fine-tuning that another evaluation goes on from
+                if step.folder is None or step.key in seen or not wanted:
                     continue
                 seen.add(step.key)
                 found = curve(step.folder / "metrics.jsonl", FEW if step.role == "evaluation" else POINTS)

@@ -208,7 +208,7 @@ class Page:
                         left_out += 1
                         continue
                     self._room["pictures"] -= size
-                    where = cell.eval if step.role == "evaluation" else "pre-training" if step.role == "checkpoint" else step.role
+                    where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
                     data = base64.b64encode(path.read_bytes()).decode()
                     shown.append({"title": f"{cell.method}, {where}: {path.stem.replace('_', ' ')}", "data": f"data:image/png;base64,{data}"})
         return shown, left_out

@@ -59,11 +59,11 @@ def interval(means: Sequence[float]) -> tuple[float, float] | None:
     import numpy as np
     from scipy import stats
 
-    if len(means) < BOOTSTRAP_FROM:
-        low, high = stats.t.interval(LEVEL, len(means) - 1, middle, std / math.sqrt(len(means)))
-    else:
+    low, high = stats.t.interval(LEVEL, len(means) - 1, middle, std / math.sqrt(len(means)))
+    if len(means) >= BOOTSTRAP_FROM:
         sample = (np.asarray(means),)
-        low, high = stats.bootstrap(sample, np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, rng=np.random.default_rng(0)).confidence_interval
+        found = stats.bootstrap(sample, np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, rng=np.random.default_rng(0)).confidence_interval
+        low, high = found if np.isfinite(found).all() else (low, high)
     return float(low), float(high)
 
 

@@ -21,7 +21,8 @@ def trail(length: int = 100, hours: float = 1.0, tokenizer: bool = False, **fiel
     usual = {"images_seen": 8 * length, "flops": 1e12 * hours, "device_hours": hours, "facts": {}}
 
     def step(role: str, identity: dict, **more: object) -> Step:
-        return Step(role, role, None, {**usual, "about": {"labels": fields.get("labels", False)}, **more, "identity": identity})
+        kind = {"evaluation": "evaluate", "checkpoint": "pretrain"}.get(role, "asset")
+        return Step(role, role, None, {"kind": kind, **usual, "about": {"labels": fields.get("labels", False)}, **more, "identity": identity})
 
     evaluation = step("evaluation", {"plugin": {"class": "a:B", "layer": 3}, "recipe": recipe, "use_head": False, "data": {"imagenet": "ab" * 8}})
     training = step("checkpoint", {"plugin": {"class": "a:C"}, "recipe": recipe, "vit": vit, "data": {"imagenet": "cd" * 8}, "files": fields.get("files", {})})
@@ -56,10 +57,17 @@ def test_measured_items_have_a_tolerance() -> None:
 def test_what_is_not_known_is_not_called_equal() -> None:
     # A checkpoint of somebody else's: nobody knows its images or labels, and two such rows are not equal for that.
     found = verdicts(a=trail(files={"weights": "0" * 64}), b=trail(files={"weights": "1" * 64}))
-    assert found["images and crops seen"] == found["labels used in pre-training"] == "not known"
+    assert found["images and crops seen"] == found["labels used in pre-training"] == found["pre-training FLOPs"] == "not known"
     evaluation, training = trail()["linear"]
     gone = {"linear": (evaluation, Step("checkpoint", training.key, None, None))}
     assert verdicts(a=gone, b=trail())["pre-training FLOPs"] == "not known"
+
+
+def test_fine_tuning_on_the_way_to_a_score_is_no_pre_training() -> None:
+    # ImageNet-A's checkpoint is ImageNet's fine-tuned model; its row must not look longer pre-trained than one that has ImageNet only.
+    evaluation, training = trail()["linear"]
+    tuned = Step("checkpoint", "tuned", None, evaluation.record)
+    assert verdicts(a={"imagenet-a": (evaluation, tuned, training)}, b={"imagenet-a": (evaluation, training)})["images and crops seen"] == "equal"
 
 
 def test_the_stamp_names_what_is_unequal() -> None:

@@ -39,3 +39,13 @@ def test_a_cost_with_a_part_gone_is_unknown(runs: Path) -> None:
     next(runs.glob("asset-*/record.json")).unlink()
     row = json.loads(Table.render(collect([runs]), "json", folders=(runs,), cost=True))[0]
     assert row["cost_pretrain_hours"] is None and row["cost_total_hours"] is None and row["cost_eval_hours"] in (0.5, 0.25)
+
+
+def test_weights_of_somebody_else_are_not_free(tmp_path: Path) -> None:
+    # Loading them takes a second, training them took somebody weeks.
+    Store(tmp_path).prepare()
+    loading = Node("pretrain", "w", {"seed": 0, "files": {"weights": "0" * 64}})
+    written(tmp_path, loading, 0.001, flops=0.0)
+    written(tmp_path, Node("evaluate", "linear-w", {"seed": 0}, {"checkpoint": loading}, about("weights:x", "linear")), 0.5, metrics={"score": 1.0})
+    (row,) = json.loads(Table.render(collect([tmp_path]), "json", folders=(tmp_path,), cost=True))
+    assert (row["cost_pretrain_hours"], row["cost_total_hours"], row["cost_flops"], row["cost_eval_hours"]) == (None, None, None, 0.5)
