@@ -143,7 +143,7 @@ def rows_of(table: PaperTable, fields: list[Field]) -> list[dict[str, Any]]:
         method, evaluator = counterpart(METHODS, n), counterpart(EVALUATORS, n)
         cell = s.cell.as_row() if s else EMPTY | {
             "method": next(iter(method.names if method else ()), n.method), "eval": next(iter(evaluator.names if evaluator else ()), n.eval),
-            "backbone": n.backbone, "n": 0, "n_pretrain": 0, "n_eval": 0, "deviations": [], "remarks": [], "status": "missing",
+            "backbone": n.backbone, "n": 0, "n_pretrain": 0, "n_eval": 0, "deviations": [], "remarks": [], "stale": [], "status": "missing",
             "reason": _kept_out(f.kept_out) if f.kept_out else "not run",
             "metric": METRICS[n.metric] or n.metric, "unit": UNITS.get(n.metric, "%"),
         }

@@ -126,10 +126,14 @@ def remarks(sheet: Sheet) -> tuple[str, ...]:
     stale = ["Starred: stale, may not come out again, since what it was measured with has changed."] if any(c.stale for c in sheet.cells.values()) else []
     cells = [c for c in sheet.cells.values() if c.n_pretrain > 1]
     if not cells:
-        return tuple(stale)
+        layers = fine_tuning_spread(sheet)
+        return (*stale, *([f"Standard deviation between fine-tuning seeds on this pre-training: {layers}."] if layers else []))
     found = [*stale, _intervals(sorted({c.n_pretrain for c in cells if c.ci95}))]
     if any(c.n_eval == 1 for c in cells):
         found.append("With one fine-tuning seed on each pre-training, the spread holds the noise of both.")
+    layers = fine_tuning_spread(sheet)
+    if layers:
+        found.append(f"Standard deviation between fine-tuning seeds on one pre-training, pooled over methods: {layers}.")
     tested = [c for c in sheet.cells.values() if c.undecided is not None]
     if any(c.undecided for c in tested):
         found.append("†: not distinguishable from the best of its column (paired t-test by pre-training seed, Holm's correction over all its pairs, 5 %).")
@@ -141,6 +145,16 @@ def remarks(sheet: Sheet) -> tuple[str, ...]:
     if ranks is not None and len(ranks.evaluators) > 2:
         found.append(sentence(ranks))
     return tuple(found)
+
+
+def fine_tuning_spread(sheet: Sheet) -> str:
+    """The other layer of seeds, column by column: the root mean square of the methods' spreads; "" with single fine-tuning seeds."""
+    found = []
+    for name, metric in sheet.columns:
+        spreads = [c.std_eval for m in sheet.methods if (c := sheet.cell(m, name, metric)).std_eval is not None]
+        if spreads:
+            found.append(f"{name} {metric.name} {(sum(s * s for s in spreads) / len(spreads)) ** 0.5:.1f}")
+    return ", ".join(found)
 
 
 def _intervals(counts: Sequence[int]) -> str:

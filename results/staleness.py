@@ -72,7 +72,7 @@ def with_stale(sheet: Sheet, staleness: Staleness) -> Sheet:
     by_result: dict[str, tuple[str, ...]] = {}
     cells = {}
     for key, cell in sheet.cells.items():
-        texts = []
+        texts: list[str] = []
         for result in cell.results:
             if result.key not in by_result:
                 by_result[result.key] = staleness.reasons(result)

@@ -9,6 +9,7 @@ import os
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
 import pandas
 import pytest
 
@@ -78,6 +79,14 @@ def test_json_has_the_fields_that_scripts_rely_on() -> None:
     assert (absent["status"], absent["value"], absent["ci95"], absent["n"]) == ("missing", None, None, 0)
 
 
+@pytest.mark.parametrize("layout", ["", "mae-table3"])
+def test_json_keeps_to_its_schema(layout: str) -> None:
+    schema = json.loads((Path(__file__).resolve().parents[2] / "results" / "table.schema.json").read_text())
+    rows = json.loads(Table.render_layout(layout, [], "json") if layout else Table.render(THREE + SPECIAL + SEEDS, "json"))
+    assert rows and not list(jsonschema.Draft202012Validator(schema).iter_errors(rows))
+    assert list(jsonschema.Draft202012Validator(schema).iter_errors([{**rows[0], "status": "perhaps"}]))
+
+
 def test_csv_loads_in_pandas_with_the_same_numbers() -> None:
     frame = pandas.read_csv(io.StringIO(Table.render(SPECIAL + THREE, "csv")))
     rows = json.loads(Table.render(SPECIAL + THREE, "json"))
@@ -123,6 +132,14 @@ def test_one_seed_is_grey_in_html() -> None:
 def test_the_interval_can_stand_behind_the_mean() -> None:
     # a: mean 31.5, standard deviation 1.2910, t(0.975, 3) = 3.18245, so +- 2.0542.
     assert "31.5 (29.4 to 33.6) (n=4)" in Table.render(SEEDS, spread="ci95")
+
+
+def test_the_two_layers_of_seeds_are_told_apart() -> None:
+    # Fine-tuning seeds differ by 2 (standard deviation 1.4) on each pre-training, the pre-trainings' means by 4 (2.8).
+    two = [cell("a", "e", s, {"mIoU": v}, eval_seed=e, key=f"{s}{e}") for (s, e), v in {(0, 0): 10.0, (0, 1): 12.0, (1, 0): 14.0, (1, 1): 16.0}.items()]
+    text = Table.render(two)
+    assert "13.0 ± 2.8 (n=2×2)" in text and "on one pre-training, pooled over methods: e mIoU 1.4." in text and "holds the noise of both" not in text
+    assert "on this pre-training: e mIoU 1.4." in Table.render(two[:2])
 
 
 def test_html_is_well_formed_and_inert() -> None:
