@@ -177,7 +177,7 @@ def print_table(plan: Plan, store: Store) -> int:
     states = {n.key: store.explain(store.folder(n)) for n in plan.nodes}
     records = {n.key: r for n in plan.nodes if (r := read_record(store.folder(n))) is not None}
     results = [replace(r, status="failed") if r.status in ("interrupted", "missing") else r for r in plan.results(states, records)]
-    print(load("commands", "table")().render(results))
+    print(load("commands", "table")().render(results, folders=(store.root,)))
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
@@ -237,6 +237,7 @@ def command_status(args: argparse.Namespace) -> int:
     """`harness status`."""
     from harness.jobs import read_job
     from harness.launch import queued
+    from harness.plugins import load
     from harness.store import Store, read_json, read_record
 
     store = Store(Path(args.runs))
@@ -263,9 +264,8 @@ def command_status(args: argparse.Namespace) -> int:
     if len(found) != 1:
         what = "no such run" if not found else f"{len(found)} runs fit"
         raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)])}")
-    state = store.explain(found[0], away)
-    record = read_record(found[0])
-    print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}")
+    state, record = store.explain(found[0], away), read_record(found[0])
+    print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}", *load("commands", "table").explain(found[0]), sep="\n")
     print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
     return 0
 

@@ -162,7 +162,8 @@ class Planner:
             "plugin": canonical(method), "version": method.version, "recipe": canonical(recipe), "vit": canonical(vit), "seed": seed,
             "files": {role: sha256 for role, (_, sha256) in files.items()},
         }
-        about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name, "backbone": self.backbone}
+        about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name,
+                 "backbone": self.backbone, "labels": bool(getattr(method, "needs_labels", False))}
         label = getattr(method, "label", name)  # a name with a path in it is no name for a folder
         return self.node("pretrain", label, identity, parents, about, sets, {role: path for role, (path, _) in files.items()}), notes
 

@@ -12,7 +12,7 @@ from typing import Any
 from harness.spec import Metric, UserError, suggest
 from harness.store import Result
 from results.cells import Cell, sheets
-from results.formats import DASH, Entry, Grid, Notes, number
+from results.grid import DASH, Entry, Grid, Notes, number
 from results.reference import beit_tables, mae_tables
 from results.reference.names import EVALUATORS, METHODS, counterpart
 from results.reference.paper_table import Column, PaperTable, Row
@@ -143,7 +143,7 @@ def rows_of(table: PaperTable, fields: list[Field]) -> list[dict[str, Any]]:
         method, evaluator = counterpart(METHODS, n), counterpart(EVALUATORS, n)
         cell = s.cell.as_row() if s else EMPTY | {
             "method": next(iter(method.names if method else ()), n.method), "eval": next(iter(evaluator.names if evaluator else ()), n.eval),
-            "backbone": n.backbone, "n": 0, "n_pretrain": 0, "n_eval": 0, "deviations": [], "remarks": [], "status": "missing",
+            "backbone": n.backbone, "n": 0, "n_pretrain": 0, "n_eval": 0, "deviations": [], "remarks": [], "stale": [], "status": "missing",
             "reason": _kept_out(f.kept_out) if f.kept_out else "not run",
             "metric": METRICS[n.metric] or n.metric, "unit": UNITS.get(n.metric, "%"),
         }

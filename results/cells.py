@@ -7,7 +7,6 @@ every metric of every evaluator, also for those that were never run, so that a m
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from harness.spec import Metric
 from harness.store import Result
 from results.reference.published import Published
+from results.statistics import compare, summarise, undecided
 
 SheetKey = tuple[str, str, str, str]
 WORST_FIRST = ("failed", "running", "interrupted", "missing", "skipped", "done")
@@ -25,10 +25,13 @@ NOT_RUN = "not run"
 class Cell:
     """One (method, evaluator, metric) over its seeds.
 
-    `value` is the mean over pre-training seeds of the means over fine-tuning seeds, None when there is no score. `std` (divisor n - 1)
-    and `ci95` (Student t) are over pre-training seeds, None below two. `n` counts results, `n_pretrain` and `n_eval` the distinct seeds of
-    each layer. `status` is that of the worst seed, so that "done" means complete; `reason` says why something is missing. `remarks` is
-    what a reader must know besides. `example` is one of the scores behind it, `published` the published number of the same protocol.
+    `value` is the mean over pre-training seeds of the means over fine-tuning seeds, None when there is no score; `seeds` has these means. `std`
+    (divisor n - 1) and `ci95` are over pre-training seeds, None below two; `std_eval` is the spread of fine-tuning seeds on one pre-training.
+    `n` counts results, `n_pretrain` and `n_eval` the distinct seeds of each layer. `p_best` is the Holm-corrected p of the paired comparison with the
+    best of the column, `undecided` whether the two cannot be told apart (None: the best itself, or one of them has one seed); `detectable` is the gap
+    that the column's seeds would find. `status` is that of the worst seed, so that "done" means complete; `reason` says why something is missing.
+    `remarks` is what a reader must know besides, `stale` what has changed since it was measured. `results` are the scores behind it, `published` the
+    published number of the same protocol.
     """
 
     method: str
@@ -44,22 +47,34 @@ class Cell:
     n_eval: int = 0
     std: float | None = None
     ci95: tuple[float, float] | None = None
+    std_eval: float | None = None
+    seeds: Mapping[int, float] = field(default_factory=dict, repr=False)
+    p_best: float | None = None
+    undecided: bool | None = None
+    detectable: float | None = None
     deviations: tuple[str, ...] = ()
     status: str = "missing"
     reason: str = NOT_RUN
     remarks: tuple[str, ...] = ()
-    example: Result | None = field(default=None, repr=False)
+    stale: tuple[str, ...] = ()
+    results: tuple[Result, ...] = field(default=(), repr=False)
     published: Published | None = None
+
+    @property
+    def example(self) -> Result | None:
+        """One of the scores behind it: the last seed's."""
+        return self.results[-1] if self.results else None
 
     def as_row(self) -> dict[str, Any]:
         """The object of `table --format json`. `published` is null where no published number has the same protocol."""
         return {
             "method": self.method, "eval": self.eval, "metric": self.metric.name, "unit": self.metric.unit, "value": self.value,
             "n": self.n, "n_pretrain": self.n_pretrain, "n_eval": self.n_eval, "std": self.std, "ci95": list(self.ci95) if self.ci95 else None,
+            "std_eval": self.std_eval, "p_best": self.p_best, "undecided": self.undecided, "detectable": self.detectable,
             "protocol": self.protocol, "backbone": self.backbone, "data": self.data, "tuning": self.tuning,
             "published": self.published.value if self.published else None, "published_source": self.published.source if self.published else None,
             "deviations": list(self.deviations), "status": self.status, "reason": self.reason,
-            "remarks": list(self.remarks),
+            "remarks": list(self.remarks), "stale": list(self.stale),
         }
 
 
@@ -109,6 +124,8 @@ def _sheet(key: SheetKey, results: Sequence[Result], first_methods: Sequence[str
         for (method, evaluator, metric), cell in list(cells.items()):
             if evaluator == name and method in other:
                 cells[method, evaluator, metric] = replace(cell, remarks=(*cell.remarks, "another evaluator setting or data than the rest of the column"))
+    for name, metric in columns:
+        cells |= _compared([cells[method, name, metric.name] for method in methods])
     return Sheet(protocol, backbone, data, tuning, methods, columns, cells, tuple(dict.fromkeys(r.caption for r in results if r.caption)))
 
 
@@ -164,21 +181,19 @@ def _precedence(result: Result) -> tuple[bool, str]:
 
 def _filled(blank: Cell, results: Sequence[Result]) -> Cell:
     """A cell with the mean and spread of its seeds, the worst status, and what is missing."""
-    by_seed: dict[int, list[float]] = {}
-    eval_seeds = set()
+    scores: dict[tuple[int, int], float] = {}
     problems: dict[tuple[str, str], list[Result]] = {}
-    example = None
+    scored = []
     for result in results:
         score = result.metrics.get(blank.metric.name)
         if result.status == "done" and score is not None and math.isfinite(score):
-            by_seed.setdefault(result.seed, []).append(float(score))
-            eval_seeds.add(result.eval_seed)
-            example = result
+            scores[result.seed, result.eval_seed] = float(score)
+            scored.append(result)
         else:
             problems.setdefault(_problem(result, score), []).append(result)
-    means = [statistics.fmean(scores) for scores in by_seed.values()]
+    over = summarise(scores)
     status = min((s for s, _ in problems), key=_badness, default="done")
-    parts = [text if not by_seed and len(problems) == 1 else f"{_seeds(hit, results)}: {text}" for (_, text), hit in problems.items()]
+    parts = [text if not scores and len(problems) == 1 else f"{_seeds(hit, results)}: {text}" for (_, text), hit in problems.items()]
     deviating: dict[str, list[Result]] = {}
     for result in results:
         for text in dict.fromkeys(result.deviations):
@@ -186,10 +201,20 @@ def _filled(blank: Cell, results: Sequence[Result]) -> Cell:
     deviations = tuple(t if len(hit) == len(results) else f"{t} ({_seeds(hit, results)})" for t, hit in deviating.items())
     return Cell(
         blank.method, blank.eval, blank.metric, blank.protocol, blank.backbone, blank.data, blank.tuning,
-        value=statistics.fmean(means) if means else None, n=sum(map(len, by_seed.values())), n_pretrain=len(means), n_eval=len(eval_seeds),
-        std=statistics.stdev(means) if len(means) > 1 else None, ci95=interval(means),
-        deviations=deviations, status=status, reason="; ".join(parts), remarks=blank.remarks, example=example,
+        value=over.mean, n=over.n, n_pretrain=len(over.by_seed), n_eval=over.n_eval, std=over.std, ci95=over.ci95, std_eval=over.std_eval,
+        seeds=over.by_seed, deviations=deviations, status=status, reason="; ".join(parts), remarks=blank.remarks, results=tuple(scored),
     )
+
+
+def _compared(column: Sequence[Cell]) -> dict[tuple[str, str, str], Cell]:
+    """The cells of a column, each compared with the best."""
+    found = compare({c.method: c.seeds for c in column}, column[0].metric.higher_is_better)
+    by_method = {c.method: c for c in column}
+    if found is None or by_method[found.best].n_pretrain < 2:
+        return {}
+    told = {m: p for m, p in found.p.items() if by_method[m].n_pretrain > 1}
+    return {(c.method, c.eval, c.metric.name): replace(
+        c, detectable=found.detectable, p_best=told.get(c.method), undecided=undecided(told[c.method]) if c.method in told else None) for c in column}
 
 
 def _problem(result: Result, score: float | None) -> tuple[str, str]:
@@ -208,14 +233,3 @@ def _seeds(results: Sequence[Result], among: Sequence[Result]) -> str:
     layers = len({r.eval_seed for r in among}) > 1
     names = [f"{r.seed}/{r.eval_seed}" if layers else str(r.seed) for r in results]
     return f"seed{'s' if len(names) > 1 else ''} {', '.join(names)}"
-
-
-def interval(means: Sequence[float]) -> tuple[float, float] | None:
-    """95 % confidence interval of the mean by Student's t, (low, high); None below two values."""
-    if len(means) < 2:
-        return None
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(means) - 1)) * statistics.stdev(means) / math.sqrt(len(means))
-    middle = statistics.fmean(means)
-    return middle - half, middle + half

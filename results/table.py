@@ -5,20 +5,27 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from harness import plugins
 from harness.spec import UserError, suggest
 from harness.store import Result, collect
+from results.ancestry import Archive
+from results.audit import VERDICTS, of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of, paper_table, rows_of
 from results.cells import sheets
-from results.formats import FORMATS, grid
+from results.costs import cell_cost, with_costs
+from results.formats import FORMATS
+from results.grid import grid
+from results.selection import selected_on_test, trials_of
+from results.staleness import Staleness, with_stale
 from results.standing import with_published
 
 
 class Table:
-    """The command plugin `table`. `harness run` calls `render` for the cells of its own plan."""
+    """The command plugin `table`. `harness run` calls `render` for the cells of its own plan, `harness status` calls `explain`."""
 
     name: ClassVar[str] = "table"
     help: ClassVar[str] = "print what the runs folders hold as a table"
@@ -30,18 +37,39 @@ class Table:
         parser.add_argument("--layout", metavar="NAME", help="a paper's table, its numbers beside the measured ones, if there are any (see below)")
         parser.formatter_class = argparse.RawDescriptionHelpFormatter  # names of layouts are not broken at their hyphens
         parser.epilog = textwrap.fill(f"layouts: {', '.join(LAYOUTS)}", 78, break_on_hyphens=False)
-        parser.add_argument("--methods", metavar="A,B", help="only these rows, in this order (names or groups)")
-        parser.add_argument("--evals", metavar="C,D", help="only these columns, in this order (names or groups)")
-        parser.add_argument("--protocol", metavar="NAME", help="only this protocol")
-        parser.add_argument("--backbone", metavar="NAME", help="only this backbone")
-        parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path, help="runs folders, several are joined (default: runs)")
+        parser.add_argument("--spread", choices=("std", "ci95"), default="std", help="what stands behind a mean (default: std; csv and json have both)")
+        parser.add_argument("--cost", action="store_true", help="more columns: device-hours, FLOPs, images per second, peak memory")
+        add_choice(parser)
 
     @staticmethod
-    def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = ()) -> str:
-        """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear."""
+    def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = (), spread: str = "std",
+               folders: Sequence[Path] = (), cost: bool = False) -> str:
+        """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear.
+
+        `spread`: std or ci95, what stands behind a mean. With the runs folders that the results came from, the table stars what is stale, flags what was
+        selected on test and carries the stamp of the fairness audit, and on `cost` columns of cost.
+        """
+        archive = Archive(tuple(folders)) if folders else None
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
-        rows = [s.cell(method, name, metric).as_row() for s in found for method in s.methods for name, metric in s.columns]
-        return FORMATS[format](list(map(grid, found)), rows).rstrip("\n")
+        found = [with_stale(sheet, Staleness(archive)) for sheet in found] if archive else found
+        rows, grids = [], []
+        for sheet in found:
+            cells = [sheet.cell(method, name, metric) for method in sheet.methods for name, metric in sheet.columns]
+            items = of_sheet(sheet, archive) if archive else ()
+            fairness = {"audit": {v: [i.name for i in items if i.verdict == v] for v in VERDICTS}} if items and format == "json" else {}
+            rows += [{**cell.as_row(), **(cell_cost(cell, sheet, archive) if archive and cost else {}), **fairness} for cell in cells]
+            table = grid(sheet, spread)
+            table = with_costs(table, sheet, archive) if archive and cost else table
+            said = (selected_on_test(sheet, trials_of(sheet, archive)), stamp(items)) if archive else ()
+            grids.append(replace(table, below=(*table.below, *filter(None, said))))
+        return FORMATS[format](grids, rows).rstrip("\n")
+
+    @staticmethod
+    def explain(folder: Path) -> list[str]:
+        """What `harness status RUN` says of a job besides its record."""
+        from results.changes import explain
+
+        return explain(folder)
 
     @staticmethod
     def render_layout(name: str, results: Iterable[Result], format: str = "markdown") -> str:
@@ -60,22 +88,55 @@ class Table:
         Raises:
             UserError: no such layout; without a layout no results; none that a flag asks for.
         """
-        folders = list(dict.fromkeys(args.runs or [Path("runs")]))
         if args.layout is not None:
             paper_table(args.layout)  # a wrong name is said before anything is read
-            folders = folders if args.runs else [f for f in folders if f.is_dir()]
-        results = collect(folders)
-        if not results and args.layout is None:
-            shown = " ".join(map(str, folders))
-            raise UserError(f"--runs {shown}: no results there: `python -m harness run --methods ... --evals ... --runs {folders[0]}` makes some")
-        for flag in ("protocol", "backbone"):
-            names = chosen(flag, getattr(args, flag), {getattr(r, flag) for r in results})
-            results = [r for r in results if not names or getattr(r, flag) in names]
-        methods = chosen("methods", args.methods, {r.method for r in results})
-        evals = chosen("evals", args.evals, {r.eval for r in results})
-        results = [r for r in results if (not methods or r.method in methods) and (not evals or r.eval in evals)]
-        print(self.render(results, args.format, methods, evals) if args.layout is None else self.render_layout(args.layout, results, args.format))
+        choice = choose(args, needed=args.layout is None)
+        if args.layout is not None:
+            print(self.render_layout(args.layout, choice.results, args.format))
+        else:
+            print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, choice.folders, args.cost))
         return 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the flags of a command leave of the runs folders, and the order of rows and columns that they ask for."""
+
+    results: list[Result]
+    folders: tuple[Path, ...]
+    methods: tuple[str, ...]
+    evals: tuple[str, ...]
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The flags that `choose` reads: `table`, `report` and `audit` share them."""
+    parser.add_argument("--methods", metavar="A,B", help="only these rows, in this order (names or groups)")
+    parser.add_argument("--evals", metavar="C,D", help="only these columns, in this order (names or groups)")
+    parser.add_argument("--protocol", metavar="NAME", help="only this protocol")
+    parser.add_argument("--backbone", metavar="NAME", help="only this backbone")
+    parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path, help="runs folders, several are joined (default: runs)")
+
+
+def choose(args: argparse.Namespace, needed: bool = True) -> Choice:
+    """The results that the flags ask for.
+
+    Raises:
+        UserError: no results (where some are `needed`), or none that a flag asks for.
+    """
+    folders = tuple(dict.fromkeys(args.runs or [Path("runs")]))
+    if not needed and not args.runs:
+        folders = tuple(f for f in folders if f.is_dir())
+    results = collect(folders)
+    if not results and needed:
+        shown = " ".join(map(str, folders))
+        raise UserError(f"--runs {shown}: no results there: `python -m harness run --methods ... --evals ... --runs {folders[0]}` makes some")
+    for flag in ("protocol", "backbone"):
+        names = chosen(flag, getattr(args, flag), {getattr(r, flag) for r in results})
+        results = [r for r in results if not names or getattr(r, flag) in names]
+    methods = chosen("methods", args.methods, {r.method for r in results})
+    evals = chosen("evals", args.evals, {r.eval for r in results})
+    results = [r for r in results if (not methods or r.method in methods) and (not evals or r.eval in evals)]
+    return Choice(results, folders, methods, evals)
 
 
 def chosen(flag: str, wanted: str | None, present: Collection[str]) -> tuple[str, ...]:

@@ -27,7 +27,9 @@ COMMANDS = {
     "export": {"run", "--to", "--out", "--runs"},
     "cancel": {"run", "--runs"},
     "data": {"what", "names", "--protocol", "--data", "--archives", "--labels"},
-    "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
+    "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--spread", "--cost", "--runs"},
+    "report": {"--out", "--no-image-noise", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
+    "audit": {"--plan", "--format", "--data", "--tuning", "--set", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from harness.spec import Metric
 from harness.store import Result
-from results.cells import interval, select, sheets
+from results.cells import select, sheets
 
 MIOU = Metric("mIoU")
 
@@ -43,7 +43,6 @@ def test_fine_tuning_seeds_are_averaged_before_the_spread_over_pre_training_seed
 def test_one_pre_training_has_no_spread() -> None:
     cell = only_cell(result(10.0, 0, 0), result(12.0, 0, 1))
     assert (cell.value, cell.std, cell.ci95, cell.n, cell.n_pretrain) == (11.0, None, None, 2, 1)
-    assert interval([3.0]) is None
 
 
 def test_an_unfinished_seed_is_said_and_not_averaged() -> None:

@@ -9,12 +9,14 @@ import os
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
 import pandas
 import pytest
 
 from harness.spec import Metric
 from harness.store import Result
-from results.formats import FORMATS, Notes
+from results.formats import FORMATS
+from results.grid import Notes
 from results.table import Table
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -42,14 +44,18 @@ SPECIAL = [
          reason='<b>"no"</b> 100% of $x_1\nend of --data'),
     cell("plain", "top", 0, {"top-1": 50.0}, (Metric("top-1"),)),
 ]
+SEEDS = [  # a is surely the best; b has its mean nearly; c is far below; d has one seed
+    cell(m, "ade20k", s, {"mIoU": v}) for m, scores in {
+        "a": (30.0, 31.0, 32.0, 33.0), "b": (29.0, 31.5, 31.0, 33.0), "c": (20.0, 21.1, 22.0, 23.1), "d": (25.0,)}.items() for s, v in enumerate(scores)
+]
 PAPER = [cell("mae", "ade20k", 0, {"mIoU": 48.1}, protocol="paper", data="ADE20K", caption="", tuning="published")]
 EXTENSIONS = {"markdown": "md", "latex": "tex", "csv": "csv", "json": "json", "html": "html"}
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", ["three", "special", "mixed"])
+@pytest.mark.parametrize("name", ["three", "special", "mixed", "seeds"])
 def test_snapshot(name: str, format: str) -> None:
-    text = Table.render({"three": THREE, "special": SPECIAL, "mixed": THREE[:3] + PAPER}[name], format)
+    text = Table.render({"three": THREE, "special": SPECIAL, "mixed": THREE[:3] + PAPER, "seeds": SEEDS}[name], format)
     path = SNAPSHOTS / f"{name}.{EXTENSIONS[format]}"
     if os.environ.get("HARNESS_SNAPSHOTS") == "write":
         path.parent.mkdir(exist_ok=True)
@@ -71,6 +77,14 @@ def test_json_has_the_fields_that_scripts_rely_on() -> None:
     assert (failed["status"], failed["n"]) == ("failed", 2) and "seed 2: loss is not finite" in failed["reason"]
     assert (skipped["status"], skipped["value"], skipped["reason"]) == ("skipped", None, "coco: no data under --data")
     assert (absent["status"], absent["value"], absent["ci95"], absent["n"]) == ("missing", None, None, 0)
+
+
+@pytest.mark.parametrize("layout", ["", "mae-table3"])
+def test_json_keeps_to_its_schema(layout: str) -> None:
+    schema = json.loads((Path(__file__).resolve().parents[2] / "results" / "table.schema.json").read_text())
+    rows = json.loads(Table.render_layout(layout, [], "json") if layout else Table.render(THREE + SPECIAL + SEEDS, "json"))
+    assert rows and not list(jsonschema.Draft202012Validator(schema).iter_errors(rows))
+    assert list(jsonschema.Draft202012Validator(schema).iter_errors([{**rows[0], "status": "perhaps"}]))
 
 
 def test_csv_loads_in_pandas_with_the_same_numbers() -> None:
@@ -98,6 +112,34 @@ def test_bold_turns_round_where_lower_is_better_and_covers_ties() -> None:
     columns = (Metric("error", higher_is_better=False),)
     results = [cell(m, "e", s, {"error": v + s}, columns) for m, v in (("a", 1.0), ("b", 2.0), ("c", 1.01)) for s in (0, 1)]
     assert bold_of(results) == ["a", "c"]
+
+
+def test_a_dagger_says_which_methods_cannot_be_told_from_the_best() -> None:
+    rows = {r["method"]: r for r in json.loads(Table.render(SEEDS, "json"))}
+    # b - a: -1.0, 0.5, -1.0, 0.0; t = -0.375 / (0.75 / 2) = -1.0, two-sided p on 3 degrees of freedom 0.3910 (tables of Student's t).
+    assert rows["b"]["p_best"] == pytest.approx(0.3910, abs=1e-4) and rows["b"]["undecided"] is True
+    assert rows["c"]["undecided"] is False and rows["c"]["p_best"] < 1e-4
+    assert (rows["a"]["undecided"], rows["d"]["undecided"], rows["d"]["p_best"]) == (None, None, None)
+    marked = [line for line in Table.render(SEEDS).splitlines() if line.startswith("|") and "†" in line]
+    assert len(marked) == 1 and marked[0].startswith("| b ")
+
+
+def test_one_seed_is_grey_in_html() -> None:
+    grey = [line for line in Table.render(SEEDS, "html").splitlines() if 'class="single"' in line]
+    assert len(grey) == 1 and '<th scope="row">d</th>' in grey[0]
+
+
+def test_the_interval_can_stand_behind_the_mean() -> None:
+    # a: mean 31.5, standard deviation 1.2910, t(0.975, 3) = 3.18245, so +- 2.0542.
+    assert "31.5 (29.4 to 33.6) (n=4)" in Table.render(SEEDS, spread="ci95")
+
+
+def test_the_two_layers_of_seeds_are_told_apart() -> None:
+    # Fine-tuning seeds differ by 2 (standard deviation 1.4) on each pre-training, the pre-trainings' means by 4 (2.8).
+    two = [cell("a", "e", s, {"mIoU": v}, eval_seed=e, key=f"{s}{e}") for (s, e), v in {(0, 0): 10.0, (0, 1): 12.0, (1, 0): 14.0, (1, 1): 16.0}.items()]
+    text = Table.render(two)
+    assert "13.0 ± 2.8 (n=2×2)" in text and "on one pre-training, pooled over methods: e mIoU 1.4." in text and "holds the noise of both" not in text
+    assert "on this pre-training: e mIoU 1.4." in Table.render(two[:2])
 
 
 def test_html_is_well_formed_and_inert() -> None:

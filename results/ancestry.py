@@ -1,0 +1,89 @@
+"""From a score to the folders that it was built from: the evaluation, its pre-training, what trained before it, the tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.jobs import read_job
+from harness.spec import UserError
+from harness.store import Result, Store, read_record
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node that a score went through. `role`: evaluation, checkpoint, parent, tokenizer, ...; `record` is None where its folder or record is gone."""
+
+    role: str
+    key: str
+    folder: Path | None
+    record: Mapping[str, Any] | None
+
+    @property
+    def kind(self) -> str:
+        """evaluate, pretrain or asset. A checkpoint may be an evaluation's: ImageNet-A scores the model that ImageNet fine-tuned."""
+        return str(self.record["kind"]) if self.record else self.folder.name.partition("-")[0] if self.folder else ""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it only loads weights that somebody else trained: their images, labels and cost are not known."""
+        return "weights" in (self.identity.get("files") or {})
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What decided its key, {} when the record is gone."""
+        return self.record["identity"] if self.record else {}
+
+
+@dataclass
+class Archive:
+    """The nodes of runs folders by key; of copies of a node the first that has a record counts."""
+
+    roots: tuple[Path, ...]
+    _folders: dict[str, list[Path]] = field(default_factory=dict, repr=False)
+    _jobs: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    _records: dict[Path, Mapping[str, Any] | None] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for root in self.roots:
+            for folder in Store(root).folders():
+                self._folders.setdefault(folder.name.rsplit("-", 1)[-1], []).append(folder)
+
+    def folder(self, key: str) -> Path | None:
+        """A node's folder, the one with a record first."""
+        found = self._folders.get(key, [])
+        return next((f for f in found if self.record(f) is not None), found[0] if found else None)
+
+    def record(self, folder: Path | None) -> Mapping[str, Any] | None:
+        """The record of a folder, None where there is none that can be read."""
+        if folder is not None and folder not in self._records:
+            try:
+                self._records[folder] = read_record(folder)
+            except UserError:
+                self._records[folder] = None
+        return self._records[folder] if folder is not None else None
+
+    def jobs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Key -> job.json of all nodes that can be read, each key once."""
+        for key, folders in self._folders.items() if not self._jobs else ():
+            with contextlib.suppress(UserError):
+                self._jobs[key] = read_job(folders[0] / "job.json")
+        return self._jobs
+
+    def steps(self, result: Result) -> tuple[Step, ...]:
+        """All nodes behind a score, the evaluation first, each once."""
+        found: dict[str, Step] = {}
+
+        def visit(role: str, key: str) -> None:
+            if key not in found:
+                folder = self.folder(key)
+                step = found[key] = Step(role, key, folder, self.record(folder))
+                for name, parent in ((step.record or {}).get("parents") or {}).items():
+                    visit(name, parent["key"])
+
+        if result.key:
+            visit("evaluation", result.key)
+        return tuple(found.values())

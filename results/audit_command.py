@@ -1,0 +1,97 @@
+"""`harness audit`: is the comparison fair? Every item that rows should have equal, from the records, or with --plan from a plan before it is launched."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from harness.spec import UserError
+from results.ancestry import Archive, Step
+from results.audit import VERDICTS, Item, audit, of_sheet
+from results.cells import sheets
+from results.table import add_choice, choose
+
+
+class Audit:
+    """The command plugin `audit`."""
+
+    help: ClassVar[str] = "is the comparison fair? what the rows of a table had, equal or unequal item by item"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Flags of the command."""
+        parser.add_argument("--plan", action="store_true", help="look at what `run` with these flags would do, before launching")
+        parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+        parser.add_argument("--data", help="with --plan: as for run")
+        parser.add_argument("--tuning", choices=("shared", "published"), help="with --plan: as for run")
+        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --plan: as for run")
+        add_choice(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print the audit of each table.
+
+        Raises:
+            UserError: no results, none that a flag asks for, or a plan that cannot be made.
+        """
+        if args.plan:
+            found = [("plan", planned(args))]
+        else:
+            if args.data or args.tuning or args.set:
+                raise UserError("audit: --data, --tuning and --set describe a plan: add --plan, or leave them out")
+            choice = choose(args)
+            archive = Archive(choice.folders)
+            found = [(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive))
+                     for s in sheets(choice.results, choice.methods, choice.evals)]
+        if args.format == "json":
+            print(json.dumps([{"table": title, "items": [as_row(i) for i in items]} for title, items in found], indent=1, ensure_ascii=False))
+        else:
+            print("\n\n".join(as_text(title, items) for title, items in found))
+        return 0
+
+
+def as_row(item: Item) -> dict[str, Any]:
+    """An item as JSON."""
+    return {"item": item.name, "verdict": item.verdict, "values": dict(item.values)}
+
+
+def as_text(title: str, items: Sequence[Item]) -> str:
+    """An audit for reading: unequal items first, equal ones in one line each."""
+    if not items:
+        return f"{title}: fewer than two rows with a score, nothing to compare"
+    width = max(len(i.name) for i in items)
+    lines = [f"{title}: {sum(i.equal is True for i in items)} of {len(items)} items equal"]
+    for item in sorted(items, key=lambda i: VERDICTS.index(i.verdict)):
+        groups = item.grouped()
+        said = next(iter(groups)) if len(groups) == 1 else "; ".join(f"{', '.join(methods)}: {value}" for value, methods in groups.items())
+        lines.append(f"{item.verdict:10} {item.name:{width}}  {said}")
+    return "\n".join(lines)
+
+
+def planned(args: argparse.Namespace) -> tuple[Item, ...]:
+    """The audit of a plan: what is known before anything has run."""
+    from harness.jobs import Node
+    from harness.plan import Planner
+    from harness.request import Request
+
+    if not args.methods or not args.evals:
+        raise UserError("audit --plan: name --methods and --evals, as for run")
+    words = {flag: tuple(w.strip() for w in getattr(args, flag).split(",") if w.strip()) for flag in ("methods", "evals")}
+    request = Request(words["methods"], words["evals"], args.protocol or "demo", args.backbone, data=args.data, settings=tuple(args.set), tuning=args.tuning)
+
+    def trail(role: str, node: Node) -> list[Step]:
+        return [Step(role, node.key, None, expected(node)), *(s for name, parent in node.parents.items() for s in trail(name, parent))]
+
+    found: dict[str, dict[str, tuple[Step, ...]]] = {}
+    for cell in Planner(request).plan().cells:
+        if cell.node is not None:
+            found.setdefault(cell.about["method"], {})[cell.about["eval"]] = tuple(trail("evaluation", cell.node))
+    return audit(found, dict.fromkeys(found, "1 for each evaluator"), dict.fromkeys(found, "1")) if len(found) > 1 else ()
+
+
+def expected(node: Any) -> Mapping[str, Any]:
+    """What a record will say, as far as the plan knows it: images where the length is in steps."""
+    recipe = node.identity.get("recipe")
+    images = recipe["iterations"] * recipe["batch"] if recipe and recipe["iterations"] is not None else None if recipe else 0
+    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "facts": {}}

@@ -1,0 +1,92 @@
+"""What changed a job's key: its identity field by field against the nearest earlier run of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.jobs import read_job
+from harness.spec import UserError
+from harness.store import Store, read_json
+
+Flat = dict[str, Any]
+
+
+def explain(folder: Path) -> list[str]:
+    """Lines for `status RUN`: what it is, what it deviates in, what it was built from, and what changed its key since the nearest earlier run.
+
+    Raises:
+        UserError: its job.json cannot be read.
+    """
+    job = read_job(folder / "job.json")
+    about, identity = job.get("about") or {}, job["identity"]
+    lines = [f"recipe: {source} ({fields})" for fields, source in (identity.get("recipe") or {}).get("sources", ())]
+    lines += [f"deviates from the recipe: {text}" for text in about.get("deviations", ())]
+    lines += [f"data: {name} {value}" for name, value in (identity.get("data") or {}).items()]
+    lines += [f"built from: {role} {parent['folder']}" for role, parent in (job.get("parents") or {}).items()]
+    found = nearest_earlier(folder)
+    if found is None:
+        return [*lines, "key: no earlier run of this name here"]
+    other, changes = found
+    said = "; ".join(f"{name} {_short(before)} -> {_short(after)}" for name, (before, after) in changes.items()) or "nothing that a folder still shows"
+    return [*lines, f"key: since {other.name} changed: {said}"]
+
+
+def nearest_earlier(folder: Path) -> tuple[Path, dict[str, tuple[Any, Any]]] | None:
+    """The run of the same kind and name that was made before and differs in the fewest fields (the newest of several), and these fields."""
+    mine, born = identity_of(folder), _born(folder)
+    kind_and_name = folder.name.rpartition("-")[0]
+    best: tuple[int, float, Path, dict[str, tuple[Any, Any]]] | None = None
+    for other in Store(folder.parent).folders():
+        if other == folder or other.name.rpartition("-")[0] != kind_and_name or _born(other) >= born:
+            continue
+        changes = difference(identity_of(other), mine)
+        if best is None or (len(changes), -_born(other)) < best[:2]:
+            best = (len(changes), -_born(other), other, changes)
+    return None if best is None else best[2:]
+
+
+def _born(folder: Path) -> float:
+    """When a job was first written; its start counts where it has one, since copies of folders have new times."""
+    from datetime import datetime
+
+    usage = read_json(folder / "usage.json")
+    if isinstance(usage, dict) and isinstance(usage.get("start"), str):
+        return datetime.fromisoformat(usage["start"]).timestamp()
+    return (folder / "job.json").stat().st_mtime
+
+
+def identity_of(folder: Path) -> Flat:
+    """A job's identity as field -> value; that of a parent whose folder is there in place of its key, under the parent's role."""
+    try:
+        job = read_job(folder / "job.json")
+    except UserError:
+        return {}
+    fields = flat({k: v for k, v in job["identity"].items() if k != "parents"})
+    for role, parent in (job.get("parents") or {}).items():
+        above = folder.parent / parent["folder"]
+        fields |= {f"{role}.{k}": v for k, v in identity_of(above).items()} if above.is_dir() else {f"{role}.key": parent["key"]}
+    return fields
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> Flat:
+    """Nested mappings as dotted names; sources are left out, they follow the values."""
+    found: Flat = {}
+    for name, part in value.items():
+        if isinstance(part, Mapping):
+            found |= flat(part, f"{prefix}{name}.")
+        elif name != "sources":
+            found[prefix + name] = part
+    return found
+
+
+def difference(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ, with both values; a field that one of them lacks is None there."""
+    return {name: (before.get(name), after.get(name)) for name in sorted({*before, *after}) if before.get(name) != after.get(name)}
+
+
+def _short(value: Any) -> str:
+    """A value in a line."""
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

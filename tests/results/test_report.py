@@ -1,0 +1,142 @@
+"""The report: one page that needs nothing else, says what the records say, and works in a browser.
+
+screens/ shows how the three-seed demo's page looked in Chromium (800 and 400 pixels wide), for the next one who changes its style.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from folders import about, written
+from PIL import Image
+
+from harness.jobs import Node
+from harness.spec import UserError
+from harness.store import Store, write_json
+from results import charts
+from results.curves import curve
+from results.report import Report
+
+EVIL = "<script>alert(1)</script>&'\""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Three methods, one with a name that HTML would misread, on two evaluators over three seeds; one failure."""
+    root = tmp_path / "runs"
+    Store(root).prepare()
+    scores = {"mae": (50.0, 51.0, 52.0), "beit": (49.0, 52.0, 50.5), EVIL: (20.0,)}
+    for method, values in scores.items():
+        for seed, value in enumerate(values):
+            training = Node("pretrain", "m", {"seed": seed, "method": method, "recipe": None, "plugin": {}}, about={"labels": False})
+            folder = written(root, training, 2.0, flops=1e12, images_seen=7200, peak_memory_bytes=2**30)
+            (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {3.0 / (i + 1)}}}\n' for i in range(200)) + "broken\n")
+            for name, metric in (("linear", "top-1"), ("ade20k", "mIoU")):
+                plain = {"seed": seed, "eval": name, "data": {}, "plugin": {}, "recipe": None}
+                evaluation = Node("evaluate", f"{name}-m", plain, {"checkpoint": training}, about(method, name, seed, metric))
+                correct = np.arange(100) < value
+                folder = written(root, evaluation, 0.5, metrics={metric: value}, outcomes="outcomes.npz" if name == "linear" else None,
+                                 git={"commit": "c0ffee" * 6, "dirty": False}, hardware={"device": "cpu", "cpu": "x", "cores": 2}, end="2026-01-02T03:04:05")
+                np.savez(folder / "outcomes.npz", correct=correct, label=np.zeros(100, dtype=int))
+                (folder / "samples").mkdir()
+                Image.new("RGB", (4, 4)).save(folder / "samples" / "first_image.png")
+    failed = Node("evaluate", "coco-m", {}, about=about("mae", "coco", 0, "AP_box"))
+    Store(root).folder(failed).mkdir()
+    write_json(Store(root).folder(failed) / "job.json", failed.job(root))
+    write_json(Store(root).folder(failed) / "failure.json", {"message": f"no {EVIL} there"})
+    return root
+
+
+def made(runs: Path, *words: str) -> str:
+    parser = argparse.ArgumentParser()
+    Report.add_arguments(parser)
+    out = runs.parent / "report.html"
+    assert Report().run(parser.parse_args(["--runs", str(runs), "--out", str(out), *words])) == 0
+    return out.read_text()
+
+
+def test_the_page_needs_nothing_else_and_is_the_same_twice(runs: Path) -> None:
+    page = made(runs)
+    assert page == made(runs) and len(page) < 3_000_000
+    wanted = [*re.findall(r"\b(?:src|href)=[\"']([^\"']+)", page), *re.findall(r"url\(([^)]+)\)", page)]
+    assert wanted and not [w for w in wanted if not w.startswith(("data:image/png;base64,", "#", "runs/"))]
+    assert all((runs.parent / w).exists() for w in wanted if w.startswith("runs/")), "a link to a file that is not there"
+    anchors = set(re.findall(r'id="([^"]+)"', page))
+    assert {w[1:] for w in wanted if w.startswith("#")} <= anchors and "://" not in page.split("</style>")[1].replace("file://", "")
+
+
+def test_the_page_says_what_the_records_say(runs: Path) -> None:
+    page = made(runs)
+    assert "51.0 ± 1.0 (n=3)" in page and 'class="single"' in page and "failed: no" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    headings = ["Scores", "Mean ranks", "Cost", "Score against cost", "Evaluation noise only",
+                "Training curves", "Pictures", "Is the comparison fair?", "Commands"]
+    assert re.findall(r"<h3>(.*?)</h3>", page) == headings
+    assert "c0ffeec0ff" in page and "mae, linear: first image" in page
+    command = "python -m harness run --methods mae --evals ade20k,linear --protocol demo --backbone tiny --tuning published --seeds 0,1,2"
+    assert command in page
+    assert "Evaluation noise only" not in made(runs, "--no-image-noise")
+
+
+def test_a_page_that_cannot_be_written_is_one_line(runs: Path) -> None:
+    parser = argparse.ArgumentParser()
+    Report.add_arguments(parser)
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        Report().run(parser.parse_args(["--runs", str(runs), "--out", str(runs)]))
+
+
+def test_a_curve_is_thinned_and_damaged_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(120)) + '{"step": 7}\nbroken\n{"step": 8, "loss": NaN}\n')
+    steps, losses = curve(path, 60)
+    assert len(steps) == 60 and steps[0] == 0.5 and losses[-1] == 118.5 and curve(tmp_path / "none") == ((), ())
+
+
+def test_only_a_bar_from_zero_is_drawn_as_a_bar() -> None:
+    # The length of a bar that begins at 80 would show 83 as three times 81.
+    assert "<rect" not in charts.dots([charts.Dot("a", 83.0, (82.0, 84.0)), charts.Dot("b", 81.0, None)], "top-1", ["a", "b"])
+    assert charts.dots([charts.Dot("a", 30.0, None), charts.Dot("b", 5.0, None)], "top-1", ["a", "b"]).count("<rect") == 2
+
+
+def test_the_front_of_a_scatter_is_what_nothing_beats() -> None:
+    picture = charts.scatter([("cheap", 1.0, 10.0), ("beaten", 2.0, 9.0), ("best", 3.0, 20.0)], "h", "score", ["cheap", "beaten", "best"])
+    assert picture.count('class="dot"') == 2 and picture.count('class="ring"') == 1
+    assert re.search(r'beaten.*?class="ring"', picture)
+
+
+def test_labels_of_neighbours_do_not_lie_on_each_other() -> None:
+    first = charts.beside(100.0, 100.0, "supervised", [(94, 94, 106, 106), (124, 96, 136, 108)], 376.0)
+    assert first[1] == "end"  # the other point lies where the label would: to the left
+    assert charts.beside(130.0, 102.0, "beit-pixel", [(94, 94, 106, 106), first[2]], 376.0)[1] == "start"
+    assert charts.beside(370.0, 50.0, "at the edge", [], 376.0)[1] == "end"
+
+
+def test_ticks_are_round_and_within() -> None:
+    assert charts.Scale(0.0, 10.0, 0, 1).ticks() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    assert charts.Scale(0.02, 0.3, 0, 1, True).ticks() == pytest.approx([0.02, 0.05, 0.1, 0.2])
+
+
+SCRIPT = """<script>
+const rows = () => [...document.querySelectorAll("#rows-1 tbody tr")];
+const heads = document.querySelectorAll("#rows-1 thead th button");
+const out = [];
+heads[1].focus(); heads[1].click(); out.push(rows().map(r => r.cells[1].textContent[0]).join(""));
+heads[1].click(); out.push(rows().map(r => r.cells[1].textContent[0]).join(""));
+const input = document.querySelector("[data-filter]"); input.value = "BEIT"; input.dispatchEvent(new Event("input"));
+out.push(rows().filter(r => !r.hidden).length, performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length);
+document.body.dataset.found = out.join(" ");
+</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+def test_in_a_browser_sorting_and_filtering_work_and_nothing_is_requested(runs: Path) -> None:
+    page = runs.parent / "probed.html"
+    page.write_text(made(runs, "--no-image-noise", "--evals", "linear").replace("</body>", SCRIPT + "</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={runs.parent / 'profile'}", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert 'data-found="552 255 1 0"' in done.stdout, re.findall(r'data-found="[^"]*"', done.stdout)
+    assert "CONSOLE" not in done.stderr
