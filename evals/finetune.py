@@ -78,9 +78,9 @@ class FineTuning:
         Raises:
             JobFailed: that classifier is missing or of other classes; data or images are broken; the loss is not finite.
         """
+        from evals.scoring import labelled_images, predict, top1
         from harness.augment import EvalTransform, TrainTransform
         from harness.randomness import seed_all
-        from harness.scoring import labelled_images, predict, top1
         from harness.train import fit
 
         session, recipe = context.session, context.recipe

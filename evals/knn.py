@@ -70,9 +70,9 @@ class KNN:
         import torch
 
         from evals.linear import collect
+        from evals.scoring import labelled_images, top1
         from harness.augment import EvalTransform
         from harness.classifier import Classifier
-        from harness.scoring import labelled_images, top1
 
         session, size = context.session, checkpoint.config.size
         train, val = labelled_images("imagenet", session, self.holdout)

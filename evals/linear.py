@@ -117,9 +117,9 @@ class Linear:
         Raises:
             JobFailed: data or images are broken; the loss is not finite.
         """
+        from evals.scoring import labelled_images, predict, top1
         from harness.augment import EvalTransform, TrainTransform
         from harness.randomness import seed_all
-        from harness.scoring import labelled_images, predict, top1
         from harness.train import fit
 
         session, recipe, size = context.session, context.recipe, checkpoint.config.size
@@ -141,8 +141,8 @@ def collect(probe: Classifier, images: ImageList, transform: Any, session: Sessi
     """Features (n, D) and places (n,) of all images that can be read, computed once and kept in the job's checkpoint folder."""
     import torch
 
+    from evals.scoring import image_batches
     from harness.checkpoint import write_atomically
-    from harness.scoring import image_batches
 
     path = Path(session.dir) / "checkpoint" / f"{name}.pt"
     if path.is_file():

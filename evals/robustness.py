@@ -68,9 +68,9 @@ class Robustness:
         import numpy as np
 
         from evals.robustness_metrics import predict_among
+        from evals.scoring import score
         from harness.checkpoint import write_atomically
         from harness.data import read_images
-        from harness.scoring import score
 
         session = context.session
         images = read_images(self.data, "val", session.folders[self.data])
@@ -171,9 +171,9 @@ class ImageNetC(Robustness):
         import numpy as np
 
         from evals.robustness_metrics import ALEXNET_ERROR, corruption_errors, mean_corruption_error, mean_error
+        from evals.scoring import predict
         from harness.checkpoint import write_atomically
         from harness.data import read_images
-        from harness.scoring import predict
 
         session = context.session
         model, transform = fine_tuned(checkpoint), CentralCrop(checkpoint.config.size)

@@ -118,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
 
 def command_run(args: argparse.Namespace) -> int:
     """`harness run`."""
-    from harness.launch import Display, cores, make_launcher, write_job
+    from harness.display import Display
+    from harness.launch import cores, make_launcher, write_job
     from harness.plan import Planner
     from harness.request import Request
     from harness.run import check_environment

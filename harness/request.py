@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness import plugins
+from harness.collect import Result, result_of
 from harness.jobs import Node
 from harness.spec import Protocol as Setting
 from harness.spec import UserError, suggest
-from harness.store import Result, result_of
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -26,11 +26,12 @@ from typing import Any
 
 from harness.checkpoint import write_atomically
 from harness.jobs import Node, read_job
-from harness.spec import Metric, UserError
+from harness.spec import UserError
 
 LAYOUT = 1
 RECORD_SCHEMA = 1
 MIN_FREE_BYTES = 64 * 2**20
+ENDED = ("done", "failed", "killed", "blocked")  # words of launchers for nodes that they will not start again
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -252,73 +253,3 @@ class Store:
         if not self.root.is_dir():
             return []
         return sorted(p for p in self.root.iterdir() if (p / "job.json").exists())
-
-
-@dataclass(frozen=True)
-class Result:
-    """One (method, evaluator, seeds) cell before averaging. `status`: done, failed, running, interrupted, missing or skipped.
-
-    `settings` is what seeds must share to be averaged, `ground` what the rows of a column must share to be compared (evaluator and data).
-    `lineage` (of a done one) are the identities of the evaluation and of the trainings before it, the last one first; `facts` the record's.
-    """
-
-    method: str
-    eval: str
-    protocol: str
-    backbone: str
-    data: str
-    seed: int
-    eval_seed: int
-    metrics: Mapping[str, float]
-    columns: tuple[Metric, ...]
-    status: str
-    reason: str = ""
-    deviations: tuple[str, ...] = ()
-    caption: str = ""
-    tuning: str = "published"
-    key: str = ""
-    start: str = ""
-    settings: str = ""
-    ground: str = ""
-    lineage: tuple[Mapping[str, Any], ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mapping[str, Any] | None, key: str) -> Result:
-    """A Result from what job.json or a plan says about a cell and, when done, its record."""
-    return Result(
-        method=about["method"], eval=about["eval"], protocol=about["protocol"], backbone=about["backbone"], data=about["data"],
-        seed=about["seed"], eval_seed=about["eval_seed"], metrics=dict(record["metrics"]) if record else {},
-        columns=tuple(Metric(**m) for m in about["columns"]), status=status, reason=reason,
-        deviations=(*about.get("deviations", ()), *(record or {}).get("deviations_found", ())),
-        caption=about.get("caption", ""), tuning=about.get("tuning", "published"), key=key, start=(record or {}).get("start", ""),
-        settings=about.get("settings", ""), ground=about.get("ground", ""), facts=dict((record or {}).get("facts") or {}),
-        lineage=(record["identity"], *record["about"]["lineage"]) if record and "lineage" in (record["about"] or {}) else (),
-    )
-
-
-def collect(roots: Iterable[Path]) -> list[Result]:
-    """All evaluation cells found in runs folders.
-
-    Raises:
-        UserError: a runs folder is missing or of another version, or a record is unreadable.
-    """
-    results = []
-    for root in roots:
-        store = Store(root)
-        if not root.is_dir():
-            raise UserError(f"--runs {root}: no such folder: name the folder that `run` wrote to")
-        store.check_version()
-        for folder in store.folders():
-            if not folder.name.startswith("evaluate-"):
-                continue
-            job = read_job(folder / "job.json")
-            state, record = store.explain(folder), read_record(folder)
-            try:
-                found = result_of(job["about"], state.status, state.reason, record, job["key"])
-            except (KeyError, TypeError, ValueError) as error:
-                name = "record.json" if record else "job.json"
-                raise UserError(f"{folder / name}: damaged ({type(error).__name__}: {error}): move its folder away, then run again") from error
-            usage = read_json(folder / "usage.json")  # a job without a record has started all the same
-            results.append(found if record or not isinstance(usage, dict) else replace(found, start=str(usage.get("start", ""))))
-    return results

@@ -63,8 +63,8 @@ class MAE:
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"mask_ratio must be between 0 and 1, not {self.mask_ratio}")
-        within("mae's", self, decoder_width=(4, None), decoder_depth=(1, None), decoder_heads=(1, None), epochs=(1, None), components=(1, None),
-               std=(1e-6, None))
+        within("mae's", self, decoder_width=(4, None), decoder_depth=(1, None), decoder_heads=(1, None), epochs=(1, None))
+        within("mae's", self, components=(1, None), std=(1e-6, None))
         if self.masking == "grid" and self.mask_ratio != 0.75:
             raise UserError(f"grid masking hides 0.75 of the patches, mask_ratio cannot be {self.mask_ratio}")
 
@@ -105,11 +105,8 @@ class MAE:
 
     def decoder(self, vit: ViTConfig) -> tuple[int, int, int]:
         """Width, depth and heads of the decoder for a backbone."""
-        narrow = max(64, vit.width // 2 // 32 * 32)
-        width, depth, heads = (512, 8, 16) if vit.width >= 384 else (narrow, 2, narrow // 32)
-        asked = zip((self.decoder_width, self.decoder_depth, self.decoder_heads), (width, depth, heads), strict=True)
-        width, depth, heads = (usual if own is None else own for own, usual in asked)
-        return width, depth, heads
+        width, depth, heads = (512, 8, 16) if vit.width >= 384 else (narrow := max(64, vit.width // 2 // 32 * 32), 2, narrow // 32)
+        return self.decoder_width or width, self.decoder_depth or depth, self.decoder_heads or heads
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """Pre-training values. paper: MAE-paper Table 8 (see `methods.published`); demo, smoke: ours, scaled down."""
@@ -117,9 +114,8 @@ class MAE:
         if protocol.family == "paper":
             return published.mae_pretraining(vit, self.epochs, jitter)
         frozen, augment = published.fixed(vit), Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4) if jitter else None)
-        scaled_down = ("batch, lr, length, warmup", "ours, scaled down")
-        taken = ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)")
-        shared: dict[str, Any] = {"betas": (0.9, 0.95), "frozen": frozen, "augment": augment, "sources": (scaled_down, taken)}
+        sources = (("batch, lr, length, warmup", "ours, scaled down"), ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)"))
+        shared: dict[str, Any] = {"betas": (0.9, 0.95), "frozen": frozen, "augment": augment, "sources": sources}
         if protocol.family == "demo":
             return Recipe(batch=64, lr=2e-3, iterations=1200, warmup=80, **shared)
         if protocol.family == "smoke":

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.collect import Result
 from harness.jobs import read_job
 from harness.spec import UserError
-from harness.store import Result, Store, read_record
+from harness.store import Store, read_record
 
 
 @dataclass(frozen=True)

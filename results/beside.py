@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from harness.collect import Result
 from harness.spec import Metric, UserError, suggest
-from harness.store import Result
 from results.cells import Cell, sheets
 from results.grid import DASH, Entry, Grid, Notes, number
 from results.reference import beit_tables, mae_tables

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from harness.collect import Result
 from harness.spec import Metric
-from harness.store import Result
 from results.reference.published import Published
 from results.statistics import compare, summarise, undecided
 

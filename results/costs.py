@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from harness.store import Result
+from harness.collect import Result
 from results.ancestry import Archive, Step
 from results.cells import Cell, Sheet
 from results.grid import DASH, Entry, Grid

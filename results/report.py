@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 from harness import __version__
 from harness.checkpoint import write_atomically
+from harness.collect import Result
 from harness.spec import UserError
-from harness.store import Result
 from results import charts
 from results.ancestry import Archive, Step
 from results.audit import of_sheet, stamp

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import plugins
+from harness.collect import Result
 from harness.jobs import read_job
 from harness.layout import fingerprint
 from harness.provenance import versions
 from harness.spec import UserError
-from harness.store import Result
 from results.ancestry import Archive, Step
 from results.cells import Sheet
 

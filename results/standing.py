@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.store import Result
+from harness.collect import Result
 from results.cells import Cell, Sheet
 from results.reference.names import AS_IT_IS, AS_READ, BACKBONES, EVALUATORS, FAMILY, METHODS, OWN, PROTOCOL, SCORED, checkpoint_name, counterpart, released
 from results.reference.published import METRICS, Published, published

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from harness import plugins
+from harness.collect import Result, collect
 from harness.spec import UserError, suggest
-from harness.store import Result, collect
 from results.ancestry import Archive
 from results.audit import VERDICTS, of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of, paper_table, rows_of

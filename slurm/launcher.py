@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from harness.jobs import Node
-from harness.launch import ENDED
 from harness.run import stop_on_signal
 from harness.spec import UserError
-from harness.store import State, Store
+from harness.store import ENDED, State, Store
 from slurm.profile import Profile, default_precision, read_profile
 from slurm.queue import jobs_of, limits, sole_submitter, states
 from slurm.submit import Group, Refused, Submission, arrange, call_sbatch, folders_of, show_groups, warn

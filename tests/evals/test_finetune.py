@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from evals.finetune import FineTuning, ImageFolder, ImageNet, INat2018, Places365
+from evals.scoring import labelled_images, predict
 from harness.augment import EvalTransform
 from harness.canonical import canonical, digest, restore
 from harness.checkpoint import Backbone
 from harness.classifier import Classifier
 from harness.plugins import EvalContext, Session, build, group
 from harness.randomness import seed_all
-from harness.scoring import labelled_images, predict
 from harness.spec import Augment, Interrupted, JobFailed, Overrides, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 

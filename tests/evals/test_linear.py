@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from evals.linear import Linear, features, train_on_features
+from evals.scoring import labelled_images
 from harness.augment import EvalTransform
 from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
 from harness.classifier import Classifier
 from harness.plugins import EvalContext, Session
 from harness.randomness import seed_all
-from harness.scoring import labelled_images
 from harness.spec import Augment, Interrupted, JobFailed, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from evals.scoring import labelled_images, predict, top1
 from harness.augment import EvalTransform
 from harness.classifier import Classifier
 from harness.data import BadImage, ImageList, load_rgb
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
-from harness.scoring import labelled_images, predict, top1
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Augment, Interrupted, JobFailed, UserError, ViTConfig
 from harness.vit import ViT
 
@@ -205,7 +205,7 @@ def test_data_that_does_not_fit_is_named(folder: Path, tmp_path: Path, monkeypat
     good = {s: ImageList(folder, ["a", "b"], np.array([0, 2]), CLASSES) for s in ("train", "val")}
 
     def reading(**changed: ImageList) -> None:
-        monkeypatch.setattr("harness.scoring.read_images", lambda name, split, where: {**good, **changed}[split])
+        monkeypatch.setattr("evals.scoring.read_images", lambda name, split, where: {**good, **changed}[split])
 
     cases = [
         (JobFailed, "val has label 3, but there are 3 classes", {"val": ImageList(folder, ["a"], np.array([3]), CLASSES)}),

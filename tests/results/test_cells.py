@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from harness.collect import Result
 from harness.spec import Metric
-from harness.store import Result
 from results.cells import select, sheets
 
 MIOU = Metric("mIoU")

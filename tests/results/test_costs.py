@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from folders import about, written
 
+from harness.collect import collect
 from harness.jobs import Node
-from harness.store import Store, collect
+from harness.store import Store
 from results.table import Table
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.collect import Result
 from harness.spec import Metric
-from harness.store import Result
 from results.table import Table
 
 DEMO = Path(__file__).resolve().parents[2] / "results" / "demo"

@@ -13,8 +13,8 @@ import jsonschema
 import pandas
 import pytest
 
+from harness.collect import Result
 from harness.spec import Metric
-from harness.store import Result
 from results.formats import FORMATS
 from results.grid import Notes
 from results.table import Table

@@ -2,8 +2,8 @@
 
 import pytest
 
+from harness.collect import Result
 from harness.spec import Metric
-from harness.store import Result
 from results.cells import sheets
 from results.ranks import cliques, critical_difference, rank, ranks_of
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from folders import about, written
 
+from harness.collect import collect
 from harness.jobs import Node
-from harness.store import Store, collect
+from harness.store import Store
 from results.ancestry import Archive
 from results.cells import sheets
 from results.selection import selected_on_test, trials_of, tried

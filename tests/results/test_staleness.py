@@ -7,9 +7,10 @@ import pytest
 from folders import about, written
 
 from evals.linear import Linear
+from harness.collect import Result, collect
 from harness.jobs import Node
 from harness.layout import fingerprint
-from harness.store import Result, Store, collect
+from harness.store import Store
 from results.ancestry import Archive
 from results.cells import sheets
 from results.staleness import Staleness, with_stale

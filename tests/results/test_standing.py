@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pandas
 import pytest
 
+from harness.collect import Result
 from harness.spec import Metric
-from harness.store import Result
 from results.beside import LAYOUTS, fill, paper_table
 from results.reference.published import published
 from results.standing import Standing

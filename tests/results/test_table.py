@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import results.table
+from harness.collect import Result, collect
 from harness.jobs import Node
 from harness.spec import Metric, UserError
-from harness.store import RECORD_SCHEMA, Result, Store, collect, record_validator, write_json
+from harness.store import RECORD_SCHEMA, Store, record_validator, write_json
 from results.beside import LAYOUTS
 from results.table import Table
 

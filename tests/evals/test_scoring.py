@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.scoring import merge, share
+from evals.scoring import merge, share
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ from harness.classifier import Classifier
 from harness.data import ImageList
 from harness.plugins import Session
 from harness.randomness import seed_all
-from harness.scoring import predict
+from evals.scoring import predict
 from harness.spec import ViTConfig
 from harness.vit import ViT
 folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
