@@ -138,6 +138,8 @@ class Recipe:
             raise UserError("a recipe needs either epochs or iterations, and not both")
         if self.batch < 1 or (self.epochs or self.iterations or 0) <= 0:
             raise UserError("a recipe's batch and length must be positive")
+        if self.min_lr > self.peak_lr:
+            raise UserError(f"min_lr {self.min_lr:g} lies above the peak learning rate {self.peak_lr:g}: set a lower min_lr first")
 
     @property
     def peak_lr(self) -> float:
@@ -165,19 +167,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a method's own paper sets for its transfer to one evaluator: fields of the evaluator's Recipe, with the source.
+    """What a method's own paper sets for its transfer to one evaluator.
 
+    `variant`: the evaluator's variant that has the paper's recipe and read-out; the column keeps the plain name. `recipe`: fields of its Recipe that differ
+    besides. `source`: where these come from, or, where there are none, the choice of the evaluator's own.
     `use_head`: score the classifier that the pre-training made, without any training (a supervised row on its own task).
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     use_head: bool = False
     source: str = ""
+    variant: str = ""
 
     def on(self, recipe: Recipe) -> Recipe:
         """A recipe with what is overridden; its sources say where that comes from."""
-        sources = ((", ".join(self.recipe), self.source), *recipe.sources)
-        return dataclasses.replace(recipe, **{"sources": sources, **self.recipe}) if self.recipe else recipe
+        told = ((", ".join(self.recipe) or "all", self.source),) if self.source else ()
+        return dataclasses.replace(recipe, **{"sources": (*told, *recipe.sources), **self.recipe})
 
 
 @dataclass(frozen=True)

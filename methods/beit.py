@@ -94,7 +94,7 @@ class BEiT:
         """imagenet under paper: BEiT-paper Table 13 (recipes A7); cifar100's own recipe is BEiT's. What was fine-tuned on ImageNet is scored as it is."""
         if evaluator == "imagenet" and self.intermediate:
             return Overrides(use_head=True, source="BEiT-paper Table 13: the intermediate fine-tuning is that on ImageNet-1K")
-        return published.override(published.beit_finetuning(vit) if protocol.family == "paper" and evaluator == "imagenet" else None)
+        return Overrides(variant="beit" if protocol.family == "paper" and evaluator == "imagenet" else "")
 
     def skip(self, vit: ViTConfig) -> str | None:
         if self.masking == "none" and self.recover == "masked":
@@ -106,7 +106,7 @@ class BEiT:
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """Pre-training values. paper: BEiT-paper Tables 12 and 13 (see `methods.published`); demo, smoke: ours, scaled down."""
         if protocol.family == "paper":
-            return published.beit_finetuning(vit) if self.intermediate else published.beit_pretraining(vit, self.epochs)
+            return published.as_evaluated("imagenet@beit", protocol, vit) if self.intermediate else published.beit_pretraining(vit, self.epochs)
         shared: dict[str, Any] = {"no_decay": published.NO_DECAY, "frozen": published.fixed(vit), "clip": 3.0}
         table = "BEiT-paper Table 12, BEiT-repo run_beit_pretraining.py (recipes A6)"
         sources: tuple[tuple[str, str], ...]
