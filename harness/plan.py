@@ -104,6 +104,8 @@ class Planner:
         if not path.is_file():
             self.missing[str(path)] = f"{path}: no such file: needed as {role}; {asset.origin or 'put it there'}"
             return str(path), "not there yet"
+        if asset.check is not None:
+            asset.check(path)
         return str(path.resolve()), hashlib.sha256(path.read_bytes()).hexdigest()
 
     def where(self, sets: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -190,13 +190,14 @@ class Asset:
     """Something a method needs besides images: made by a node of the graph (`maker`), or a file.
 
     A relative `file` lies below the root that --data names. `sha256` is part of the key; None: that of the file as found when planning.
-    `origin` says where to get a file that is missing.
+    `origin` says where to get a file that is missing. `check(path)` reads it when planning and raises UserError when it is no such thing.
     """
 
     maker: Any = None
     file: str | None = None
     sha256: str | None = None
     origin: str = ""
+    check: Callable[[Path], Any] | None = None
 
 
 @dataclass(frozen=True)

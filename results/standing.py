@@ -155,7 +155,8 @@ def choices(cell: Cell) -> tuple[str, ...]:
             by_source.setdefault(source, []).append("everything" if word == "all" else word)
         found += [f"ours, not published: {', '.join(words)} of {stage}{source.removeprefix('ours')}" for source, words in by_source.items()
                   if source.startswith("ours")]
-    return tuple(found)
+    files = [node["files"]["tokenizer"] for node in lineage if "tokenizer" in node.get("files", {})]
+    return (*found, *(f"encoder.pkl is taken for DALL-E's by its name: its sha256 ({sha[:12]}...) is not checked against a known one" for sha in files))
 
 
 def with_published(sheet: Sheet) -> Sheet:

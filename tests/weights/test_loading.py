@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from harness.spec import IMAGENET_MEAN, UserError, ViTConfig
 from harness.vit import ViT
 from weights.files import files_of
 from weights.loading import Loaded, read
+from weights.method import Weights
 
 
 def vit_of(loaded: Loaded, heads: int | None = None) -> ViT:
     """Our ViT with the weights, strictly."""
-    import dataclasses
-
     vit = ViT(loaded.config if heads is None else dataclasses.replace(loaded.config, heads=heads))
     vit.load_state_dict(dict(loaded.state), strict=True)
     return vit.eval()
@@ -200,6 +200,15 @@ def test_published_sizes_tell_the_heads(tmp_path: Path) -> None:
     state = timm_vit(embed_dim=384, num_heads=6, depth=1).state_dict()
     torch.save({"model": state}, tmp_path / "deit.pth")
     assert (lambda c: (c.config.heads, c.heads_from))(read(files_of(tmp_path / "deit.pth"))) == (6, "published size")
+
+
+def test_where_two_published_models_share_a_width_the_heads_are_told_and_can_be_set(tmp_path: Path) -> None:
+    """DeiT's ViT-S has 6 heads, MoCo v3's 12, and no tensor shows it: read with the wrong number, the features are noise."""
+    torch.save({"model": timm_vit(embed_dim=384, num_heads=12, depth=1).state_dict()}, tmp_path / "moco.pth")
+    method, small = Weights.from_argument(str(tmp_path / "moco.pth")), ViTConfig((32, 32), 8, 384, 1, 12)
+    assert "number of heads not in the file: 6, as DeiT's and DINO's ViT-S; MoCo v3's has 12" in method.notes(small)
+    chosen = dataclasses.replace(method, heads=12)
+    assert chosen.fitted(chosen.loaded(), small).heads == 12 and not any("heads" in note for note in chosen.notes(small))
 
 
 def wrong(state: dict[str, Tensor], how: str) -> Any:
