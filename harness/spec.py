@@ -146,6 +146,14 @@ class Recipe:
         """Learning rate after warm-up, with the scaling rule applied."""
         return self.lr if self.lr_batch is None else self.lr * self.batch / self.lr_batch
 
+    def __str__(self) -> str:
+        """Learning rate x rule = peak, batch, length, and where the recipe and its learning rate come from, on one line."""
+        rule = "" if self.lr_batch is None else f" x {self.batch}/{self.lr_batch} = {self.peak_lr:g}"
+        length = f"{self.iterations} iterations" if self.epochs is None else f"{self.epochs:g} epochs"
+        told = {word.strip(): source for words, source in reversed(self.sources) for word in words.split(",")}
+        source = "; lr ".join(dict.fromkeys(told[word] for word in ("all", "lr") if word in told))
+        return f"lr {self.lr:g}{rule}, batch {self.batch}, {length} [{source or 'no source given'}]"
+
 
 @dataclass(frozen=True)
 class Metric:

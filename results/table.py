@@ -34,7 +34,8 @@ class Table:
         parser.add_argument("--evals", metavar="C,D", help="only these columns, in this order (names or groups)")
         parser.add_argument("--protocol", metavar="NAME", help="only this protocol")
         parser.add_argument("--backbone", metavar="NAME", help="only this backbone")
-        parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path, help="runs folders, several are joined (default: runs)")
+        parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path,
+                            help="runs folders that are there, several are joined (default: runs; --layout needs none)")
 
     @staticmethod
     def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = ()) -> str:
