@@ -160,9 +160,6 @@ class ImageNet(FineTuning):
     }
 
 
-HIGH_RESOLUTION: Mapping[str, Mapping[str, Any]] = {"448": {"by": "mae-448", "size": 448}}  # MAE-paper Table 6, row ViT-H at 448 pixels
-
-
 @dataclass(frozen=True)
 class INat2017(FineTuning):
     """iNaturalist 2017."""
@@ -172,7 +169,8 @@ class INat2017(FineTuning):
     groups: ClassVar[tuple[str, ...]] = ("inat",)
     summary: ClassVar[str] = "transfer to fine-grained classes: fine-tuning on iNaturalist 2017, top-1"
     source: ClassVar[str] = "MAE-paper A.5 with Table 9, lr and epochs ours (recipes A11)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = HIGH_RESOLUTION
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"448": {"by": "mae-448", "size": 448}}
+    variant_sources: ClassVar[Mapping[str, str]] = {"448": "MAE-paper Table 6, row ViT-H at 448 pixels; the recipe is ours"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,8 @@ class INat2018(INat2017):
 
     data: ClassVar[str] = "inat2018"
     summary: ClassVar[str] = "transfer to fine-grained classes: fine-tuning on iNaturalist 2018, top-1"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {**HIGH_RESOLUTION, "deit": {"by": "inat-deit"}, "dino": {"by": "inat-dino"}}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {**INat2017.variants, "deit": {"by": "inat-deit"}, "dino": {"by": "inat-dino"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {**INat2017.variant_sources, "deit": "DeiT-repo issues #105, #141", "dino": "DINO-repo issue #171"}
 
 
 @dataclass(frozen=True)
@@ -218,6 +217,7 @@ class CIFAR100(FineTuning):
     summary: ClassVar[str] = "transfer to small images: fine-tuning on CIFAR-100, top-1"
     source: ClassVar[str] = "BEiT-paper Table 13 (recipes A7)"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mocov3": {"by": "cifar-mocov3"}, "dino": {"by": "cifar-dino"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {"mocov3": "MoCo3-repo transfer/README.md", "dino": "DINO-repo issue #144; min_lr is ours"}
 
 
 @dataclass(frozen=True)

@@ -145,9 +145,9 @@ def inat_dino(size: str) -> Recipe | None:
         return None
     return fine_tuning(
         1024, 5e-5, 300,
-        (("all", "DINO-repo issue #171 (recipes A11)"), ("batch", "ours: that issue's 128 a GPU, on eight"),
+        (("all, augment.erasing", "DINO-repo issue #171 (recipes A11)"), ("batch", "ours: that issue's 128 a GPU, on eight"),
          ("lr_batch", "ours: DeiT's code scales a given lr so"),
-         ("warmup, warmup_lr, min_lr, weight_decay, drop_path, augment.repeats", "DeiT-paper Table 9 (recipes A5)")),
+         ("warmup, warmup_lr, min_lr, weight_decay, drop_path, augment", "DeiT-paper Table 9, which the issue leaves (recipes A5)")),
         lr_batch=512, warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.25, repeats=3),
     )
 
@@ -157,7 +157,9 @@ def inat_deit(size: str) -> Recipe | None:
     if size != "B/16":
         return None
     return fine_tuning(
-        768, 7.5e-5, 360, (("all", "DeiT-repo issues #105 and #141 (recipes A11)"), ("warmup, warmup_lr, min_lr", "DeiT-paper Table 9 (recipes A5)")),
+        768, 7.5e-5, 360,
+        (("all", "DeiT-repo issues #105 and #141 (recipes A11)"),
+         ("warmup, warmup_lr, min_lr, augment.rand_augment, augment.smoothing", "DeiT-paper Table 9 (recipes A5)")),
         warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.1, repeats=3),
     )
 
@@ -181,7 +183,7 @@ def cifar_mocov3(size: str) -> Recipe | None:
     return fine_tuning(
         1024, 3e-4, 100,
         (("all", "MoCo3-repo transfer/README.md (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
-         ("warmup_lr, min_lr", "DeiT-paper Table 9")),
+         ("warmup_lr, min_lr, augment.rand_augment, augment.smoothing", "DeiT-paper Table 9 (recipes A5)")),
         lr_batch=512, warmup=3, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.1, drop_path=0.1, augment=augmentation(mixup=0.5),
     )
 
@@ -192,8 +194,8 @@ def cifar_dino(size: str) -> Recipe | None:
         return None
     return fine_tuning(
         768, 5e-6, 1000,
-        (("all", "DINO-repo issue #144 (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
-         ("min_lr", "ours: 0; the 1e-5 of DeiT's code lies above this peak"), ("warmup_lr, drop_path, augment.erasing", "DeiT-paper Table 9 (recipes A5)")),
+        (("all, augment.repeats", "DINO-repo issue #144 (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
+         ("min_lr", "ours: 0; the 1e-5 of DeiT's code lies above this peak"), ("warmup_lr, drop_path, augment", "DeiT-paper Table 9 (recipes A5)")),
         lr_batch=512, warmup=5, warmup_lr=1e-6, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.25, repeats=3),
     )
 

@@ -100,7 +100,8 @@ EVALUATORS: tuple[Counterpart, ...] = (
     Counterpart(("cifar100@mocov3",), eval="CIFAR100-ft-224", method="MoCo-v3"), Counterpart(("cifar100",), eval="CIFAR100-ft-224"),
     *(Counterpart((f"partial@{n}",), eval=f"IN1K-partial-{n}") for n in ("0", "0.5", "1", "2", "4", "6", "12", "18", "24")),
     # probes
-    Counterpart(("linear@beit",), eval="IN1K-linear", paper="BEiT", method="BEiT", near={"linear": PROBED_OTHERWISE}),
+    Counterpart(("linear@beit",), eval="IN1K-linear", paper="BEiT", method="BEiT", near={
+        "linear": PROBED_OTHERWISE, "linear@beit-repo": "probed as BEiT's code does, at the best block; the published value by the paper's App. D"}),
     Counterpart(("linear@dino",), eval="IN1K-linear", method="DINO", near={"linear": PROBED_OTHERWISE}),
     Counterpart(("linear@mocov3",), eval="IN1K-linear", method="MoCo-v3", near={"linear": PROBED_OTHERWISE}),
     Counterpart(("linear",), eval="IN1K-linear"),
