@@ -15,9 +15,10 @@ from harness.spec import Metric
 from harness.store import Result
 from protocols.paper import BACKBONES, paper
 from results.beside import LAYOUTS, fill, paper_table
+from results.cells import sheets
 from results.reference.names import EVALUATORS, counterpart
 from results.reference.published import published
-from results.standing import Standing
+from results.standing import Standing, compare
 from results.table import Table
 
 VIT = {"patch": 16, "width": 768, "depth": 12, "heads": 12, "positions": "sincos-mae"}
@@ -118,6 +119,13 @@ def test_a_near_evaluator_stands_with_its_difference_named() -> None:
     results = measured(45.0, 45.2, method="beit", evaluator="ade20k", epochs=800, metric=Metric("mIoU"), scored=2_000, files={"tokenizer": "s"})
     s = standing(results, "beit-table3", "BEiT", "ADE20K mIoU")
     assert s.differences == ("head UperNet, published with SETR-PUP",) and s.verdict.startswith("no verdict")
+    (row,) = (r for r in published() if (r.method, r.eval, r.paper, r.backbone) == ("BEiT", "IN1K-linear", "BEiT", "ViT-B/16"))
+    told = {}
+    for name in ("linear@beit", "linear@beit-repo", "linear"):
+        (sheet,) = sheets(measured(57.0, method="beit", evaluator=name, epochs=800, files={"tokenizer": "s"}))
+        (cell,) = sheet.cells.values()
+        told[name] = compare(cell, row).differences
+    assert told["linear@beit"] == () and "at the best block" in told["linear@beit-repo"][0] and "MAE's protocol" in told["linear"][0]
 
 
 def test_from_scratch_the_fine_tuning_is_the_training() -> None:
