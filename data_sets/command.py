@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class Data:
         from harness import data, plugins
 
         setting: Any = plugins.build("protocols", args.protocol)
-        folders = data.locate(args.data, setting)
+        new = args.what == "prepare" and args.data is not None and not Path(args.data).exists() and Path(args.data).suffix != ".toml"
+        folders = data.folders_below(Path(args.data)) if new else data.locate(args.data, setting)
         if args.what == "prepare":
             return self.unpack(args, folders) if args.data is not None else self.generate(args, setting, folders)
         names = [n for n in args.names if n != "all"] or [n for n, folder in folders.items() if folder.is_dir()]
@@ -72,9 +74,15 @@ class Data:
             raise UserError(f"data prepare: no archives of {wrong[0]!r} are known: {suggest(wrong[0], able)}")
         if wrong := [n for n in args.names if n not in folders]:
             raise UserError(f"--data {args.data}: names no folder for {wrong[0]}: add a line {wrong[0]} = \"FOLDER\"")
-        for name in args.names:
-            done = prepare(name, archives, folders[name], None if args.labels is None else Path(args.labels))
-            print(f"{name}: {folders[name]} ({done})")
+        made = not Path(args.data).exists()
+        try:
+            for name in args.names:
+                done = prepare(name, archives, folders[name], None if args.labels is None else Path(args.labels))
+                print(f"{name}: {folders[name]} ({done})")
+        finally:
+            if made:
+                with suppress(OSError):  # it holds what was prepared, or was not needed
+                    Path(args.data).rmdir()
         return 0
 
     def verify(self, name: str, folder: Any, folders: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from evals.recipes import PUBLISHED, scaled_down
+from evals.recipes import PUBLISHED, Published, scaled_down
 from harness.spec import JobFailed, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig, suggest
 
 if TYPE_CHECKING:
@@ -47,8 +47,13 @@ class FineTuning:
 
     @property
     def after(self) -> str:
-        """The evaluator whose fine-tuned model this one trains on from: BEiT's 384 pixels come after its 224 (recipes A7). "": none."""
-        return self.data if self.by == "beit-384" else ""
+        """The evaluator whose fine-tuned model this one trains on from: 384 pixels come after 224 (recipes A5, A7). "": none."""
+        return self.data if self.by in ("beit-384", "deit-384") else ""
+
+    @property
+    def published(self) -> Published:
+        """The recipe and read-out that it is tuned by under the paper protocols."""
+        return PUBLISHED[self.usual if self.by == "default" else self.by]
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:
         """The labelled set that is trained on and scored."""
@@ -57,7 +62,7 @@ class FineTuning:
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """paper: `evals.recipes`, for the sizes that the source has. demo, smoke: ours, with the usual recipe's name only."""
         if protocol.family == "paper":
-            return PUBLISHED[self.usual if self.by == "default" else self.by].recipe(vit.paper_size)
+            return self.published.recipe(vit.paper_size)
         return scaled_down(protocol.family) if self.by == "default" else None
 
     def skip(self, vit: ViTConfig) -> str | None:
@@ -68,9 +73,8 @@ class FineTuning:
 
     def read_out(self, protocol: Protocol) -> Literal["cls", "mean"]:
         """What the classifier reads."""
-        if self.pooling != "published":
-            return self.pooling
-        return PUBLISHED[self.usual if self.by == "default" else self.by].pooling if protocol.family == "paper" else "mean"
+        published = self.published.pooling if protocol.family == "paper" else "mean"
+        return published if self.pooling == "published" else self.pooling
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Fine-tune and score; or score the classifier of the pre-training, when the method's transfer says so.
@@ -116,7 +120,7 @@ class FineTuning:
 
         return Classifier(
             checkpoint.build(target, recipe.drop_path), classes, mean=checkpoint.mean, std=checkpoint.std, pooling=pooling, augment=recipe.augment,
-            head_std=FINE_TUNE_STD,
+            **({} if self.published.from_scratch else {"head_std": FINE_TUNE_STD}),
         )
 
     def own_classifier(self, checkpoint: Backbone, classes: tuple[str, ...], target: ViTConfig, recipe: Recipe | None = None) -> Classifier:
@@ -146,15 +150,14 @@ class ImageNet(FineTuning):
     source: ClassVar[str] = "MAE-repo FINETUNE.md (recipes A2)"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mae": {"by": "mae"}, "mae-table9": {"by": "mae-table9"}, "beit": {"by": "beit"}, "beit-repo": {"by": "beit-repo"},
-        "384": {"by": "beit-384", "size": 384}, "448": {"by": "mae-448", "size": 448},
+        "beit-from-22k": {"by": "beit-from-22k"}, "scratch": {"by": "scratch"}, "384": {"by": "beit-384", "size": 384},
+        "deit-384": {"by": "deit-384", "size": 384}, "448": {"by": "mae-448", "size": 448},
     }
     variant_sources: ClassVar[Mapping[str, str]] = {
         "mae": "MAE-repo FINETUNE.md", "mae-table9": "MAE-paper Table 9", "beit": "BEiT-paper Table 13", "beit-repo": "BEiT-repo README",
-        "384": "BEiT-paper Table 1, DeiT-repo README_deit.md", "448": "MAE-paper Table 3; the recipe is ours",
+        "beit-from-22k": "BEiT-repo README, from pt22k_ft22k", "scratch": "MAE-paper Table 11: no fine-tuning",
+        "384": "BEiT-paper Table 1, DeiT-repo README_deit.md", "deit-384": "DeiT-repo README_deit.md", "448": "MAE-paper Table 3; the recipe is ours",
     }
-
-
-HIGH_RESOLUTION: Mapping[str, Mapping[str, Any]] = {"448": {"by": "mae-448", "size": 448}}  # MAE-paper Table 6, row ViT-H at 448 pixels
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ class INat2017(FineTuning):
     groups: ClassVar[tuple[str, ...]] = ("inat",)
     summary: ClassVar[str] = "transfer to fine-grained classes: fine-tuning on iNaturalist 2017, top-1"
     source: ClassVar[str] = "MAE-paper A.5 with Table 9, lr and epochs ours (recipes A11)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = HIGH_RESOLUTION
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"448": {"by": "mae-448", "size": 448}}
+    variant_sources: ClassVar[Mapping[str, str]] = {"448": "MAE-paper Table 6, row ViT-H at 448 pixels; the recipe is ours"}
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ class INat2018(INat2017):
 
     data: ClassVar[str] = "inat2018"
     summary: ClassVar[str] = "transfer to fine-grained classes: fine-tuning on iNaturalist 2018, top-1"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {**HIGH_RESOLUTION, "deit": {"by": "inat-deit"}}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {**INat2017.variants, "deit": {"by": "inat-deit"}, "dino": {"by": "inat-dino"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {**INat2017.variant_sources, "deit": "DeiT-repo issues #105, #141", "dino": "DINO-repo issue #171"}
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,7 @@ class CIFAR100(FineTuning):
     summary: ClassVar[str] = "transfer to small images: fine-tuning on CIFAR-100, top-1"
     source: ClassVar[str] = "BEiT-paper Table 13 (recipes A7)"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mocov3": {"by": "cifar-mocov3"}, "dino": {"by": "cifar-dino"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {"mocov3": "MoCo3-repo transfer/README.md", "dino": "DINO-repo issue #144; min_lr is ours"}
 
 
 @dataclass(frozen=True)

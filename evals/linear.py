@@ -26,7 +26,7 @@ class Linear:
     """A linear probe.
 
     by "mae" (recipes A3): the class token after the final norm, a BatchNorm without affine parameters, LARS, 90 epochs. by "beit" (A7): the
-    mean of the patch tokens after a middle block, without any norm, AdamW, 50 epochs.
+    mean of the patch tokens after a middle block, without any norm, AdamW, 50 epochs. by "beit-repo": as BEiT's code does, on every block (`evals.layers`).
     With the recipe's augmentation switched off (crop_scale and crop_ratio (1, 1), flip 0: the demo's choice) the features of the central
     crops are computed once and all epochs read them; else every epoch crops anew, by MAE's protocol with its sampler that does not retry.
 
@@ -37,21 +37,23 @@ class Linear:
     """
 
     holdout: float = 0.0
-    by: Literal["mae", "beit"] = "mae"
+    by: Literal["mae", "beit", "beit-repo"] = "mae"
     layer: int | None = None
 
     version: ClassVar[int] = 1
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     summary: ClassVar[str] = "linear probe on ImageNet with a frozen ViT, top-1"
     source: ClassVar[str] = "MAE-repo main_linprobe.py; MAE-paper Table 10 (recipes A3)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"beit": {"by": "beit"}}
-    variant_sources: ClassVar[Mapping[str, str]] = {"beit": "BEiT-paper App. D, Table 9"}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"beit": {"by": "beit"}, "beit-repo": {"by": "beit-repo"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "beit": "BEiT-paper App. D, Table 9", "beit-repo": "BEiT-repo run_linear_eval.py; the block is chosen on held-out training images",
+    }
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout must be at least 0 and below 1, not {self.holdout}")
-        if self.by not in ("mae", "beit"):
-            raise UserError(f"by must be mae or beit, not {self.by!r}")
+        if self.by not in ("mae", "beit", "beit-repo"):
+            raise UserError(f"by must be mae, beit or beit-repo, not {self.by!r}")
         if self.layer is not None and (self.by != "beit" or self.layer < 1):
             raise UserError("layer counts blocks from 1 and belongs to BEiT's protocol: use linear@beit, or leave it out")
 
@@ -60,8 +62,8 @@ class Linear:
         return ("imagenet",)
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """paper: MAE-paper Table 10 for ViT-B, L and H, or BEiT-paper App. D for ViT-B and L. demo, smoke: the same optimiser on cached features (ours)."""
-        if self.by == "beit":
+        """paper: MAE-paper Table 10 for ViT-B, L and H, or BEiT's for ViT-B and L. demo, smoke: the same optimiser, short (ours)."""
+        if self.by != "mae":
             return self.beits(protocol.family, vit)
         if protocol.family == "paper":
             if not vit.paper_size:
@@ -83,9 +85,11 @@ class Linear:
         )
 
     def beits(self, family: str, vit: ViTConfig) -> Recipe | None:
-        """BEiT-paper App. D: AdamW, lr 4e-3 at batch 1024, 50 epochs, weight decay 1e-4, random resized crops and flips. ViT-B and ViT-L."""
+        """BEiT-paper App. D: AdamW, lr 4e-3 at batch 1024, 50 epochs, weight decay 1e-4, random resized crops and flips. ViT-B and ViT-L. Or its code's."""
         if (family == "paper" and vit.paper_size not in MIDDLE) or family not in ("paper", "demo", "smoke"):
             return None
+        if self.by == "beit-repo":
+            return self.every_block(family)
         recipe = Recipe(
             batch=1024, lr=4e-3, epochs=50, weight_decay=1e-4, frozen=FROZEN, augment=Augment(crop_scale=(0.08, 1.0)),
             sources=(("all", "BEiT-paper App. D (recipes A7)"), ("augment.crop_scale, betas, warmup", "ours: torchvision's and torch's defaults, no warm-up")),
@@ -94,6 +98,22 @@ class Linear:
             return recipe
         sources = (*recipe.sources, ("batch, augment, layer", "ours: features of the central crops, computed once"), ("epochs", "smoke's length is ours"))
         return dataclasses.replace(recipe, batch=512 if family == "demo" else 64, epochs=50 if family == "demo" else 20, augment=PLAIN, sources=sources)
+
+    def every_block(self, family: str) -> Recipe:
+        """BEiT-repo run_linear_eval.py, its defaults (recipes A7): AdamW, lr 1e-3 x batch / 256, 100 epochs, all that is trained is decayed."""
+        recipe = Recipe(
+            batch=1024, lr=1e-3, lr_batch=256, epochs=100, weight_decay=1e-4, decay_vectors=True, frozen=FROZEN, augment=Augment(crop_scale=(0.08, 1.0)),
+            sources=(
+                ("all", "BEiT-repo run_linear_eval.py, its defaults (recipes A7)"), ("batch", "ours: its 128 a GPU, on eight"),
+                ("schedule, augment", "ours: the rate falls with each step, not each epoch; crops are resized bicubic, not bilinear"),
+                ("layer", "ours: the best on a fiftieth of train, held out, at the end; the code's is the best on val of all blocks and epochs"),
+            ),
+        )
+        if family == "paper":
+            return recipe
+        sources = (("batch, lr, length, augment", "ours: a budget of seconds, central crops"), *recipe.sources)
+        length = 120 if family == "demo" else 20
+        return dataclasses.replace(recipe, batch=64, lr=4e-3, lr_batch=None, epochs=None, iterations=length, augment=PLAIN, sources=sources)
 
     def skip(self, vit: ViTConfig) -> str | None:
         """A layer that the ViT does not have."""
@@ -122,6 +142,10 @@ class Linear:
         from harness.randomness import seed_all
         from harness.train import fit
 
+        if self.by == "beit-repo":
+            from evals.layers import run
+
+            return run(checkpoint, context, self.holdout)
         session, recipe, size = context.session, context.recipe, checkpoint.config.size
         assert recipe is not None
         train, val = labelled_images("imagenet", session, self.holdout)

@@ -5,6 +5,7 @@ What a source leaves open, and what was never published, is named "ours" in `Rec
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +17,9 @@ CROP = ("augment.crop_scale", "timm's default (recipes A2)")
 SIZES = ("B/16", "L/16", "H/14")
 
 
-def augmentation(erasing: float = 0.0, repeats: int = 1, mixup: float = 0.8) -> Augment:
+def augmentation(erasing: float = 0.0, repeats: int = 1, mixup: float = 0.8, cutmix: float = 1.0) -> Augment:
     """RandAugment (9, 0.5), mixup 0.8, cutmix 1.0, smoothing 0.1: MAE-paper Table 9, BEiT-paper Table 13, DeiT-paper Table 9 (recipes A2, A5, A7)."""
-    return Augment(crop_scale=(0.08, 1.0), rand_augment=POLICY, erasing=erasing, mixup=mixup, cutmix=1.0, smoothing=0.1, repeats=repeats)
+    return Augment(crop_scale=(0.08, 1.0), rand_augment=POLICY, erasing=erasing, mixup=mixup, cutmix=cutmix, smoothing=0.1, repeats=repeats)
 
 
 def fine_tuning(batch: int, lr: float, epochs: int, sources: tuple[tuple[str, str], ...], **more: Any) -> Recipe:
@@ -48,15 +49,25 @@ def mae_table_9(size: str) -> Recipe | None:
     )
 
 
+def scratch(size: str) -> Recipe | None:
+    """MAE-paper Table 11 and A.2, ViT-B and ViT-L/H, training from scratch (recipes A5): lr 1e-4 x batch / 256, decay 0.3, EMA 0.9999 reported."""
+    if size not in SIZES:
+        return None
+    base = size == "B/16"
+    return fine_tuning(
+        4096, 1e-4, 300 if base else 200,
+        (("all", f"MAE-paper Table 11, {'ViT-B' if base else 'ViT-L/H'} (recipes A5)"), ("no_decay", "MAE-repo main_finetune.py (recipes A2, A5)"),
+         ("min_lr", "ours: 0; Table 11 gives none"), ("pooling", "ours: the class token, which Table 9 reads; Table 11 does not say")),
+        lr_batch=256, warmup=20, betas=(0.9, 0.95), weight_decay=0.3, drop_path=0.1 if base else 0.2, ema=0.9999, augment=augmentation(),
+    )
+
+
 def mae_448(size: str) -> Recipe | None:
     """Ours: MAE-paper 4.2 and Table 3 have ViT-H at 448 pixels (87.8) without a recipe. FINETUNE.md's of the same size is taken (recipes A2)."""
     recipe = mae(size)
     if recipe is None:
         return None
-    return fine_tuning(
-        recipe.batch, recipe.lr, int(recipe.epochs or 0), (("all", "ours: FINETUNE.md's at 224 pixels; for 448 none was ever published (recipes A2)"),),
-        lr_batch=256, warmup=5, min_lr=1e-6, weight_decay=0.05, layer_decay=recipe.layer_decay, drop_path=recipe.drop_path, augment=recipe.augment,
-    )
+    return dataclasses.replace(recipe, sources=(("all", "ours: FINETUNE.md's at 224 pixels; for 448 none was ever published (recipes A2)"), CROP))
 
 
 def mae_transfer(size: str) -> Recipe | None:
@@ -64,12 +75,10 @@ def mae_transfer(size: str) -> Recipe | None:
     recipe = mae_table_9(size)
     if recipe is None:
         return None
-    return fine_tuning(
-        recipe.batch, recipe.lr, int(recipe.epochs or 0),
-        (("all", "MAE-paper A.5: the setting of Table 9 (recipes A11)"),
-         ("lr, epochs", "ours: Table 9's; the values adjusted for each set were never published (recipes A11)"), ("min_lr", "MAE-repo FINETUNE.md")),
-        lr_batch=256, warmup=5, min_lr=1e-6, weight_decay=0.05, layer_decay=0.75, drop_path=recipe.drop_path, augment=recipe.augment,
-    )
+    return dataclasses.replace(recipe, sources=(
+        ("all", "MAE-paper A.5: the setting of Table 9 (recipes A11)"),
+        ("lr, epochs", "ours: Table 9's; the values adjusted for each set were never published (recipes A11)"), ("min_lr", "MAE-repo FINETUNE.md"), CROP,
+    ))
 
 
 def beit(size: str) -> Recipe | None:
@@ -98,16 +107,48 @@ def beit_repo(size: str) -> Recipe | None:
     )
 
 
-def beit_384(size: str) -> Recipe | None:
-    """BEiT-paper 3.1 and Table 1: ten more epochs at 384 pixels after the fine-tuning at 224, in DeiT's high-resolution setting (recipes A5, A7)."""
+def beit_from_22k(size: str) -> Recipe | None:
+    """BEiT-repo README, fine-tuning from pt22k_ft22k, base and large (recipes A7): 30 epochs, lr 2e-5 absolute, neither mixup nor cutmix."""
     if size not in ("B/16", "L/16"):
         return None
+    base = size == "B/16"
     return fine_tuning(
-        512, 5e-6, 10,
-        (("epochs", "BEiT-paper: 10 more epochs (recipes A7)"),
-         ("lr, lr_batch, weight_decay, min_lr, batch", "DeiT-repo README_deit.md, 224 to 384 (recipes A5)"),
+        512, 2e-5, 30, (("all", f"BEiT-repo README, {'base' if base else 'large'} from pt22k_ft22k (recipes A7)"),),
+        warmup=5, min_lr=1e-6, schedule="cosine-stepwise", weight_decay=1e-8, layer_decay=0.85 if base else 0.9, drop_path=0.1 if base else 0.4,
+        augment=augmentation(0.25, mixup=0.0, cutmix=0.0),
+    )
+
+
+def deit_384(size: str) -> Recipe | None:
+    """DeiT-repo README_deit.md, 224 to 384 pixels, ViT-B (recipes A5): 30 epochs at batch 512 with lr 5e-6 throughout, after the training at 224."""
+    if size != "B/16":
+        return None
+    return fine_tuning(
+        512, 5e-6, 30,
+        (("all", "DeiT-repo README_deit.md, 224 to 384 (recipes A5)"),
          ("warmup, warmup_lr, drop_path, augment", "DeiT-repo main.py's defaults, which that command leaves (recipes A5)")),
         lr_batch=512, warmup=5, warmup_lr=1e-6, min_lr=5e-6, weight_decay=1e-8, drop_path=0.1, augment=augmentation(0.25, repeats=3),
+    )
+
+
+def beit_384(size: str) -> Recipe | None:
+    """BEiT-paper 3.1 and Table 1: ten more epochs at 384 pixels after the fine-tuning at 224, in DeiT's high-resolution setting (recipes A5, A7)."""
+    deits = deit_384("B/16")
+    if size not in ("B/16", "L/16") or deits is None:
+        return None
+    return dataclasses.replace(deits, epochs=10, sources=(("epochs", "BEiT-paper: 10 more epochs (recipes A7)"), *deits.sources))
+
+
+def inat_dino(size: str) -> Recipe | None:
+    """DINO's transfer to iNaturalist 2018 and 2019, ViT-B (DINO-repo issue #171; recipes A11): 300 epochs, lr 5e-5 before scaling, erasing 0.25."""
+    if size != "B/16":
+        return None
+    return fine_tuning(
+        1024, 5e-5, 300,
+        (("all, augment.erasing", "DINO-repo issue #171 (recipes A11)"), ("batch", "ours: that issue's 128 a GPU, on eight"),
+         ("lr_batch", "ours: DeiT's code scales a given lr so"),
+         ("warmup, warmup_lr, min_lr, weight_decay, drop_path, augment", "DeiT-paper Table 9, which the issue leaves (recipes A5)")),
+        lr_batch=512, warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.25, repeats=3),
     )
 
 
@@ -116,7 +157,9 @@ def inat_deit(size: str) -> Recipe | None:
     if size != "B/16":
         return None
     return fine_tuning(
-        768, 7.5e-5, 360, (("all", "DeiT-repo issues #105 and #141 (recipes A11)"), ("warmup, warmup_lr, min_lr", "DeiT-paper Table 9 (recipes A5)")),
+        768, 7.5e-5, 360,
+        (("all", "DeiT-repo issues #105 and #141 (recipes A11)"),
+         ("warmup, warmup_lr, min_lr, augment.rand_augment, augment.smoothing", "DeiT-paper Table 9 (recipes A5)")),
         warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.1, repeats=3),
     )
 
@@ -140,7 +183,7 @@ def cifar_mocov3(size: str) -> Recipe | None:
     return fine_tuning(
         1024, 3e-4, 100,
         (("all", "MoCo3-repo transfer/README.md (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
-         ("warmup_lr, min_lr", "DeiT-paper Table 9")),
+         ("warmup_lr, min_lr, augment.rand_augment, augment.smoothing", "DeiT-paper Table 9 (recipes A5)")),
         lr_batch=512, warmup=3, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.1, drop_path=0.1, augment=augmentation(mixup=0.5),
     )
 
@@ -151,9 +194,9 @@ def cifar_dino(size: str) -> Recipe | None:
         return None
     return fine_tuning(
         768, 5e-6, 1000,
-        (("all", "DINO-repo issue #144 (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
-         ("warmup_lr, min_lr, drop_path, augment.erasing", "DeiT-paper Table 9 (recipes A5)")),
-        lr_batch=512, warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.25, repeats=3),
+        (("all, augment.repeats", "DINO-repo issue #144 (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
+         ("min_lr", "ours: 0; the 1e-5 of DeiT's code lies above this peak"), ("warmup_lr, drop_path, augment", "DeiT-paper Table 9 (recipes A5)")),
+        lr_batch=512, warmup=5, warmup_lr=1e-6, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.25, repeats=3),
     )
 
 
@@ -178,15 +221,19 @@ def scaled_down(family: str) -> Recipe | None:
 
 
 class Published(NamedTuple):
-    """A recipe by size, and what its classifier reads: the class token after the final norm, or the mean of the patch tokens."""
+    """A recipe by size, and what its classifier reads: the class token after the final norm, or the mean of the patch tokens. `from_scratch`: nothing
+    is pre-trained, so that the head starts as the rest does and not next to zero (`harness.classifier`)."""
 
     recipe: Callable[[str], Recipe | None]
     pooling: Literal["cls", "mean"]
+    from_scratch: bool = False
 
 
 PUBLISHED: Mapping[str, Published] = {
     "mae": Published(mae, "mean"), "mae-table9": Published(mae_table_9, "cls"), "mae-448": Published(mae_448, "mean"),
-    "mae-transfer": Published(mae_transfer, "cls"), "beit": Published(beit, "mean"), "beit-repo": Published(beit_repo, "mean"),
-    "beit-384": Published(beit_384, "mean"), "inat-deit": Published(inat_deit, "cls"), "cifar-beit": Published(cifar_beit, "mean"),
+    "mae-transfer": Published(mae_transfer, "cls"), "scratch": Published(scratch, "cls", from_scratch=True), "beit": Published(beit, "mean"),
+    "beit-repo": Published(beit_repo, "mean"), "beit-from-22k": Published(beit_from_22k, "mean"), "beit-384": Published(beit_384, "mean"),
+    "deit-384": Published(deit_384, "cls"), "inat-deit": Published(inat_deit, "cls"), "inat-dino": Published(inat_dino, "cls"),
+    "cifar-beit": Published(cifar_beit, "mean"),
     "cifar-mocov3": Published(cifar_mocov3, "cls"), "cifar-dino": Published(cifar_dino, "cls"),
 }

@@ -191,8 +191,8 @@ def dry_run(plan: Plan, store: Store, planner: Planner, force: bool, launcher: A
     for number, node in enumerate(plan.nodes, start=1):
         shown = {"done": "to be done again" if force else "cached"}.get(status := store.state(store.folder(node)).status, status)
         after = ", ".join(f"{role} {p.key[:8]}" for role, p in node.parents.items())
-        print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {shown}"
-              + (f" (after {after})" if after else ""))
+        more = (f" (after {after})" if after else "") + (f"\n      {node.recipe}" if node.recipe else "")
+        print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {shown}{more}")
     for cell in plan.cells:
         if cell.node is None:
             print(f"skipped: {cell.about['eval']} on {cell.about['method']}: {cell.skipped}")
@@ -215,8 +215,8 @@ def command_list(args: argparse.Namespace) -> int:
     elif args.what == "datasets":
         from harness import data
 
-        for name, folder in data.locate(None, setting).items():
-            print(f"{name:16} {'there' if folder.is_dir() else 'made on first use' if setting.generator else 'missing'}: {folder}")
+        for name, folder in {**data.folders_below(Path("DIR")), **data.locate(None, setting)}.items():
+            print(f"{name:16} {'there' if folder.is_dir() else 'made on first use' if name in setting.generates else 'yours, with --data DIR'}: {folder}")
     else:
         for name, plugin in plugins.importable(args.what).items():
             print(f"{name:16} {getattr(plugin, 'summary', '')}{source(plugin)}")

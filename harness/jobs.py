@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.canonical import digest
+from harness.canonical import digest, restore
 from harness.spec import UserError
 
 SCHEMA = 1
@@ -44,6 +44,11 @@ class Node:
         """The key without the seeds: what results must share to be averaged."""
         body = {k: v for k, v in self.identity.items() if k not in ("seed", "eval_seed", "parents")}
         return digest({**body, "parents": {role: p.settings for role, p in self.parents.items()}})
+
+    @property
+    def recipe(self) -> Any:
+        """What it trains by, as an object; None where nothing is trained."""
+        return restore(self.identity["recipe"])
 
     @property
     def lineage(self) -> list[Mapping[str, Any]]:

@@ -70,6 +70,9 @@ def read_weights(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if kind == "pickle":  # torch's reader calls a pickle that is none of torch's damaged, whatever it asks for
+            with open(path, "rb") as stream:
+                _read_magic(stream)
         return _load(path, [argparse.Namespace])
     except Exception as error:
         raise explained(path, error) from error
@@ -133,15 +136,20 @@ def _tensors(module: Inert, prefix: str) -> dict[str, Any]:
     return found
 
 
+def _read_magic(stream: IO[bytes]) -> None:
+    """The first header. Raises Refused, naming what any other pickle asks for."""
+    if _Plain(stream).load() != LEGACY_MAGIC:
+        raise Refused("a pickle that is none of torch's")
+
+
 def _read_legacy(stream: IO[bytes], allowed: Collection[str]) -> Any:
     """torch's format before 1.6: three headers, the object, the keys of its storages, the storages (int64 count, then the values)."""
     import torch
 
     storages: dict[str, torch.Tensor] = {}
-    for header in range(3):
-        value = _Plain(stream).load()
-        if header == 0 and value != LEGACY_MAGIC:
-            raise Refused("a pickle that is none of torch's")
+    _read_magic(stream)
+    for _ in range(2):
+        _Plain(stream).load()
     found = _Legacy(stream, allowed, storages).load()
     for key in _Plain(stream).load():
         flat = storages[key]

@@ -107,6 +107,8 @@ class Planner:
         if not path.is_file():
             self.missing[str(path)] = f"{path}: no such file: needed as {role}; {asset.origin or 'put it there'}"
             return str(path), "not there yet"
+        if asset.check is not None:
+            asset.check(path)
         return str(path.resolve()), hashlib.sha256(path.read_bytes()).hexdigest()
 
     def where(self, sets: Sequence[str]) -> dict[str, Any]:
@@ -169,7 +171,12 @@ class Planner:
 
     def evaluate(self, name: str, evaluator: Any, method_name: str, method: Any, parent: Node, eval_seed: int, about: dict[str, Any]) -> Node:
         """The node that scores a checkpoint. Raises JobFailed with the reason when it cannot run here."""
-        vit = self.architecture(method, self.vit)
+        vit, plain, overrides = self.architecture(method, self.vit), evaluator, Overrides()
+        if getattr(plain, "trains", True) and self.tuning == "published":
+            if getattr(plain, "by", None) == getattr(plugins.build("evals", name), "by", None):  # otherwise the user has chosen
+                overrides = method.transfer(name, self.setting, vit)
+            if overrides.variant:
+                evaluator = plugins.with_variant(plain, overrides.variant, f"--methods {method_name}: {name}")
         if (reason := evaluator.skip(vit)) is not None:
             raise self.settings.refusal(name, reason)
         if getattr(evaluator, "needs_classifier", False) and not getattr(method, "leaves_classifier", getattr(method, "needs_labels", False)):
@@ -180,15 +187,10 @@ class Planner:
             stage = {**self.about(method_name, first, before, about["seed"], eval_seed), "deviations": [*about["deviations"], *more]}
             parent = self.evaluate(first, before, method_name, method, parent, eval_seed, stage)
             ground, about["deviations"] = [stage["ground"]], stage["deviations"]
-        base: Recipe | None = None
         recipe: Recipe | None = None
         notes: tuple[str, ...] = ()
-        overrides = Overrides()
         if getattr(evaluator, "trains", True):
-            base = self.recipe_of(name, evaluator, vit)
-            if self.tuning == "published":
-                overrides = method.transfer(name, self.setting, vit)
-            recipe, notes = self.recipe(overrides.on(base), name)
+            recipe, notes = self.recipe(overrides.on(self.recipe_of(name, evaluator, vit)), name)
         if recipe is None or overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
             recipe, notes, eval_seed = None, (), parent.identity.get("eval_seed", 0)
         identity = {
@@ -197,7 +199,7 @@ class Planner:
         }
         about["deviations"] = [*about["deviations"], *notes, *(evaluator.notes(self.setting, vit) if hasattr(evaluator, "notes") else ())]
         prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]
-        about["ground"] = digest([identity["plugin"], evaluator.version, canonical(base), prints, *ground])
+        about["ground"] = digest([canonical(plain), plain.version, canonical(plain.recipe(self.setting, vit)), prints, *ground])
         about["title"] = f"evaluate {name} on {method_name}"
         label = f"{name}-{getattr(method, 'label', method_name)}"
         node = self.node("evaluate", label, identity, {"checkpoint": parent}, about, evaluator.datasets(self.setting))

@@ -162,7 +162,7 @@ class Method(Trainable, Protocol):
     def assets(self, protocol: Setting, vit: ViTConfig) -> Mapping[str, Asset]: ...
 
     def transfer(self, evaluator: str, protocol: Setting, vit: ViTConfig) -> Overrides:
-        """What its paper sets for one evaluator (NAME or NAME@VARIANT)."""
+        """What its paper sets for one evaluator (NAME or NAME@VARIANT). Not asked where the user has set the evaluator's `by`."""
         ...
 
     def skip(self, vit: ViTConfig) -> str | None:
@@ -171,12 +171,12 @@ class Method(Trainable, Protocol):
 
 
 class Evaluator(Protocol):
-    """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains
-    nothing and has no recipe, and `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's
-    checkpoint/backbone.pt, classifier included), not the pre-training's; `needs_classifier`: it scores the classifier that the method leaves;
-    notes(protocol, vit) -> footnotes on what it changes for a ViT; "deviations" among the facts of an Outcome -> footnotes on what happened;
-    golden(folder) -> tuple of Golden, made inside `folder` in seconds on a CPU: what perfect and shuffled predictions score, and a fixed checkpoint, so that
-    `doctor --evaluators` finds a wrong evaluator before a week is spent."""
+    """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains nothing and has no
+    recipe; `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's checkpoint/backbone.pt, classifier
+    included), not the pre-training's; `needs_classifier`: it scores the classifier that the method leaves; a field `by`: whose recipe is taken (as long as it
+    is as the name has it, a method's transfer applies); notes(protocol, vit) -> footnotes on what it changes for a ViT; "deviations" among the facts of an
+    Outcome -> footnotes on what happened; golden(folder) -> tuple of Golden, made inside `folder` in seconds on a CPU: what perfect and shuffled predictions
+    score, and a fixed checkpoint, so that `doctor --evaluators` finds a wrong evaluator before a week is spent."""
 
     version: ClassVar[int]
 
@@ -256,12 +256,15 @@ def build(kind: str, name: str) -> Any:
         plugin = cls() if isinstance(cls, type) else cls
         if "@" in name and not variant:
             raise UserError(f"{flag}: {name!r} names no variant: leave the @ out, or {suggest('', getattr(plugin, 'variants', {}))}")
-    if variant:
-        variants = getattr(plugin, "variants", {})
-        if variant not in variants:
-            raise UserError(f"{flag}: {base} has no variant {variant!r}: {suggest(variant, variants)}")
-        plugin = dataclasses.replace(plugin, **variants[variant])
-    return plugin
+    return with_variant(plugin, variant, f"{flag}: {base}") if variant else plugin
+
+
+def with_variant(plugin: Any, variant: str, where: str) -> Any:
+    """A plugin with the fields of one of its variants. Raises UserError when it has none of that name."""
+    variants = getattr(plugin, "variants", {})
+    if variant not in variants:
+        raise UserError(f"{where} has no variant {variant!r}: {suggest(variant, variants)}")
+    return dataclasses.replace(plugin, **variants[variant])
 
 
 def name_of(kind: str, plugin: Any) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -164,11 +164,21 @@ class Recipe:
         )
         if (self.epochs or self.iterations or 0) <= 0:
             raise UserError("a recipe's length must be above 0")
+        if self.min_lr > self.peak_lr:
+            raise UserError(f"min_lr {self.min_lr:g} lies above the peak learning rate {self.peak_lr:g}: set a lower min_lr first")
 
     @property
     def peak_lr(self) -> float:
         """Learning rate after warm-up, with the scaling rule applied."""
         return self.lr if self.lr_batch is None else self.lr * self.batch / self.lr_batch
+
+    def __str__(self) -> str:
+        """Learning rate x rule = peak, batch, length, and where the recipe and its learning rate come from, on one line."""
+        rule = "" if self.lr_batch is None else f" x {self.batch}/{self.lr_batch} = {self.peak_lr:g}"
+        length = f"{self.iterations} iterations" if self.epochs is None else f"{self.epochs:g} epochs"
+        told = {word.strip(): source for words, source in reversed(self.sources) for word in words.split(",")}
+        source = "; lr ".join(dict.fromkeys(told[word] for word in ("all", "lr") if word in told))
+        return f"lr {self.lr:g}{rule}, batch {self.batch}, {length} [{source or 'no source given'}]"
 
 
 @dataclass(frozen=True)
@@ -191,19 +201,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a method's own paper sets for its transfer to one evaluator: fields of the evaluator's Recipe, with the source.
+    """What a method's own paper sets for its transfer to one evaluator.
 
+    `variant`: the evaluator's variant that has the paper's recipe and read-out; the column keeps the plain name. `recipe`: fields of its Recipe that differ
+    besides. `source`: where these come from, or, where there are none, the choice of the evaluator's own.
     `use_head`: score the classifier that the pre-training made, without any training (a supervised row on its own task).
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     use_head: bool = False
     source: str = ""
+    variant: str = ""
 
     def on(self, recipe: Recipe) -> Recipe:
         """A recipe with what is overridden; its sources say where that comes from."""
-        sources = ((", ".join(self.recipe), self.source), *recipe.sources)
-        return dataclasses.replace(recipe, **{"sources": sources, **self.recipe}) if self.recipe else recipe
+        told = ((", ".join(self.recipe) or "all", self.source),) if self.source else ()
+        return dataclasses.replace(recipe, **{"sources": (*told, *recipe.sources), **self.recipe})
 
 
 @dataclass(frozen=True)
@@ -211,13 +224,14 @@ class Asset:
     """Something a method needs besides images: made by a node of the graph (`maker`), or a file.
 
     A relative `file` lies below the root that --data names. `sha256` is part of the key; None: that of the file as found when planning.
-    `origin` says where to get a file that is missing.
+    `origin` says where to get a file that is missing. `check(path)` reads it when planning and raises UserError when it is no such thing.
     """
 
     maker: Any = None
     file: str | None = None
     sha256: str | None = None
     origin: str = ""
+    check: Callable[[Path], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,16 @@ def test_fields_survive_json(kind: str, name: str) -> None:
         assert restore(json.loads(json.dumps(canonical(other)))) == other != plugin
 
 
+@pytest.mark.parametrize("name", plain("methods"))
+def test_is_tuned_by_variants_that_exist(name: str) -> None:
+    """A method that names another would end a run in the middle of its plan."""
+    method = plugins.build("methods", name)
+    for setting in protocols_by_size():
+        for evaluator in plain("evals"):
+            variant = method.transfer(evaluator, setting, small(setting)).variant
+            assert not variant or variant in plugins.build("evals", evaluator).variants, (evaluator, variant)
+
+
 @pytest.mark.parametrize("kind,name", [(k, n) for k in ("methods", "evals") for n in plain(k)])
 def test_says_what_it_is(kind: str, name: str) -> None:
     """`list` and the skipped cells of a table read these."""

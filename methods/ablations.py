@@ -40,6 +40,7 @@ MAE: Rows = {
 # BEiT. The default is 800 epochs: Table 4, "Pretrain longer (800 epochs)".
 BEIT: Rows = {
     "300": ({"epochs": 300}, "BEiT-paper Table 4, BEiT (300 epochs)"),
+    "algorithm-1": ({"masking": "algorithm-1"}, "BEiT-paper Algorithm 1; beit masks as the released code does (recipes A6)"),
     "random": ({"masking": "random", "epochs": 300}, "BEiT-paper Table 4, - Blockwise masking"),
     "pixels": ({"target": "pixels", "epochs": 300}, "BEiT-paper Table 4, - Visual tokens; loss and pixel scale ours"),
     "pixels-random": (

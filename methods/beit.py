@@ -16,7 +16,7 @@ from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides,
 from harness.vit import ViT, init_beit
 from methods import ablations, published
 from methods.dalle import STRIDE, load_tokenizer
-from methods.masking import BlockMask, block_mask, masked_indices, pick, random_mask, scaled
+from methods.masking import Algorithm1, BlockMask, block_mask, masked_indices, pick, random_mask, scaled
 from methods.targets import Pixels, Target, Tokens, tokenizer
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class BEiT:
 
     Attributes:
         target: what is predicted, the dVAE's tokens or the pixels of the patch.
-        masking: rectangles as in BEiT's code, the same number of random patches, or nothing hidden (recipes A8, Table 4).
+        masking: rectangles as in BEiT's code, as in its paper's Algorithm 1 (40 % or more hidden), random patches, or nothing hidden (recipes A6, A8).
         recover: where the loss is computed: masked patches, or all (recipes A8).
         mask_patches, mask_minimum: most patches hidden, and the smallest rectangle (recipes A6: 75 and 16 of 196).
         normalise_pixels: pixel targets normalised per patch, as MAE's; the paper does not say (ours: not).
@@ -45,7 +45,7 @@ class BEiT:
     """
 
     target: Literal["tokens", "pixels"] = "tokens"
-    masking: Literal["block", "random", "none"] = "block"
+    masking: Literal["block", "algorithm-1", "random", "none"] = "block"
     recover: Literal["masked", "all"] = "masked"
     mask_patches: int = 75
     mask_minimum: int = 16
@@ -97,19 +97,19 @@ class BEiT:
         """imagenet under paper: BEiT-paper Table 13 (recipes A7); cifar100's own recipe is BEiT's. What was fine-tuned on ImageNet is scored as it is."""
         if evaluator == "imagenet" and self.intermediate:
             return Overrides(use_head=True, source="BEiT-paper Table 13: the intermediate fine-tuning is that on ImageNet-1K")
-        return published.override(published.beit_finetuning(vit) if protocol.family == "paper" and evaluator == "imagenet" else None)
+        return Overrides(variant="beit" if protocol.family == "paper" and evaluator == "imagenet" else "")
 
     def skip(self, vit: ViTConfig) -> str | None:
         if self.masking == "none" and self.recover == "masked":
             return "nothing is masked, so there is nothing to predict: set recover=all"
-        if self.masking == "block" and min(vit.grid) < 3:
+        if self.masking in ("block", "algorithm-1") and min(vit.grid) < 3:
             return f"a grid of {vit.grid[0]}x{vit.grid[1]} patches is too small for block-wise masking"
         return None
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """Pre-training values. paper: BEiT-paper Tables 12 and 13 (see `methods.published`); demo, smoke: ours, scaled down."""
         if protocol.family == "paper":
-            return published.beit_finetuning(vit) if self.intermediate else published.beit_pretraining(vit, self.epochs)
+            return published.as_evaluated("imagenet@beit", protocol, vit) if self.intermediate else published.beit_pretraining(vit, self.epochs)
         shared: dict[str, Any] = {"no_decay": published.NO_DECAY, "frozen": published.fixed(vit), "clip": 3.0}
         table = "BEiT-paper Table 12, BEiT-repo run_beit_pretraining.py (recipes A6)"
         sources: tuple[tuple[str, str], ...]
@@ -141,8 +141,8 @@ class BEiT:
             made = {"image": to_tensor(crop_resize(image, box, vit.size))}
             if self.target == "tokens":
                 made["tokenizer_image"] = to_tensor(crop_resize(image, box, view, PIL.Resampling.LANCZOS))
-            if self.masking == "block":
-                made["mask"] = torch.from_numpy(block_mask(rng, blocks))
+            if self.masking in ("block", "algorithm-1"):
+                made["mask"] = torch.from_numpy(block_mask(rng, blocks if self.masking == "block" else Algorithm1(*vit.grid, blocks.minimum)))
             else:
                 made["mask"] = torch.from_numpy(random_mask(rng, vit.patches, blocks.target if self.masking == "random" else 0))
             return made
@@ -176,7 +176,7 @@ class BEiT:
             if not context.classes:
                 raise UserError("--methods beit@intermediate: its training images have no labels: drop it, or give --data with class folders")
             return Classifier(vit, context.classes, mean=self.mean, std=self.std, augment=context.recipe.augment, head_std=FINE_TUNE_STD)
-        limit = self.blocks(config).target if self.recover == "masked" else None
+        limit = None if self.recover == "all" else config.patches if self.masking == "algorithm-1" else self.blocks(config).target
         targets: Target = Tokens(load_tokenizer(context.assets["tokenizer"])) if self.target == "tokens" else Pixels(config.patch, self.normalise_pixels)
         return BEiTObjective(vit, targets, limit, Normalize(self.mean, self.std), self.deviation(config))
 

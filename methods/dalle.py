@@ -134,12 +134,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file that `save_tokenizer` wrote, or OpenAI's encoder.pkl.
 
     Raises:
-        JobFailed: the file is missing, damaged or of another format.
+        UserError: a .pkl is missing, damaged, malicious or no encoder.
+        JobFailed: any other file is missing, damaged or of another format.
     """
     if path.suffix == ".pkl":
         encoder = read_released(path)
         if not isinstance(encoder, Encoder):
-            raise JobFailed(f"{path} holds a decoder, the tokenizer is encoder.pkl")
+            raise UserError(f"{path}: holds a decoder: the tokenizer is encoder.pkl of openai/DALL-E")
         first, last = encoder.blocks.input, encoder.blocks.output.conv
         tokenizer = Tokenizer(first.out_channels, last.out_channels, sum(n.startswith("block_") for n, _ in encoder.blocks.group_1.named_children()))
         tokenizer.encoder.load_state_dict(encoder.state_dict(), strict=True)

@@ -90,18 +90,18 @@ class MAE:
         return replace(vit, positions="sincos-mae") if published else vit
 
     def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
-        """imagenet under paper: Table 9 for plain pixels and PCA; the evaluator's own recipe is that of the models with normalised pixels."""
-        if evaluator != "imagenet" or protocol.family != "paper" or self.target == "tokens" or (self.target == "pixels" and self.normalise_pixels):
+        """imagenet under paper: Table 9 for plain pixels and PCA; the evaluator's own recipe, FINETUNE.md's, is that of models with normalised pixels."""
+        if evaluator != "imagenet" or protocol.family != "paper" or (self.target == "pixels" and self.normalise_pixels):
             return Overrides()
-        return Overrides(published.mae_table_9(vit), source="MAE-paper Table 9 (recipes A2); crop scale (0.08, 1) is timm's default")
+        tokens = Overrides(source="ours: FINETUNE.md's, made for normalised pixels; which recipe tokens had is not said (recipes A2)")
+        return tokens if self.target == "tokens" else Overrides(variant="mae-table9")
 
     def skip(self, vit: ViTConfig) -> str | None:
         if int(vit.patches * (1 - self.mask_ratio)) < 1:
             return f"a grid of {vit.grid[0]}x{vit.grid[1]} patches leaves none visible at mask ratio {self.mask_ratio}"
         width, _, heads = self.decoder(vit)
-        if width % heads or width % 4:
-            return f"a decoder of width {width} cannot have {heads} heads: the width must be a multiple of the heads and of 4"
-        return None
+        wrong = f"a decoder of width {width} cannot have {heads} heads: the width must be a multiple of the heads and of 4"
+        return wrong if width % heads or width % 4 else None
 
     def decoder(self, vit: ViTConfig) -> tuple[int, int, int]:
         """Width, depth and heads of the decoder for a backbone."""

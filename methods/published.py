@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from harness.spec import Augment, Overrides, Recipe, ViTConfig
+from harness import plugins
+from harness.spec import Augment, Protocol, Recipe, ViTConfig
 
 NO_DECAY = ("vit.pos_embed", "vit.cls_token")
 INFERRED_CROP = ("augment.crop_scale", "torchvision's and timm's default: no table has it")
-
-
-def classification(erasing: float = 0.0, repeats: int = 1) -> Augment:
-    """RandAugment (9, 0.5), mixup 0.8, cutmix 1.0, smoothing 0.1: MAE-paper Tables 9 and 11, BEiT-paper Table 13, DeiT-paper Table 9 (recipes A2, A5, A7)."""
-    return Augment(
-        crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=erasing, repeats=repeats,
-    )
 
 
 def fixed(vit: ViTConfig) -> tuple[str, ...]:
@@ -60,21 +51,6 @@ def beit_pretraining(vit: ViTConfig, epochs: int) -> Recipe | None:
     )
 
 
-def from_scratch(vit: ViTConfig) -> Recipe | None:
-    """MAE-paper Table 11 and A.2, ViT-B and ViT-L/H (recipes A5): lr 1e-4 x batch / 256, weight decay 0.3, EMA 0.9999, whose weights are reported."""
-    if not vit.paper_size:
-        return None
-    base = vit.paper_size == "B/16"
-    return Recipe(
-        batch=4096, lr=1e-4, lr_batch=256, epochs=300 if base else 200, warmup=20, betas=(0.9, 0.95), weight_decay=0.3, no_decay=NO_DECAY,
-        drop_path=0.1 if base else 0.2, ema=0.9999, frozen=fixed(vit), augment=classification(),
-        sources=(
-            ("all", f"MAE-paper Table 11, {'ViT-B' if base else 'ViT-L/H'} (recipes A5)"), INFERRED_CROP,
-            ("no_decay", "MAE-repo main_finetune.py (recipes A2, A5)"),
-        ),
-    )
-
-
 def deit(vit: ViTConfig) -> Recipe | None:
     """DeiT-paper Table 9, DeiT-B (recipes A5): lr 5e-4 x batch / 512, erasing, repeated augmentation. Of the sizes here DeiT has ViT-B/16 alone.
 
@@ -85,53 +61,15 @@ def deit(vit: ViTConfig) -> Recipe | None:
         return None
     return Recipe(
         batch=1024, lr=5e-4, lr_batch=512, epochs=300, warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, no_decay=NO_DECAY, frozen=fixed(vit),
-        drop_path=0.1, augment=classification(erasing=0.25, repeats=3),
+        drop_path=0.1,
+        augment=Augment(crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, repeats=3),
         sources=(
             ("all", "DeiT-paper Table 9, DeiT-B; DeiT-repo main.py (recipes A5)"), ("schedule", "ours: per step, cosine after the warm-up"), INFERRED_CROP,
         ),
     )
 
 
-def beit_finetuning(vit: ViTConfig) -> Recipe | None:
-    """BEiT-paper Table 13, ImageNet-1K, columns Base and Large (recipes A7): absolute lr, layer decay 0.65 and 0.75, repeated augmentation for Base only.
-
-    The paper takes the best of lr {2, 3, 4, 5}e-3; one value of it is chosen here. `evals.recipes.beit` has the same values and a test holds the two
-    together: the intermediate fine-tuning trains by this one, and methods and evaluators do not import each other.
-    """
-    if vit.paper_size not in ("B/16", "L/16"):
-        return None
-    base = vit.paper_size == "B/16"
-    return Recipe(
-        batch=1024, lr=4e-3 if base else 2e-3, lr_batch=None, epochs=100 if base else 50, warmup=20 if base else 5, min_lr=1e-6, schedule="cosine-stepwise",
-        betas=(0.9, 0.999),
-        weight_decay=0.05, no_decay=NO_DECAY, layer_decay=0.65 if base else 0.75, drop_path=0.1, frozen=fixed(vit),
-        augment=classification(erasing=0.25, repeats=3 if base else 1),
-        sources=(
-            ("all", f"BEiT-paper Table 13, ImageNet-1K, {'Base' if base else 'Large'} (recipes A7)"),
-            ("lr", "ours: one of Table 13's {2, 3, 4, 5}e-3" + (", BEiT-repo README's value" if base else ", which won is not published")), INFERRED_CROP,
-        ),
-    )
-
-
-def mae_table_9(vit: ViTConfig) -> Mapping[str, Any]:
-    """MAE-paper Table 9 (recipes A2), the fine-tuning of models with plain pixel targets, where it differs from FINETUNE.md's of the released ones.
-
-    Fields of a recipe: lr 1e-3 x batch / 256, layer decay 0.75, 100 epochs for ViT-B and 50 else, drop path 0.2 for ViT-H, no erasing.
-    """
-    if not vit.paper_size:
-        return {}
-    return {
-        "batch": 1024, "lr": 1e-3, "lr_batch": 256, "epochs": 100 if vit.paper_size == "B/16" else 50, "warmup": 5, "weight_decay": 0.05,
-        "layer_decay": 0.75, "drop_path": 0.2 if vit.paper_size == "H/14" else 0.1, "augment": classification(),
-    }
-
-
-def override(recipe: Recipe | None) -> Overrides:
-    """A fine-tuning recipe as what a method sets for an evaluator, optimisation and augmentation; nothing for None."""
-    if recipe is None:
-        return Overrides()
-    names = (
-        "batch", "lr", "lr_batch", "epochs", "iterations", "warmup", "warmup_lr", "min_lr", "betas", "weight_decay", "no_decay", "layer_decay", "drop_path",
-        "clip", "ema", "augment", "schedule",
-    )
-    return Overrides({name: getattr(recipe, name) for name in names}, source="; ".join(f"{what}: {where}" for what, where in recipe.sources))
+def as_evaluated(name: str, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
+    """The recipe of an evaluator, for a method that trains as it does: a table stands once, in `evals.recipes`, which is reached as any plugin is."""
+    recipe: Recipe | None = plugins.build("evals", name).recipe(protocol, vit)
+    return recipe

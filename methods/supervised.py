@@ -59,11 +59,12 @@ class Supervised:
         return {}
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """paper: MAE-paper Table 11, or DeiT-paper Table 9 (see `methods.published`). demo, smoke: the same kind of recipe scaled down (ours)."""
+        """paper: MAE-paper Table 11 (`evals.recipes`), or DeiT-paper Table 9 (`methods.published`). demo, smoke: the same kind of recipe scaled down (ours)."""
         frozen = published.fixed(vit) + (("vit.norm.*",) if self.pooling == "mean" else ())
         if protocol.family == "paper":
-            recipe = published.from_scratch(vit) if self.by == "mae" else published.deit(vit)
-            return None if recipe is None else replace(recipe, frozen=frozen)
+            recipe = published.as_evaluated("imagenet@scratch", protocol, vit) if self.by == "mae" else published.deit(vit)
+            mean = (("pooling", self.variant_sources["mean"]),) if self.pooling == "mean" else ()
+            return None if recipe is None else replace(recipe, frozen=frozen, sources=(*mean, *recipe.sources))
         sources = (
             ("batch, lr, length, warmup, ema, weight_decay, mixup, cutmix", "ours, scaled down"),
             ("betas, smoothing, erasing, repeats", "MAE-paper Table 11; DeiT-paper Table 9 (recipes A5)"),
@@ -102,7 +103,7 @@ class Supervised:
         """imagenet: the pre-training's own classifier is scored, nothing is trained again."""
         if evaluator != "imagenet":
             return Overrides()
-        return Overrides(use_head=True, source="MAE-paper A.2: the supervised row is the from-scratch model itself, with EMA (recipes A5)")
+        return Overrides(use_head=True, source="MAE-paper A.2, DeiT-paper Table 9: the row is the from-scratch model itself (recipes A5)")
 
     def skip(self, vit: ViTConfig) -> str | None:
         return None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.spec import Asset, ViTConfig
-from methods.dalle import Tokenizer
+from methods.dalle import Tokenizer, load_tokenizer
 from methods.dvae import for_grid
 from methods.masking import normalise_patches, patch_pixels, pick
 
@@ -107,7 +107,7 @@ class Components(nn.Module):
 def tokenizer(protocol: Protocol, vit: ViTConfig) -> Asset:
     """The tokenizer of token targets: DALL-E's released encoder under the paper protocols (BEiT-paper 2.1, MAE-paper 4.1), else one that is made."""
     if protocol.family == "paper":
-        return Asset(file="dall-e/encoder.pkl", origin="download it from https://cdn.openai.com/dall-e/encoder.pkl")
+        return Asset(file="dall-e/encoder.pkl", origin="download it from https://cdn.openai.com/dall-e/encoder.pkl", check=load_tokenizer)
     return Asset(maker=for_grid(protocol, vit))
 
 

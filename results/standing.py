@@ -140,9 +140,13 @@ def training_differences(row: Published, evaluation: Mapping[str, Any], trained:
 
 
 def choices(cell: Cell) -> tuple[str, ...]:
-    """Footnotes on what the papers leave open and a recipe of theirs has filled in: values whose source begins with "ours"."""
+    """Footnotes on a row's recipes: by which variant of its column it was tuned, where its method's paper names one, and what the papers leave open and a
+    recipe of theirs has filled in: values whose source begins with "ours"."""
     lineage = cell.example.lineage if cell.example is not None else ()
     found = []
+    by, recipe = (((lineage[0].get(part) if lineage else None) or {}) for part in ("plugin", "recipe"))
+    if by.get("by", "default") != "default" and recipe and "@" not in cell.eval and not any(d.startswith(f"{cell.eval}.by=") for d in cell.deviations):
+        found.append(f"{cell.eval} tuned by {dict(recipe.get('sources', ())).get('all', by['by'])}")
     for node in lineage if lineage and lineage[0].get("family") == FAMILY else ():
         stage = {"pretrain": "pre-training"}.get(node.get("kind", ""), cell.eval if node is lineage[0] else "fine-tuning")
         sources = {word.strip(): source for words, source in reversed((node.get("recipe") or {}).get("sources", ())) for word in words.split(",")}
@@ -151,7 +155,8 @@ def choices(cell: Cell) -> tuple[str, ...]:
             by_source.setdefault(source, []).append("everything" if word == "all" else word)
         found += [f"ours, not published: {', '.join(words)} of {stage}{source.removeprefix('ours')}" for source, words in by_source.items()
                   if source.startswith("ours")]
-    return tuple(found)
+    files = [node["files"]["tokenizer"] for node in lineage if "tokenizer" in node.get("files", {})]
+    return (*found, *(f"encoder.pkl is taken for DALL-E's by its name: its sha256 ({sha[:12]}...) is not checked against a known one" for sha in files))
 
 
 def with_published(sheet: Sheet) -> Sheet:

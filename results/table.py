@@ -114,7 +114,8 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evals", metavar="C,D", help="only these columns, in this order (names or groups)")
     parser.add_argument("--protocol", metavar="NAME", help="only this protocol")
     parser.add_argument("--backbone", metavar="NAME", help="only this backbone")
-    parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path, help="runs folders, several are joined (default: runs)")
+    parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path,
+                        help="runs folders that are there, several are joined (default: runs; --layout needs none)")
 
 
 def choose(args: argparse.Namespace, needed: bool = True) -> Choice:

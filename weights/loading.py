@@ -50,13 +50,17 @@ class Loaded:
     classifier: Mapping[str, Any] | None = None
 
 
-def read(files: Mapping[str, Path]) -> Loaded:
+def read(files: Mapping[str, Path], size: tuple[int, int] | None = None) -> Loaded:
     """The checkpoint in the files that `files_of` found; the last one is remembered.
+
+    Args:
+        size: height and width in pixels that it was trained at, where nothing beside the weights says it and it is no square: 2 x 4 patches have as many
+            positions as 4 x 2.
 
     Raises:
         UserError: one of them is damaged, malicious, no ViT, or not exactly what its style says.
     """
-    return _read(stamped(files))
+    return _read(stamped(files), size)
 
 
 def summary(files: Mapping[str, Path]) -> Loaded:
@@ -76,12 +80,12 @@ def _summary(files: tuple[tuple[str, Path, int, int], ...]) -> Loaded:
 
 
 @lru_cache(maxsize=1)
-def _read(files: tuple[tuple[str, Path, int, int], ...]) -> Loaded:
+def _read(files: tuple[tuple[str, Path, int, int], ...], size: tuple[int, int] | None = None) -> Loaded:
     places = {role: path for role, path, _, _ in files}
     state, beside = read_state(places)
     described = {role: read_config(path) for role, path in places.items() if role in BESIDE}
     hints = from_json(described, str(places.get("config", ""))) if "config" in described else from_arguments(beside.get("args"))
-    return convert(state, hints, str(places["weights"] if "weights" in places else places["index"].parent))
+    return convert(state, replace(hints, size=hints.size or size), str(places["weights"] if "weights" in places else places["index"].parent))
 
 
 def from_arguments(arguments: object) -> Hints:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weights.loading import Loaded
 
 SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt", ".safetensors")
+PUBLISHED = "published size"  # the number of heads is that of the published models of this width: likely, and not in the file
 TOLERANCE = 1e-3  # of a fingerprint: another machine's arithmetic stays far below
 
 
@@ -134,6 +135,8 @@ class Weights:
         found, notes = self.fitted(loaded, vit), [f"as read: {note}" for note in loaded.notes]
         if not loaded.heads_from and self.heads is None:
             notes.append(f"number of heads not in the file: {vit.heads}, as the backbone's")
+        elif loaded.heads_from == PUBLISHED and found.width == 384 and self.heads is None:
+            notes.append(f"number of heads not in the file: {found.heads}, as DeiT's and DINO's ViT-S; MoCo v3's has 12")
         if found.size != vit.size:
             pixels = f"{shown(found.size)} to {shown(vit.size)} pixels"
             notes.append(f"position tables interpolated from {shown(found.grid)} to {shown(vit.grid)} patches ({pixels})")
@@ -151,9 +154,9 @@ class Weights:
 
     def fitted(self, loaded: Loaded, vit: ViTConfig) -> ViTConfig:
         """The checkpoint's architecture, with the number of heads from the file, from the user, or from the backbone."""
-        if loaded.heads_from and self.heads not in (None, loaded.config.heads):
+        if loaded.heads_from not in ("", PUBLISHED) and self.heads not in (None, loaded.config.heads):
             raise UserError(f"--set weights:{self.path}.heads={self.heads}: the checkpoint has {loaded.config.heads} ({loaded.heads_from}): leave it out")
-        heads = loaded.config.heads if loaded.heads_from else self.heads or vit.heads
+        heads = self.heads or (loaded.config.heads if loaded.heads_from else vit.heads)
         if loaded.config.width % heads:
             return replace(loaded.config, heads=1)  # differs from the backbone's in width anyway
         return replace(loaded.config, heads=heads)

@@ -39,6 +39,7 @@ class Counterpart:
 TRANSFER_SETS = ("iNat2017", "iNat2018", "iNat2019", "Places205", "Places365")
 ROBUSTNESS = (("imagenet-c", "IN-C"), ("imagenet-a", "IN-A"), ("imagenet-r", "IN-R"), ("imagenet-sketch", "IN-Sketch"))
 WHICH = "the paper does not say which {} it used"
+MEAN = {"supervised@mean": "reads the mean of the patch tokens; the published model presumably its class token, as MAE-paper Table 9 does"}
 METHODS: tuple[Counterpart, ...] = (
     # MAE: normalised pixels where nothing else is said; several lengths of one configuration share a line, their epochs are compared
     Counterpart(("mae", "mae@1600"), method="MAE", variant="norm-pix*"),
@@ -66,8 +67,8 @@ METHODS: tuple[Counterpart, ...] = (
     Counterpart(("mae", "mae@1600"), method="ViTDet", variant="MAE-1600"),
     # labels
     Counterpart(("scratch",), method="scratch", variant="random-init"),
-    *(Counterpart(("scratch", "supervised", "supervised@mean"), method="scratch", variant=v) for v in ("MAE-recipe-EMA", "MAE-recipe")),
-    Counterpart(("supervised", "supervised@mean"), method="supervised", variant="MAE-recipe"),
+    *(Counterpart(("scratch", "supervised"), method="scratch", variant=v, near=MEAN) for v in ("MAE-recipe-EMA", "MAE-recipe")),
+    Counterpart(("supervised",), method="supervised", variant="MAE-recipe", near=MEAN),
     Counterpart(("supervised@deit",), method="scratch", variant="DeiT*"),
     Counterpart(("supervised@deit",), method="supervised", variant="DeiT*"),
     *(Counterpart((), paper=paper, method="supervised", variant=v, near=dict.fromkeys(("supervised", "supervised@deit"), WHICH.format("supervised weights")))
@@ -78,6 +79,7 @@ METHODS: tuple[Counterpart, ...] = (
 PROBED_OTHERWISE = "probed by MAE's protocol, the published value by another"
 EVALUATORS: tuple[Counterpart, ...] = (
     # fine-tuning: `imagenet` takes each method's own recipe; a variant fixes one
+    Counterpart(("imagenet", "imagenet@scratch"), eval="IN1K-224", variant="MAE-recipe*"),
     Counterpart(("imagenet",), eval="IN1K-224"),
     *(Counterpart(("imagenet", "imagenet@mae"), eval="IN1K-ft-224", method="MAE", variant=v, near={
         "imagenet@mae-table9": "fine-tuned by Table 9, the published value by the released recipe"}) for v in ("norm-pix*", "*pixel-norm", "*dVAE-token")),
@@ -86,17 +88,21 @@ EVALUATORS: tuple[Counterpart, ...] = (
     Counterpart(("imagenet", "imagenet@beit"), eval="IN1K-ft-224", method="BEiT", near={
         "imagenet@beit-repo": "fine-tuned by the released commands, the published value by the paper's Table 13"}),
     Counterpart(("imagenet",), eval="IN1K-ft-224"),
+    Counterpart(("imagenet@deit-384",), eval="IN1K*-384", variant="DeiT*", near={"imagenet@384": "10 epochs at 384, as BEiT's; published with DeiT's 30"}),
     Counterpart(("imagenet@384",), eval="IN1K*-384"),
     Counterpart(("imagenet@448",), eval="IN1K-ft-448"),
-    *(Counterpart((f"{name.lower()}@deit",), paper="DINO", eval=f"{name}-ft", near={name.lower(): "fine-tuned as by MAE, published as by DeiT"})
-      for name in ("iNat2018", "iNat2019")),
+    *(Counterpart((f"{name.lower()}@{whose}",), paper="DINO", method=method, eval=f"{name}-ft", near={
+        name.lower(): f"fine-tuned as by MAE, published as by {by}", f"{name.lower()}@{other}": f"fine-tuned as by {than}, published as by {by}"})
+      for name in ("iNat2018", "iNat2019")
+      for whose, method, by, other, than in (("dino", "DINO", "DINO", "deit", "DeiT"), ("deit", "supervised", "DeiT", "dino", "DINO"))),
     *(Counterpart((name.lower(),), eval=f"{name}-ft") for name in TRANSFER_SETS),
     *(Counterpart((f"{name.lower()}@448",), eval=f"{name}-ft-448") for name in TRANSFER_SETS),
     Counterpart(("cifar100@dino",), eval="CIFAR100-ft-224", method="DINO"), Counterpart(("cifar100@dino",), eval="CIFAR100-ft-224", method="supervised"),
     Counterpart(("cifar100@mocov3",), eval="CIFAR100-ft-224", method="MoCo-v3"), Counterpart(("cifar100",), eval="CIFAR100-ft-224"),
     *(Counterpart((f"partial@{n}",), eval=f"IN1K-partial-{n}") for n in ("0", "0.5", "1", "2", "4", "6", "12", "18", "24")),
     # probes
-    Counterpart(("linear@beit",), eval="IN1K-linear", paper="BEiT", method="BEiT", near={"linear": PROBED_OTHERWISE}),
+    Counterpart(("linear@beit",), eval="IN1K-linear", paper="BEiT", method="BEiT", near={
+        "linear": PROBED_OTHERWISE, "linear@beit-repo": "probed as BEiT's code does, at the best block; the published value by the paper's App. D"}),
     Counterpart(("linear@dino",), eval="IN1K-linear", method="DINO", near={"linear": PROBED_OTHERWISE}),
     Counterpart(("linear@mocov3",), eval="IN1K-linear", method="MoCo-v3", near={"linear": PROBED_OTHERWISE}),
     Counterpart(("linear",), eval="IN1K-linear"),

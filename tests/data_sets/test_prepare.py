@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from data_sets.prepare import prepare, whole
+from harness.cli import main
 from harness.data import read_images
 from harness.spec import UserError
 
@@ -141,6 +142,18 @@ def test_cifar_and_others_from_their_archives(tmp_path: Path) -> None:
         body.writestr("sketch/n01/a.JPEG", picture())
     prepare("imagenet-sketch", tmp_path, tmp_path / "imagenet-sketch")
     assert read_images("imagenet-sketch", "val", tmp_path / "imagenet-sketch").classes == ("n01",)
+
+
+def test_the_root_need_not_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first data set of a new disk; a failure leaves no empty folder behind."""
+    (tmp_path / "archives").mkdir()
+    line = ["data", "prepare", "cifar100", "--data", str(tmp_path / "new" / "root"), "--archives", str(tmp_path / "archives")]
+    assert main(line) == 2 and not (tmp_path / "new" / "root").exists()
+    cifar_archive(tmp_path / "archives" / "cifar-100-python.tar.gz")
+    assert main(line) == 0 and (tmp_path / "new" / "root" / "cifar-100-python" / "meta").is_file()
+    capsys.readouterr()
+    assert main(["data", "prepare", "cifar100", "--data", str(tmp_path / "sets.toml"), "--archives", str(tmp_path / "archives")]) == 2
+    assert "no such folder or file" in capsys.readouterr().err
 
 
 def test_nothing_is_left_half_done(tmp_path: Path) -> None:

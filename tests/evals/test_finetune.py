@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,13 +16,16 @@ import torch
 from PIL import Image
 
 from evals.finetune import FineTuning, ImageFolder, ImageNet, INat2018, Places365
+from evals.recipes import PUBLISHED
 from evals.scoring import labelled_images, predict
 from harness.augment import EvalTransform
 from harness.canonical import canonical, digest, restore
 from harness.checkpoint import Backbone
 from harness.classifier import Classifier
+from harness.optim import lr_at
 from harness.plugins import EvalContext, Session, build, group
 from harness.randomness import seed_all
+from harness.settings import source_of
 from harness.spec import Augment, Interrupted, JobFailed, Overrides, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT, init_mae
 
@@ -179,7 +183,7 @@ def values(evaluator: str, size: str) -> tuple[object, ...] | None:
             recipe.batch, plugin.read_out(PAPER))
 
 
-@pytest.mark.parametrize("name,size,expected", [  # recipes A2, A7, A11 of the facts, column by column
+FIGURES = [  # recipes A2, A5, A7, A11 of the facts, column by column
     ("imagenet", "B/16", (2e-3, 100, 5, 0.65, 0.1, 0.25, 1, 0.05, 1024, "mean")),
     ("imagenet", "L/16", (4e-3, 50, 5, 0.75, 0.2, 0.25, 1, 0.05, 1024, "mean")),
     ("imagenet", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
@@ -190,27 +194,79 @@ def values(evaluator: str, size: str) -> tuple[object, ...] | None:
     ("imagenet@beit", "L/16", (2e-3, 50, 5, 0.75, 0.1, 0.25, 1, 0.05, 1024, "mean")),
     ("imagenet@beit", "H/14", None),
     ("imagenet@beit-repo", "L/16", (1e-3, 50, 5, 0.75, 0.2, 0.25, 1, 0.05, 1024, "mean")),
+    ("imagenet@scratch", "B/16", (1.6e-3, 300, 20, None, 0.1, 0.0, 1, 0.3, 4096, "cls")),
+    ("imagenet@scratch", "H/14", (1.6e-3, 200, 20, None, 0.2, 0.0, 1, 0.3, 4096, "cls")),
+    ("imagenet@beit-from-22k", "B/16", (2e-5, 30, 5, 0.85, 0.1, 0.25, 1, 1e-8, 512, "mean")),
+    ("imagenet@beit-from-22k", "L/16", (2e-5, 30, 5, 0.9, 0.4, 0.25, 1, 1e-8, 512, "mean")),
+    ("imagenet@deit-384", "B/16", (5e-6, 30, 5, None, 0.1, 0.25, 3, 1e-8, 512, "cls")),
+    ("imagenet@deit-384", "L/16", None),
+    ("imagenet@384", "L/16", (5e-6, 10, 5, None, 0.1, 0.25, 3, 1e-8, 512, "mean")),
     ("imagenet@384", "B/16", (5e-6, 10, 5, None, 0.1, 0.25, 3, 1e-8, 512, "mean")),
     ("imagenet@384", "H/14", None),
     ("imagenet@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
     ("inat2017", "H/14", (4e-3, 50, 5, 0.75, 0.2, 0.0, 1, 0.05, 1024, "cls")),
     ("places365@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
     ("inat2019@deit", "B/16", (7.5e-5, 360, 5, None, 0.1, 0.1, 3, 0.05, 768, "cls")),
+    ("inat2018@dino", "B/16", (1e-4, 300, 5, None, 0.1, 0.25, 3, 0.05, 1024, "cls")),
     ("cifar100", "B/16", (4e-3, 150, 20, 0.65, 0.1, 0.0, 3, 0.3, 512, "mean")),
     ("cifar100", "L/16", None),
     ("cifar100@mocov3", "B/16", (6e-4, 100, 3, None, 0.1, 0.0, 1, 0.1, 1024, "cls")),
     ("cifar100@dino", "B/16", (7.5e-6, 1000, 5, None, 0.1, 0.25, 3, 0.05, 768, "cls")),
-])
+]
+
+
+@pytest.mark.parametrize("name,size,expected", FIGURES)
 def test_recipes_of_the_papers(name: str, size: str, expected: tuple[object, ...] | None) -> None:
     """A wrong value here is a number that does not mean what its column says."""
     assert values(name, size) == expected
 
 
+def test_no_published_recipe_goes_unchecked() -> None:
+    """One without its figures above, or one that no column leads to."""
+    evaluators = [build("evals", name) for name, _, expected in FIGURES if expected]
+    assert {e.usual if e.by == "default" else e.by for e in evaluators} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name,expected", [  # recipes A5, A7, A11: DeiT's code warms up from 1e-6 and ends at 1e-5, its command for 384 pixels at 5e-6
+    ("imagenet@deit-384", (5e-6, 512, 1e-6, 5e-6, 0.8, 1.0)), ("imagenet@384", (5e-6, 512, 1e-6, 5e-6, 0.8, 1.0)),
+    ("imagenet@beit-from-22k", (2e-5, None, 0.0, 1e-6, 0.0, 0.0)), ("inat2018@dino", (5e-5, 512, 1e-6, 1e-5, 0.8, 1.0)),
+    ("inat2018@deit", (7.5e-5, None, 1e-6, 1e-5, 0.8, 1.0)), ("cifar100@dino", (5e-6, 512, 1e-6, 0.0, 0.8, 1.0)),
+    ("cifar100@mocov3", (3e-4, 512, 1e-6, 1e-5, 0.5, 1.0)),
+])
+def test_scaling_and_ends_of_what_is_trained_with_deits_code(name: str, expected: tuple[float | None, ...]) -> None:
+    """lr as given, batch that it is for, warm-up's start, schedule's end, mixup, cutmix; RandAugment and smoothing are in all of them."""
+    r = build("evals", name).recipe(PAPER, SIZES["B/16"])
+    assert (r.lr, r.lr_batch, r.warmup_lr, r.min_lr, r.augment.mixup, r.augment.cutmix) == expected
+    assert (r.augment.rand_augment, r.augment.smoothing, r.optimizer, r.betas) == ("rand-m9-mstd0.5-inc1", 0.1, "adamw", (0.9, 0.999))
+
+
+@pytest.mark.parametrize("by", PUBLISHED)
+def test_the_learning_rate_never_rises_after_its_warm_up(by: str) -> None:
+    """A floor above the peak turned the schedule of DINO's CIFAR-100 around; such a recipe is refused now."""
+    for vit in SIZES.values():
+        if (recipe := PUBLISHED[by].recipe(vit.paper_size)) is not None:
+            steps = np.linspace(10_000 * recipe.warmup / recipe.epochs + 1, 9_999, 50)
+            rates = [lr_at(recipe, int(s), 10_000) for s in steps]
+            assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates)) and max(rates) <= recipe.peak_lr * (1 + 1e-12), by
+    with pytest.raises(UserError, match=r"min_lr 1e-05 lies above the peak learning rate 7\.5e-06"):
+        Recipe(batch=768, lr=5e-6, lr_batch=512, epochs=1000, min_lr=1e-5)
+
+
 def test_what_was_never_published_is_marked() -> None:
     """The footnotes of a table are made of these."""
-    for name, words in (("inat2018", "lr, epochs"), ("imagenet@448", "all"), ("imagenet@beit", "lr")):
+    for name, words in (("inat2018", "lr, epochs"), ("imagenet@448", "all"), ("imagenet@beit", "lr"), ("cifar100@dino", "min_lr"), ("inat2019@dino", "batch"),
+                        ("imagenet@scratch", "pooling")):
         recipe = build("evals", name).recipe(PAPER, SIZES["B/16"])
         assert dict(recipe.sources)[words].startswith("ours")
+
+
+def test_each_variant_of_a_transfer_says_where_it_comes_from() -> None:
+    """`harness list evals` showed bare field values for DINO's, DeiT's and MoCo's."""
+    for name in ("imagenet", "inat2017", "inat2018", "inat2019", "places205", "cifar100", "linear"):
+        plugin = build("evals", name)
+        assert set(plugin.variants) == set(plugin.variant_sources), name
+    assert source_of(build("evals", "cifar100@dino").recipe(PAPER, SIZES["B/16"]), ("augment", "repeats")).startswith("DINO-repo issue #144")
+    assert source_of(build("evals", "inat2018@dino").recipe(PAPER, SIZES["B/16"]), ("augment", "mixup")).startswith("DeiT-paper Table 9")
 
 
 def test_sizes_and_protocols_without_a_recipe() -> None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from evals.layers import LayerProbes
 from evals.linear import Linear, features, train_on_features
 from evals.scoring import labelled_images
 from harness.augment import EvalTransform
 from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
 from harness.classifier import Classifier
+from harness.data import ImageList
 from harness.plugins import EvalContext, Session
 from harness.randomness import seed_all
 from harness.spec import Augment, Interrupted, JobFailed, Protocol, Recipe, UserError, ViTConfig
@@ -143,6 +145,79 @@ def test_beits_probe_reads_a_middle_layer(colors: Path, tmp_path: Path) -> None:
     assert evaluator.skip(CONFIG) is None and Linear(by="beit", layer=3).skip(CONFIG) is not None
     with pytest.raises(UserError, match="belongs to BEiT's protocol"):
         Linear(layer=3)
+
+
+def layer_probes() -> LayerProbes:
+    """On the untrained backbone, the same each time."""
+    base = backbone()
+    seed_all("head")
+    return LayerProbes(base.build(), 2, base.mean, base.std)
+
+
+def test_beits_code_gives_each_block_a_head_that_learns_as_if_alone() -> None:
+    """Class token and mean side by side, before the final norm (recipes A7)."""
+    model, vit = layer_probes().train(), backbone().build().eval()
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = vit.run_blocks(vit.place(vit.patches(model.normalize(images))))
+    assert len(model.heads) == len(tokens) == 2
+    for found, expected in zip(model.features(images), tokens, strict=True):
+        assert torch.allclose(found, torch.cat([expected[:, 0], expected[:, 1:].mean(1)], dim=1), atol=1e-6)
+    batch = {"image": images, "label": torch.tensor([0, 1])}
+    model(batch)["loss"].backward()
+    for head, feature in zip(model.heads, model.features(images), strict=True):
+        alone = torch.nn.functional.cross_entropy(head(feature), batch["label"])
+        assert torch.allclose(torch.autograd.grad(alone, head.weight)[0], head.weight.grad, atol=1e-6)
+    assert all(p.grad is None for p in model.vit.parameters())
+
+
+def test_a_probe_on_every_block_learns_and_resumes(colors: Path, tmp_path: Path) -> None:
+    """Stopped in training, while choosing, or while scoring: the same number, which is that of the chosen block."""
+    recipe = Recipe(batch=8, lr=0.05, iterations=30, frozen=("vit.*",), decay_vectors=True)
+    whole = Linear(by="beit-repo").run(backbone(), context(tmp_path / "whole", colors, recipe))
+    facts = whole.facts
+    assert whole.metrics["top-1"] == pytest.approx(facts["top1_by_layer"][facts["layer"] - 1]) and whole.metrics["top-1"] > 80
+    assert facts["held_out_images"] == 1 and facts["scored_images"] == 12
+    for stop in (9, 31, 32):
+        place = tmp_path / f"parts{stop}"
+        with pytest.raises(Interrupted):
+            Linear(by="beit-repo").run(backbone(), context(place, colors, recipe, stop))
+        resumed = Linear(by="beit-repo").run(backbone(), context(place, colors, recipe))
+        assert resumed.outcomes.read_bytes() == whole.outcomes.read_bytes()
+        assert {**resumed.facts, "seconds": 0} == {**facts, "seconds": 0}
+
+
+def test_val_has_no_say_in_which_block_counts(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held out, block 2 is right; on val, block 1 would be better. The images that choose are not trained on."""
+    trained: list[str] = []
+
+    def fit(model: object, images: ImageList, *more: object) -> dict[str, float]:
+        trained.extend(images.files)
+        return {"steps": 1}
+
+    def score(model: object, images: ImageList, transform: object, session: object, stage: str, **more: object) -> tuple[np.ndarray, np.ndarray]:
+        assert stage == "predict" or not set(images.files) & set(trained)
+        right, wrong, half = images.labels, 1 - images.labels, np.where(np.arange(len(images)) % 2, images.labels, 1 - images.labels)
+        return np.arange(len(images)), np.stack([wrong, right] if stage == "choose" else [right, half], axis=1)
+
+    monkeypatch.setattr("evals.layers.fit", fit)
+    monkeypatch.setattr("evals.layers.score", score)
+    outcome = Linear(by="beit-repo").run(backbone(), context(tmp_path / "job", colors))
+    assert (outcome.facts["layer"], outcome.facts["held_out_by_layer"], outcome.facts["top1_by_layer"]) == (2, [0.0, 100.0], [100.0, 50.0])
+    assert outcome.metrics["top-1"] == 50.0 and len(trained) == 23
+
+
+def test_recipe_of_beits_code() -> None:
+    """run_linear_eval.py's defaults: AdamW, lr 1e-3 x batch / 256, 100 epochs, weight decay 1e-4 on all; what is ours is marked; no ViT-H, no layer."""
+    evaluator, large = Linear(by="beit-repo"), ViTConfig(width=1024, depth=24, heads=16)
+    recipe = evaluator.recipe(dataclasses.replace(TINY, family="paper"), large)
+    assert recipe is not None and (recipe.peak_lr, recipe.epochs, recipe.batch, recipe.weight_decay, recipe.decay_vectors) == (4e-3, 100, 1024, 1e-4, True)
+    assert (recipe.optimizer, recipe.warmup, recipe.min_lr, recipe.augment) == ("adamw", 0.0, 0.0, Augment(crop_scale=(0.08, 1.0)))
+    assert {words for words, source in recipe.sources if source.startswith("ours")} == {"batch", "schedule, augment", "layer"}
+    assert evaluator.recipe(dataclasses.replace(TINY, family="paper"), ViTConfig(patch=14, width=1280, depth=32, heads=16)) is None
+    assert evaluator.recipe(TINY, CONFIG) is not None and evaluator.recipe(dataclasses.replace(TINY, family="unknown"), large) is None
+    with pytest.raises(UserError, match="belongs to BEiT's protocol"):
+        Linear(by="beit-repo", layer=3)
 
 
 def test_recipe_of_beits_probe() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from known_answers import cases, golden, golden_csv
+from timm.data import ImageNetInfo
 
+from evals.robustness import places_among
 from evals.robustness_metrics import ALEXNET_ERROR, corruption_errors, mean_corruption_error, mean_error, predict_among, top1_among
+from harness.data import ImageList
 
 ARRAYS = golden("robustness_metrics")
 PRECISIONS = (np.float32, np.float64)
@@ -49,3 +55,14 @@ def test_top1_is_among_the_subsets_classes(benchmark: str, precision: type) -> N
     assert top1_among(logits, indices, target) == pytest.approx(float(ARRAYS[f"{benchmark}/top1"]), rel=1e-12)
     everything = np.arange(logits.shape[1])
     assert top1_among(logits, everything, indices[target]) == pytest.approx(float(ARRAYS[f"{benchmark}/top1_over_all_1000"]), rel=1e-12)
+
+
+@pytest.mark.parametrize("benchmark", cases(ARRAYS))
+def test_classes_of_the_subsets_are_the_benchmarks_in_our_order(benchmark: str) -> None:
+    """Folders in the order of their names are the benchmark's own numbering, and each finds its place among ImageNet's thousand."""
+    rows = golden_csv(f"{benchmark}_classes")
+    folders, places = [row["wnid"] for row in rows], [int(row["imagenet_index"]) for row in rows]
+    assert [int(row["subset_index"]) for row in rows] == list(range(200)) and folders == sorted(folders)
+    images = ImageList(Path(), (), np.zeros(0, dtype=np.int64), tuple(folders))
+    model = SimpleNamespace(classes=tuple(ImageNetInfo("imagenet-1k").label_names()))
+    assert places_among(images, model, benchmark).tolist() == places == ARRAYS[f"{benchmark}/indices"].tolist()

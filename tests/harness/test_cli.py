@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli
+from harness import cli, data
 from harness.spec import UserError
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -74,7 +74,8 @@ def test_list_shows_plugins_of_others(harness: Call) -> None:
     assert "rotation@two" in harness("list", "methods").stdout
     assert "nearest-mean" in harness("list", "evals").stdout
     assert "vit-smoke" in harness("list", "backbones", "--protocol", "smoke").stdout
-    assert "imagenet" in harness("list", "datasets").stdout
+    listed = dict(line.split(None, 1) for line in harness("list", "datasets").stdout.splitlines())
+    assert set(listed) == set(data.folder_names()) and listed["inat2019"] == "yours, with --data DIR: DIR/inat2019" and "DIR" not in listed["imagenet"]
 
 
 @pytest.mark.parametrize("text", ["1,2", "0", "3,1,2"])

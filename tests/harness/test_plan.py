@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -84,3 +86,16 @@ def test_seeds_change_every_key_and_no_setting(smoke_data: Path) -> None:
     zero, one = (plan(smoke_data, "mae", "linear", seeds=(s,)) for s in (0, 1))
     assert not {n.key for n in zero.nodes} & {n.key for n in one.nodes}
     assert zero.cells[0].about["settings"] == one.cells[0].about["settings"]
+
+
+def test_a_recipe_is_read_before_it_is_paid_for(smoke_data: Path, harness: Callable[..., CompletedProcess[str]]) -> None:
+    """A batch or a learning rate that was misunderstood costs GPU-weeks; nothing else shows them before the first step."""
+    sources = (("lr, epochs", "ours: a guess"), ("all", "Table 8"))
+    assert str(Recipe(batch=4096, lr=1.5e-4, lr_batch=256, epochs=800, sources=sources)) == (
+        "lr 0.00015 x 4096/256 = 0.0024, batch 4096, 800 epochs [Table 8; lr ours: a guess]")
+    assert str(Recipe(batch=32, lr=1e-3, iterations=60)) == "lr 0.001, batch 32, 60 iterations [no source given]"
+    line = ("run", "--methods", "mae", "--evals", "linear", "--protocol", "smoke", "--data", str(smoke_data), "--dry-run")
+    shown = harness(*line, "--set", "mae.recipe.lr=0.25").stdout.splitlines()
+    assert shown[1].startswith("      lr 0.25, batch 32, 60 iterations") and shown[3].startswith("      lr 0.1 x 64/64 = 0.1, batch 64, 20 epochs")
+    scratch = harness("run", "--methods", "scratch", *line[3:]).stdout.splitlines()
+    assert scratch[1].startswith("[2/2]")  # nothing is trained, nothing is shown

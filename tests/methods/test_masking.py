@@ -9,7 +9,7 @@ import pytest
 import torch
 from known_answers import cases, golden
 
-from methods.masking import BlockMask, block_mask, masked_indices, random_mask, scaled
+from methods.masking import Algorithm1, BlockMask, block_mask, masked_indices, random_mask, scaled
 
 ARRAYS = golden("beit_masking")
 CASES = cases(ARRAYS)
@@ -49,6 +49,20 @@ def test_masks_of_a_sample_have_the_originals_distribution(case: str) -> None:
     for name, found, p in (("map", masks.mean(axis=0), stat["probability_map"]), ("counts", np.bincount(hidden, minlength=len(histogram)) / n, histogram)):
         assert (np.abs(found - p) <= 5 * np.sqrt(p * (1 - p) * both) + 3 / n).all(), name
     assert hidden.max() <= make.target and (hidden < make.target).mean() == pytest.approx(1 - histogram[make.target], abs=5 * (0.25 * both) ** 0.5)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (6, 9)])
+def test_masks_of_the_papers_algorithm_hide_more_than_the_codes(grid: tuple[int, int]) -> None:
+    """It goes on until more than 40 % is hidden and may overshoot by its last rectangle, where the code stops at 38 % or before."""
+    rng, patches = np.random.default_rng(3), grid[0] * grid[1]
+    smallest = scaled(16, patches)
+    masks = np.stack([block_mask(rng, Algorithm1(*grid, smallest)) for _ in range(300)])
+    hidden = masks.sum(axis=1)
+    assert (hidden > 0.4 * patches).all() and len(set(hidden)) > 3 and 0.4 < hidden.mean() / patches < 0.55
+    assert masks.mean(axis=0).min() > 0.01  # every patch is hidden now and then
+    assert block_mask(np.random.default_rng(0), BlockMask(*grid, scaled(75, patches), smallest)).sum() <= 0.4 * patches
+    rows = [m.reshape(grid) for m in masks]
+    assert np.mean([(r[1:] & r[:-1]).sum() for r in rows]) > 0.6 * hidden.mean()  # in blocks
 
 
 def test_counts_scale_with_the_grid() -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from known_answers import golden, section
+from PIL import Image
 from torch import nn
 
-from harness.spec import JobFailed, UserError
+from harness.cli import main
+from harness.spec import UserError
 from methods.dalle import Decoder, load_tokenizer, read_released
 
 ARRAYS = golden("dalle_encoder")
@@ -81,7 +83,7 @@ def test_openais_pickles_give_openais_tokens(zipped: bool, stubs: Stubs, tmp_pat
     with torch.no_grad():
         output = decoder(nn.functional.one_hot(codes, ARRAYS[f"{DECODER}/state/blocks.input.w"].shape[1]).permute(0, 3, 1, 2).float())
     np.testing.assert_allclose(output.numpy(), ARRAYS[f"{DECODER}/output"], atol=2e-5)
-    with pytest.raises(JobFailed, match="decoder"):
+    with pytest.raises(UserError, match="decoder"):
         load_tokenizer(tmp_path / f"{DECODER}.pkl")
 
 
@@ -128,3 +130,23 @@ def test_other_modules_and_broken_files_are_refused(stubs: Stubs, tmp_path: Path
         read_released(tmp_path / "cut.pkl")
     with pytest.raises(UserError, match="cannot be read"):
         read_released(tmp_path / "none.pkl")
+
+
+@pytest.mark.parametrize("file", ["malicious", "text", "decoder"])
+def test_a_wrong_tokenizer_is_found_before_anything_starts(file: str, stubs: Stubs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise the dry run is content, and the job fails on the cluster."""
+    trace, data = tmp_path / "trace", tmp_path / "data"
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            (data / "imagenet" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(data / "imagenet" / split / name / "a.png")
+    (data / "dall-e").mkdir()
+    if file == "text":
+        (data / "dall-e" / "encoder.pkl").write_bytes(b"<html>not found</html>")
+    else:
+        torch.save(Evil((os.system, (f"touch {trace}",))) if file == "malicious" else original(DECODER, stubs), data / "dall-e" / "encoder.pkl")
+    remove()
+    line = ["run", "--methods", "beit", "--evals", "linear", "--protocol", "paper", "--data", str(data), "--runs", str(tmp_path / "runs"), "--dry-run"]
+    assert main(line) == 2 and not trace.exists() and not (tmp_path / "runs").exists()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "encoder.pkl" in said and {"malicious": "refused", "text": "no checkpoint", "decoder": "holds a decoder"}[file] in said

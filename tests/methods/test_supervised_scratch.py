@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from protocols_for_tests import family
 
+from harness import plugins
+from harness.checkpoint import Backbone
 from harness.plugins import TrainContext
 from harness.randomness import seed_all
 from harness.spec import UserError, ViTConfig
@@ -50,7 +54,17 @@ def test_scratch_only_initialises_and_differs_by_seed() -> None:
 
 
 def test_scratch_is_trained_from_scratch_under_paper() -> None:
-    """Its imagenet cell is no fine-tune of random weights."""
-    overrides = Scratch().transfer("imagenet", family("paper"), ViTConfig())
-    assert overrides.recipe["weight_decay"] == 0.3 and overrides.recipe["ema"] == 0.9999 and overrides.recipe["epochs"] == 300 and overrides.source
-    assert not Scratch().transfer("ade20k", family("paper"), ViTConfig()).recipe and not Scratch().transfer("imagenet", family("demo"), ViTConfig()).recipe
+    """Its imagenet cell is no fine-tune of random weights, and it is what `supervised` trains by, read-out and start of the head included."""
+    scratch, supervised, vit = Scratch(), Supervised(), ViTConfig()
+    assert scratch.transfer("imagenet", family("paper"), vit).variant == "scratch"
+    assert not scratch.transfer("ade20k", family("paper"), vit).variant and not scratch.transfer("imagenet", family("demo"), vit).variant
+    evaluator = plugins.build("evals", "imagenet@scratch")
+    ours, theirs = evaluator.recipe(family("paper"), vit), supervised.recipe(family("paper"), vit)
+    assert ours == theirs and (ours.weight_decay, ours.ema, ours.epochs) == (0.3, 0.9999, 300)
+    assert evaluator.read_out(family("paper")) == supervised.pooling == "cls"
+    checkpoint, recipe = Backbone(SMALL, scratch.mean, scratch.std, ViT(SMALL).state_dict()), replace(ours, drop_path=0.0)
+    torch.manual_seed(0)
+    heads = [plugins.build("evals", n).fresh_classifier(checkpoint, tuple("abcd"), SMALL, recipe, "cls").head for n in ("imagenet@scratch", "imagenet@beit")]
+    assert [round(float(h.weight.detach().std()), 5) for h in heads] == [pytest.approx(0.02, rel=0.2), pytest.approx(2e-5, rel=0.5)]
+    mean = Supervised(pooling="mean").recipe(family("paper"), vit)
+    assert mean is not None and next(s for what, s in mean.sources if what == "pooling").startswith("MAE-repo")

@@ -9,11 +9,16 @@ from html.parser import HTMLParser
 import pandas
 import pytest
 
+from harness import plugins
+from harness.canonical import canonical
 from harness.collect import Result
 from harness.spec import Metric
+from protocols.paper import BACKBONES, paper
 from results.beside import LAYOUTS, fill, paper_table
+from results.cells import sheets
+from results.reference.names import EVALUATORS, counterpart
 from results.reference.published import published
-from results.standing import Standing
+from results.standing import Standing, compare
 from results.table import Table
 
 VIT = {"patch": 16, "width": 768, "depth": 12, "heads": 12, "positions": "sincos-mae"}
@@ -117,6 +122,13 @@ def segmented(method: str, evaluator: str, epochs: int, **more) -> list[Result]:
 def test_a_near_evaluator_stands_with_its_difference_named() -> None:
     s = standing(segmented("mae", "ade20k@mae-160k", 1600), "mae-table5")
     assert "published with 100 epochs" in s.differences[0] and len(s.differences) == 1 and s.verdict.startswith("no verdict")
+    (row,) = (r for r in published() if (r.method, r.eval, r.paper, r.backbone) == ("BEiT", "IN1K-linear", "BEiT", "ViT-B/16"))
+    told = {}
+    for name in ("linear@beit", "linear@beit-repo", "linear"):
+        (sheet,) = sheets(measured(57.0, method="beit", evaluator=name, epochs=800, files={"tokenizer": "s"}))
+        (cell,) = sheet.cells.values()
+        told[name] = compare(cell, row).differences
+    assert told["linear@beit"] == () and "at the best block" in told["linear@beit-repo"][0] and "MAE's protocol" in told["linear"][0]
 
 
 @pytest.mark.parametrize(("evaluator", "where"), [("ade20k", "mae-table5"), ("ade20k@mae", "mae-table5"), ("ade20k@setr", "beit-table3"),
@@ -203,6 +215,31 @@ def test_what_was_never_published_is_told_unless_the_methods_paper_has_it() -> N
     assert [r["remarks"] for r in json.loads(Table.render_layout("mae-table3", [chosen], "json")) if r["value"]] == [[told]]
     demo = replace(chosen, lineage=({**chosen.lineage[0], "family": "demo"}, pretraining))
     assert "not published" not in Table.render([demo])  # the caption says it of the whole table
+
+
+def test_a_row_that_its_paper_tunes_by_another_table_says_so_and_what_of_it_is_ours() -> None:
+    """BEiT's own cells lost "ours" when all sources of Table 13 were joined into one."""
+    recipe = canonical(plugins.build("evals", "imagenet@beit").recipe(paper, BACKBONES["vit-b16"]))
+    (result,) = measured(83.0, method="beit", epochs=800)
+    evaluation, pretraining = result.lineage
+    tuned = replace(result, lineage=({**evaluation, "recipe": recipe, "plugin": {"by": "beit"}}, pretraining))
+    text = Table.render([tuned])
+    assert "imagenet tuned by BEiT-paper Table 13, ImageNet, Base (recipes A7)" in text
+    assert "ours, not published: lr of imagenet: one of the paper's sweep of 2e-3 to 5e-3" in text
+    assert "tuned by" not in Table.render([replace(tuned, eval="imagenet@beit")])  # the column's name says it
+
+
+def test_a_published_number_stands_beside_its_own_recipe() -> None:
+    """DeiT's 384 pixels are 30 epochs, not BEiT's ten; DINO fine-tunes on iNaturalist otherwise than DeiT; one read-out is the published one."""
+    files = {"pretrained_on": "imagenet", "epochs": 300}
+    deit = standing(measured(83.0, method="supervised@deit", evaluator="imagenet@deit-384", **files), "beit-table1", "DeiT384-B", "ImageNet top-1")
+    beits = standing(measured(83.0, method="supervised@deit", evaluator="imagenet@384", **files), "beit-table1", "DeiT384-B", "ImageNet top-1")
+    assert deit.differences == () and beits.differences == ("10 epochs at 384, as BEiT's; published with DeiT's 30",)
+    names = {(r.method, r.eval): counterpart(EVALUATORS, r).names for r in published() if r.paper == "DINO" and r.eval.startswith("iNat")}
+    assert names == {("DINO", "iNat2018-ft"): ("inat2018@dino",), ("DINO", "iNat2019-ft"): ("inat2019@dino",),
+                     ("supervised", "iNat2018-ft"): ("inat2018@deit",), ("supervised", "iNat2019-ft"): ("inat2019@deit",)}
+    cls, mean = (standing(measured(82.0, method=m, epochs=300), row="scratch") for m in ("supervised", "supervised@mean"))
+    assert cls.differences == () and "mean of the patch tokens" in mean.differences[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

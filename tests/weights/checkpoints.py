@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-GOLDEN = Path(os.environ.get("HARNESS_GOLDEN", Path(__file__).resolve().parents[1] / "golden"))
 SIZE, PATCH, WIDTH, DEPTH, HEADS = 32, 8, 48, 2, 4
 COMMON = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
 HF = {
@@ -61,11 +58,6 @@ def transformer(kind: str, **changes: Any) -> nn.Module:
         with torch.no_grad():
             model.base_model.embeddings.position_embeddings.copy_(table(height=side, width=side, embed_dim=width, cls_token=True).roll(width // 2, -1)[None])
     return shaken(model)
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
 
 
 def recorded(arrays: Mapping[str, np.ndarray], names: str | None = None) -> dict[str, Tensor]:

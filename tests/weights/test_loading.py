@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import arguments, golden, images, mm_keys, recorded, timm_beit, timm_vit, transformer
+from checkpoints import arguments, images, mm_keys, recorded, timm_beit, timm_vit, transformer
+from known_answers import cases, golden
 from torch import Tensor
 
 from harness.spec import IMAGENET_MEAN, UserError, ViTConfig
 from harness.vit import ViT
 from weights.files import files_of
 from weights.loading import Loaded, read
+from weights.method import Weights
 
 
 def vit_of(loaded: Loaded, heads: int | None = None) -> ViT:
     """Our ViT with the weights, strictly."""
-    import dataclasses
-
     vit = ViT(loaded.config if heads is None else dataclasses.replace(loaded.config, heads=heads))
     vit.load_state_dict(dict(loaded.state), strict=True)
     return vit.eval()
@@ -133,7 +134,7 @@ def test_official_mae_pretraining(tmp_path: Path) -> None:
     """Keys as in MAE's release, with decoder and `args`: the visible patches' latent is the recorded one."""
     arrays = golden("mae_pretrain")
     torch.save({"model": recorded(arrays), "epoch": 799, "args": arguments(model="mae_vit_base_patch16")}, tmp_path / "mae.pth")
-    loaded = read(files_of(tmp_path / "mae.pth"))
+    loaded = read(files_of(tmp_path / "mae.pth"), arrays["imgs"].shape[2:])
     assert (loaded.style, loaded.config.positions, loaded.mean) == ("mae-pretrain", "sincos-mae", IMAGENET_MEAN)
     assert "mask_token" in loaded.left_out and any(k.startswith("decoder_blocks.") for k in loaded.left_out)
     vit = vit_of(loaded, heads=int(arrays["config/heads"]))
@@ -142,57 +143,61 @@ def test_official_mae_pretraining(tmp_path: Path) -> None:
     same(vit.encode(vit.place(vit.patches(x, keep), keep), keep), torch.from_numpy(arrays["latent"]))
 
 
-@torch.no_grad()
-def test_official_mae_fine_tuned(tmp_path: Path) -> None:
-    """With class token and final norm, and with mean pooling and fc_norm: the recorded logits."""
-    arrays = golden("mae_finetune")
-    x = torch.from_numpy(arrays["images"])
-    for run in ("global_pool", "cls_token"):
-        whole, names = recorded(arrays), [str(n) for n in arrays[f"{run}/state_names"]]
-        state = {n: whole[n if n in whole else f"fc_{n}"] for n in names}  # the class-token model has the same numbers as norm
-        torch.save({"model": state}, tmp_path / f"{run}.pth")
-        loaded = read(files_of(tmp_path / f"{run}.pth"))
-        vit = vit_of(loaded, heads=int(arrays["config/heads"]))
-        tokens = vit.run_blocks(vit.place(vit.patches(x)))[-1]
-        if run == "global_pool":
-            pooled = torch.nn.functional.layer_norm(tokens[:, 1:].mean(1), tokens.shape[-1:], state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
-        else:
-            pooled = vit.norm(tokens)[:, 0]
-        same(pooled @ state["head.weight"].T + state["head.bias"], torch.from_numpy(arrays[f"{run}/logits"]))
-        assert set(loaded.left_out) == {"head.weight", "head.bias"}
+FILES = {name: golden(name) for name in ("mae_finetune", "beit_finetune", "beit_pretrain")}
+RUNS = [(name, run) for name, arrays in FILES.items() for run in cases(arrays, holds="state_names")]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["abs", "rel", "abs_rel"])
-def test_official_beit_pretraining(variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name,run", [r for r in RUNS if r[0] != "beit_pretrain"])
+def test_official_fine_tuned(name: str, run: str, tmp_path: Path) -> None:
+    """With class token and final norm, or with mean pooling and fc_norm, per-block or shared bias: the recorded logits."""
+    arrays = FILES[name]
+    whole, names = recorded(arrays), [str(n) for n in arrays[f"{run}/state_names"]]
+    state = {n: whole[n if n in whole else f"fc_{n}"] for n in names}  # MAE's class-token model has the same numbers as norm
+    torch.save({"model": state}, tmp_path / "file.pth")
+    loaded = read(files_of(tmp_path / "file.pth"), arrays["images"].shape[2:])
+    vit = vit_of(loaded, heads=int(arrays["config/heads"]))
+    tokens = vit.run_blocks(vit.place(vit.patches(torch.from_numpy(arrays["images"]))))[-1]
+    if "fc_norm.weight" in state:
+        pooled = torch.nn.functional.layer_norm(tokens[:, 1:].mean(1), tokens.shape[-1:], state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
+    else:
+        pooled = vit.norm(tokens)[:, 0]
+    same(pooled @ state["head.weight"].T + state["head.bias"], torch.from_numpy(arrays[f"{run}/logits"]))
+    assert {"head.weight", "head.bias"} <= set(loaded.left_out)
+    if name == "beit_finetune":
+        assert loaded.mean == (0.5, 0.5, 0.5) and any("mean and std" in n for n in loaded.notes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("run", [run for name, run in RUNS if name == "beit_pretrain"])
+def test_official_beit_pretraining(run: str, tmp_path: Path) -> None:
     """Shared relative bias, LayerScale, q and v bias: the recorded logits of all patches."""
-    arrays = golden("beit_pretrain")
-    state = recorded(arrays, f"{variant}/state_names")
+    arrays = FILES["beit_pretrain"]
+    state = recorded(arrays, f"{run}/state_names")
     torch.save({"model": state, "args": arguments(model="beit_base_patch16_224_8k_vocab", imagenet_default_mean_and_std=True)}, tmp_path / "beit.pth")
-    loaded = read(files_of(tmp_path / "beit.pth"))
-    assert (loaded.style, loaded.config.relative_bias, loaded.mean) == ("beit", "none" if variant == "abs" else "shared", IMAGENET_MEAN)
+    loaded = read(files_of(tmp_path / "beit.pth"), arrays["images"].shape[2:])
+    bias = "shared" if any(k.startswith("rel_pos_bias") for k in state) else "none"
+    assert (loaded.style, loaded.config.relative_bias, loaded.mean) == ("beit", bias, IMAGENET_MEAN)
     vit = vit_of(loaded, heads=int(arrays["config/heads"]))
     x = vit.patches(torch.from_numpy(arrays["images"]))
     x = torch.where(torch.from_numpy(arrays["bool_masked_pos"]).bool().flatten(1)[:, :, None], state["mask_token"], x)
     logits = vit.encode(vit.place(x))[:, 1:] @ state["lm_head.weight"].T + state["lm_head.bias"]
-    same(logits, torch.from_numpy(arrays[f"{variant}/logits_all"]))
+    same(logits, torch.from_numpy(arrays[f"{run}/logits_all"]))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rel_mean", "abs_cls", "shared_mean"])
-def test_official_beit_fine_tuned(variant: str, tmp_path: Path) -> None:
-    arrays = golden("beit_finetune")
-    state = recorded(arrays, f"{variant}/state_names")
-    torch.save({"model": state}, tmp_path / "beit.pth")
-    loaded = read(files_of(tmp_path / "beit.pth"))
-    assert loaded.mean == (0.5, 0.5, 0.5) and any("mean and std" in n for n in loaded.notes)
-    vit = vit_of(loaded, heads=int(arrays["config/heads"]))
-    tokens = vit.run_blocks(vit.place(vit.patches(torch.from_numpy(arrays["images"]))))[-1]
-    if variant == "abs_cls":
-        pooled = vit.norm(tokens)[:, 0]
-    else:
-        pooled = torch.nn.functional.layer_norm(tokens[:, 1:].mean(1), tokens.shape[-1:], state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
-    same(pooled @ state["head.weight"].T + state["head.bias"], torch.from_numpy(arrays[f"{variant}/logits"]))
+@pytest.mark.parametrize("style", ["mae", "beit"])
+def test_a_grid_that_is_no_square_is_read_when_its_size_is_told(style: str, tmp_path: Path) -> None:
+    """2 x 4 patches have as many positions as 4 x 2: a guess would mix the rows up, so without the size the file is refused."""
+    model = timm_vit(img_size=(16, 32)) if style == "mae" else timm_beit(img_size=(16, 32), use_rel_pos_bias=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "wide.pth")
+    with pytest.raises(UserError, match="no grid of patches with a class token fits"):
+        read(files_of(tmp_path / "wide.pth"))
+    loaded = read(files_of(tmp_path / "wide.pth"), (16, 32))
+    wide = images()[:, :, :16]
+    same(vit_of(loaded, heads=4).tokens(wide), model.forward_features(wide))
+    with pytest.raises(UserError, match="no grid of patches"):
+        read(files_of(tmp_path / "wide.pth"), (16, 16))
 
 
 def test_published_sizes_tell_the_heads(tmp_path: Path) -> None:
@@ -200,6 +205,15 @@ def test_published_sizes_tell_the_heads(tmp_path: Path) -> None:
     state = timm_vit(embed_dim=384, num_heads=6, depth=1).state_dict()
     torch.save({"model": state}, tmp_path / "deit.pth")
     assert (lambda c: (c.config.heads, c.heads_from))(read(files_of(tmp_path / "deit.pth"))) == (6, "published size")
+
+
+def test_where_two_published_models_share_a_width_the_heads_are_told_and_can_be_set(tmp_path: Path) -> None:
+    """DeiT's ViT-S has 6 heads, MoCo v3's 12, and no tensor shows it: read with the wrong number, the features are noise."""
+    torch.save({"model": timm_vit(embed_dim=384, num_heads=12, depth=1).state_dict()}, tmp_path / "moco.pth")
+    method, small = Weights.from_argument(str(tmp_path / "moco.pth")), ViTConfig((32, 32), 8, 384, 1, 12)
+    assert "number of heads not in the file: 6, as DeiT's and DINO's ViT-S; MoCo v3's has 12" in method.notes(small)
+    chosen = dataclasses.replace(method, heads=12)
+    assert chosen.fitted(chosen.loaded(), small).heads == 12 and not any("heads" in note for note in chosen.notes(small))
 
 
 def wrong(state: dict[str, Tensor], how: str) -> Any:

@@ -1,0 +1,98 @@
+"""A linear probe on every block at once, as BEiT's run_linear_eval.py trains them (recipes A7). The block that counts is chosen on held-out training images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness.scoring import labelled_images, score, top1
+from torch import Tensor, nn
+
+from harness.augment import EvalTransform, Normalize, TrainTransform
+from harness.classifier import PROBE_STD, single
+from harness.randomness import seed_all
+from harness.train import fit
+
+if TYPE_CHECKING:
+    from harness.checkpoint import Backbone
+    from harness.plugins import EvalContext
+    from harness.spec import Outcome
+    from harness.vit import ViT
+
+HELD = 0.02  # of the training images: 25,623 of ImageNet's
+
+
+class LayerProbes(nn.Module):
+    """A frozen ViT and a linear head on the output of each block: the class token and the mean of the patch tokens side by side, before any final norm.
+
+    The heads share a pass and nothing else: the loss is the sum of theirs, so that each is trained as if alone.
+
+    Args:
+        vit: the ViT, which stays in eval mode.
+        classes: number of classes.
+        mean, std: what images are normalised with: those of the pre-training.
+    """
+
+    def __init__(self, vit: ViT, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.vit = vit.requires_grad_(False)
+        self.normalize = Normalize((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+        heads = [nn.Linear(2 * vit.config.width, classes) for _ in vit.blocks]
+        for head in heads:
+            nn.init.trunc_normal_(head.weight, std=PROBE_STD)
+            nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
+
+    def train(self, mode: bool = True) -> LayerProbes:
+        """The ViT stays in eval mode."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Of each block, (B, 2 D), of images (B, 3, H, W) with values 0..255."""
+        outputs = self.vit.run_blocks(self.vit.place(self.vit.patches(self.normalize(images))))
+        return [single(torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1)) for x in outputs]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores of each block's head, float (B, blocks, classes)."""
+        return torch.stack([single(head(x)) for head, x in zip(self.heads, self.features(images), strict=True)], dim=1)
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
+        """{"image": (B, 3, H, W), "label": int64 (B,)} -> the sum of the heads' mean losses, and the best one's accuracy in this batch."""
+        scores, label = self.logits(batch["image"]), batch["label"]
+        losses = [F.cross_entropy(scores[:, i], label) for i in range(len(self.heads))]
+        return {"loss": torch.stack(losses).sum(), "top1": (scores.argmax(-1) == label[:, None]).float().mean(0).max()}
+
+
+def run(checkpoint: Backbone, context: EvalContext, holdout: float) -> Outcome:
+    """Train the probes on train but for the images held out, choose a block by those, score its head on val. `holdout`: see `evals.linear.Linear`.
+
+    Facts beside those of `fit`: layer, from 1; held_out_images; held_out_by_layer and top1_by_layer, 0..100 for each block.
+
+    Raises:
+        JobFailed: data or images are broken; the loss is not finite.
+    """
+    session, recipe, size = context.session, context.recipe, checkpoint.config.size
+    assert recipe is not None
+    train, val = labelled_images("imagenet", session, holdout)
+    rest, held = train.split(HELD)
+    evaluate = EvalTransform(size, 0.875 if max(size) <= 224 else 1.0)  # run_linear_eval.py: 256 to 224, bicubic
+    seed_all(session.seed, "head")
+    model: Any = LayerProbes(checkpoint.build(), len(train.classes), checkpoint.mean, checkpoint.std)  # Any: of a Classifier, `score` calls logits alone
+    facts = fit(model, rest, TrainTransform(size, recipe.augment), recipe, session)
+    predicted, accuracy = [], []
+    for stage, images in (("choose", held), ("predict", val)):
+        assert images.labels is not None
+        classes = np.full((len(images), len(model.heads)), -1, dtype=np.int64)  # -1: skipped as unreadable, which counts as wrong
+        places, rows = score(model, images, evaluate, session, stage=stage, read=lambda scores: scores.argmax(-1))
+        classes[places] = rows
+        predicted.append(classes)
+        accuracy.append(100.0 * (classes == images.labels[:, None]).mean(axis=0))
+    best = int(accuracy[0].argmax())  # of equals the first
+    chosen = {"layer": best + 1, "held_out_images": len(held), "held_out_by_layer": accuracy[0].tolist(), "top1_by_layer": accuracy[1].tolist()}
+    return top1(predicted[1][:, best], val, session, {**facts, **chosen})
