@@ -27,6 +27,7 @@ class Head(Robustness):
 
     data: ClassVar[str] = "imagenet"
     groups: ClassVar[tuple[str, ...]] = ()
+    needs_classifier: ClassVar[bool] = True
     summary: ClassVar[str] = "the classifier that a checkpoint brings with it (weights:FILE), scored on ImageNet as it is, top-1"
     source: ClassVar[str] = "MAE-repo FINETUNE.md, --eval (recipes A2)"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness.scoring import labelled_images, score, top1
 from torch import Tensor, nn
 
+from evals.scoring import labelled_images, score, top1
 from harness.augment import EvalTransform, Normalize, TrainTransform
 from harness.classifier import PROBE_STD, single
 from harness.randomness import seed_all

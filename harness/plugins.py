@@ -286,16 +286,15 @@ def importable(kind: str) -> dict[str, Any]:
 
 
 def group(kind: str, name: str) -> tuple[str, ...] | None:
-    """Members of a group of plugins ("all", or a name in their `groups`), or None when there is no such group."""
+    """Members of a group of plugins ("all" of those that train or score by themselves, or a name in their `groups`), or None when there is no such group."""
     plain = {n: cls for n, cls in importable(kind).items() if not hasattr(cls, "from_argument")}
     if name == "all":
-        return tuple(plain)
+        return tuple(n for n, cls in plain.items() if getattr(cls, "needs_classifier", False) is not True)
     members = tuple(n for n, cls in plain.items() if name in getattr(cls, "groups", ()))
     return members or None
 
 
 def groups(kind: str) -> tuple[str, ...]:
     """Names of the groups of a kind."""
-    names = {g for cls in importable(kind).values() for g in getattr(cls, "groups", ())}
-    return ("all", *sorted(names))
+    return ("all", *sorted({g for cls in importable(kind).values() for g in getattr(cls, "groups", ())}))
 

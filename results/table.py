@@ -115,7 +115,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", metavar="NAME", help="only this protocol")
     parser.add_argument("--backbone", metavar="NAME", help="only this backbone")
     parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path,
-                        help="runs folders that are there, several are joined (default: runs; --layout needs none)")
+                        help="runs folders that are there, several are joined (default: runs)")
 
 
 def choose(args: argparse.Namespace, needed: bool = True) -> Choice:

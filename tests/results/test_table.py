@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+from folders import written
 
 import results.table
 from harness.collect import Result, collect
 from harness.jobs import Node
 from harness.spec import Metric, UserError
-from harness.store import RECORD_SCHEMA, Store, record_validator, write_json
+from harness.store import Store, write_json
 from results.beside import LAYOUTS
 from results.table import Table
 
@@ -84,14 +85,13 @@ def test_records_on_disk_become_cells(tmp_path: Path, capsys: pytest.CaptureFixt
         Store(root).prepare()
         for seed, score in ((0, 10.0), (1, 20.0), (2, None)):
             node = Node("evaluate", "ade20k-mae", {"seed": seed}, about={**about, "seed": seed})
+            if score is not None:
+                written(root, node, metrics={"mIoU": score}, start=f"2026-01-0{seed + 1}")
+                continue
             folder = Store(root).folder(node)
             folder.mkdir()
             write_json(folder / "job.json", node.job(root))
-            if score is None:
-                write_json(folder / "failure.json", {"message": "loss is not finite"})
-            else:
-                whole = dict.fromkeys(record_validator().schema["required"]) | {"deviations_found": []}
-                write_json(folder / "record.json", {**whole, "schema": RECORD_SCHEMA, "metrics": {"mIoU": score}, "start": f"2026-01-0{seed + 1}"})
+            write_json(folder / "failure.json", {"message": "loss is not finite"})
     assert run("--format", "json", "--runs", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["value"], row["n"], row["status"], row["reason"]) == (15.0, 2, "failed", "seed 2: loss is not finite")
@@ -108,12 +108,8 @@ def found_lineage(tmp_path: Path) -> tuple[dict, ...]:
     tokenizer, store = Node("asset", "dvae", {}), Store(tmp_path)
     pretraining = Node("pretrain", "mae", {"seed": 0, "recipe": {"epochs": 800}}, {"tokenizer": tokenizer})
     about = {"method": "mae", "eval": "ade20k", "protocol": "paper", "backbone": "vit-b16", "data": "data", "seed": 0, "eval_seed": 0, "columns": []}
-    job = (node := Node("evaluate", "ade20k-mae", {"seed": 0}, {"checkpoint": pretraining}, about)).job(tmp_path)
     store.prepare()
-    store.folder(node).mkdir()
-    write_json(store.folder(node) / "job.json", job)
-    whole = dict.fromkeys(record_validator().schema["required"]) | {"identity": job["identity"], "about": job["about"], "deviations_found": []}
-    write_json(store.folder(node) / "record.json", {**whole, "schema": RECORD_SCHEMA, "metrics": {"mIoU": 1.0}, "start": "2026-01-01"})
+    written(tmp_path, Node("evaluate", "ade20k-mae", {"seed": 0}, {"checkpoint": pretraining}, about), metrics={"mIoU": 1.0})
     (result,) = collect([tmp_path])
     return result.lineage
 

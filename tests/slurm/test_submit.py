@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_slurm import FakeSlurm
+from folders import written
 
 from harness.jobs import Node
 from harness.launch import make_launcher, queued, write_job
@@ -66,10 +67,7 @@ def quiet(status: Any) -> None:
 
 def finish(store: Store, node: Node, fake: FakeSlurm | None = None) -> None:
     """The node's record, as its job would leave it; it leaves the queue."""
-    from harness.store import record_validator
-
-    body: dict[str, Any] = dict.fromkeys(record_validator().schema["required"])
-    write_json(store.folder(node) / "record.json", body | {"schema": 1, "metrics": {}})
+    written(store.root, node)
     if fake is not None:
         ids = {name: job for name, job in fake_ids(store, fake).items() if name == node.folder}
         fake.queue = [line for line in fake.queue if line[0] not in ids.values()]
