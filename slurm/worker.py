@@ -31,13 +31,15 @@ def classify(failure: Mapping[str, Any]) -> tuple[str, str]:
     """(what kind of failure it is, what helps) of a failure.json."""
     kind, message = str(failure.get("type", "")), str(failure.get("message", ""))
     if "OutOfMemory" in kind or re.search("out of memory|can't allocate memory", message, re.I):
-        return "out of memory", FEWER_IMAGES
+        return "out of memory", "" if "HARNESS_MICRO_BATCH" in message else FEWER_IMAGES
     if kind == "MemoryError":
         return "out of memory", MORE_MEMORY
-    if re.search(r"\bloss (nan|-?inf)|not finite|\bis (nan|-?inf)\b", message, re.I):
+    if re.search(r"\b(loss|gradient norm) (nan|-?inf)|not finite|\bis (nan|-?inf)\b", message, re.I):
         return "loss not finite", ""
     if kind == "BadImage" or "unreadable" in message:
         return "data error", ""
+    if "disk full" in message:
+        return "disk full", ""
     if f"Errno {errno.ENOSPC}" in message or f"Errno {errno.EDQUOT}" in message:
         return "disk full", "make room, then run with --retry"
     if kind in ("UserError", "FileNotFoundError", "ModuleNotFoundError", "ImportError"):
