@@ -134,7 +134,7 @@ def supervise(job: Path, should_stop: Callable[[], bool]) -> int:
                     pass_fds=() if rank else (door.fileno(),),
                 ))
     killed, asked = watch(children, should_stop)
-    return verdict(folder, node * count, [c.returncode for c in children], killed, asked)
+    return verdict(folder, node * count, [c.returncode for c in children], killed, asked, nodes > 1)
 
 
 def watch(children: Sequence[subprocess.Popen[bytes]], should_stop: Callable[[], bool]) -> tuple[set[int], bool]:
@@ -158,8 +158,14 @@ def watch(children: Sequence[subprocess.Popen[bytes]], should_stop: Callable[[],
     return killed, asked
 
 
-def verdict(folder: Path, first: int, codes: Sequence[int], killed: set[int], asked: bool) -> int:
-    """Exit code of the job; the failure that came first goes into failure.json and log.txt, not those of the processes that only lost it."""
+def verdict(folder: Path, first: int, codes: Sequence[int], killed: set[int], asked: bool, shared: bool = False) -> int:
+    """Exit code of the job; the failure that came first goes into failure.json and log.txt, not those of the processes that only lost it.
+
+    Args:
+        first: rank of the first process here; `codes` are of this and the following ones.
+        killed: places in `codes` of those that were killed here.
+        shared: other machines work on the job, too.
+    """
     own = {first + place: code for place, code in enumerate(codes) if place not in killed}
     told = [f | {"rank": int(p.stem.removeprefix("failure-rank"))} for p in folder.glob("failure-rank*.json") if isinstance(f := read_json(p), dict)]
     told.sort(key=lambda f: (bool(FOLLOWS.search(f"{f['type']} {f['message']}")), f["time"]))
@@ -176,6 +182,8 @@ def verdict(folder: Path, first: int, codes: Sequence[int], killed: set[int], as
         rank, code = next(iter(strange.items()))
         message = f"ended with exit code {code}: see {folder / log_name(rank)}"
         told = [{"message": message, "type": "Exit", "traceback": "", "time": time.time(), "rank": rank}]
+    if told and not cause and shared:
+        return 1  # the machine whose process is gone tells
     if told:
         failure = told[0] | {"message": f"rank {told[0]['rank']}: {told[0]['message']}" if told[0]["rank"] else told[0]["message"]}
         note(folder, f"failed: {failure['message']}\n{failure['traceback']}")
