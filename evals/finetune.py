@@ -35,6 +35,7 @@ class FineTuning:
 
     version: ClassVar[int] = 2
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
+    distributed: ClassVar[bool] = True
     data: ClassVar[str]
     usual: ClassVar[str] = "mae"
     keeps_model: ClassVar[bool] = False
@@ -67,9 +68,8 @@ class FineTuning:
 
     def skip(self, vit: ViTConfig) -> str | None:
         """A size that its patch does not divide."""
-        if self.size is not None and (self.size < vit.patch or self.size % vit.patch):
-            return f"a patch of {vit.patch} pixels does not divide an image size of {self.size}"
-        return None
+        fits = self.size is None or (self.size >= vit.patch and self.size % vit.patch == 0)
+        return None if fits else f"a patch of {vit.patch} pixels does not divide an image size of {self.size}"
 
     def read_out(self, protocol: Protocol) -> Literal["cls", "mean"]:
         """What the classifier reads."""
@@ -82,7 +82,7 @@ class FineTuning:
         Raises:
             JobFailed: that classifier is missing or of other classes; data or images are broken; the loss is not finite.
         """
-        from evals.scoring import labelled_images, predict, top1
+        from evals.scoring import labelled_images, predict, rank, top1
         from harness.augment import EvalTransform, TrainTransform
         from harness.randomness import seed_all
         from harness.train import fit
@@ -106,7 +106,7 @@ class FineTuning:
             else:
                 model = self.fresh_classifier(checkpoint, train.classes, target, recipe, self.read_out(context.protocol))
             facts = fit(model, train, TrainTransform(target.size, recipe.augment), recipe, session)
-        if self.keeps_model:
+        if self.keeps_model and rank() == 0:
             state = {k: v.detach().cpu().contiguous() for k, v in model.vit.state_dict().items()}
             kept = dataclasses.replace(checkpoint, config=model.vit.config, state=state, classifier=model.classifier())
             kept.save(session.dir / "checkpoint" / "backbone.pt")

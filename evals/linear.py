@@ -119,6 +119,16 @@ class Linear:
         """A layer that the ViT does not have."""
         return f"layer {self.layer} of a ViT of {vit.depth} blocks" if self.layer is not None and self.layer > vit.depth else None
 
+    def on_features(self, recipe: Recipe | None) -> bool:
+        """Whether images are not augmented, so that the ViT has to see each once only."""
+        a = Augment() if recipe is None else recipe.augment
+        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix
+        return self.by != "beit-repo" and not drawn and (a.crop_scale, a.crop_ratio, a.flip) == (PLAIN.crop_scale, PLAIN.crop_ratio, PLAIN.flip)
+
+    def distributed(self, recipe: Recipe | None) -> bool:
+        """Training on features is a matter of seconds, for one process."""
+        return not self.on_features(recipe)
+
     def probe(self, checkpoint: Backbone, classes: tuple[str, ...], augment: Augment) -> Classifier:
         """The frozen ViT, cut after the layer that is read, with its head. BEiT's head start is not published: MAE's is taken."""
         from harness.classifier import PROBE_STD, Classifier
@@ -151,13 +161,11 @@ class Linear:
         train, val = labelled_images("imagenet", session, self.holdout)
         evaluate = EvalTransform(size, 0.875 if max(size) <= 224 else 1.0)  # recipes A3
         seed_all(session.seed, "head")
-        probe, a = self.probe(checkpoint, train.classes, recipe.augment), recipe.augment
-        if (a.crop_scale, a.crop_ratio, a.flip) == (PLAIN.crop_scale, PLAIN.crop_ratio, PLAIN.flip) and not (
-            a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix
-        ):
+        probe = self.probe(checkpoint, train.classes, recipe.augment)
+        if self.on_features(recipe):
             facts = train_on_features(probe, train, evaluate, recipe, session)
         else:
-            facts = fit(probe, train, TrainTransform(size, a, retry=self.by != "mae"), recipe, session)
+            facts = fit(probe, train, TrainTransform(size, recipe.augment, retry=self.by != "mae"), recipe, session)
         return top1(predict(probe, val, evaluate, session), val, session, facts)
 
 

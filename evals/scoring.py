@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from harness.batches import gathered, processes, rank
 from harness.checkpoint import write_atomically
 from harness.classifier import Classifier
 from harness.data import BadImage, ImageList, read_images
@@ -103,21 +103,17 @@ def score(
 
     In a process group every process scores its share and gets the outcomes of all; each image is read and counted once whatever their number.
     """
-    group = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     model.to(session.device).eval()
     places: list[int] = []
     rows: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     with torch.inference_mode(), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
-        for indices, images in image_batches(samples, transform, session, batch, stage, share(len(samples), rank, world)):
+        for indices, images in image_batches(samples, transform, session, batch, stage, share(len(samples), rank(), processes())):
             rows.append(read(model.logits(images)).cpu().numpy())
             places += indices
-    part = (places, np.concatenate(rows[1:] or rows))
-    parts: list[Any] = [part]
-    if group:
-        parts = [None] * world
-        dist.all_gather_object(parts, part)
-    return merge(len(samples), parts)
+    parts = gathered((places, np.concatenate(rows[1:] or rows), session.skipped_images))
+    for _, _, skipped in parts:
+        session.skipped_images |= skipped
+    return merge(len(samples), [(p, r) for p, r, _ in parts])
 
 
 def predict(
@@ -167,5 +163,6 @@ def top1(predicted: np.ndarray, images: ImageList, session: Session, facts: Mapp
     assert label is not None
     correct = predicted == label
     path = session.dir / "outcomes.npz"
-    write_atomically(path, lambda stream: np.savez_compressed(stream, correct=correct, label=label))
+    if rank() == 0:
+        write_atomically(path, lambda stream: np.savez_compressed(stream, correct=correct, label=label))
     return Outcome({"top-1": 100.0 * float(correct.mean())}, path, {**facts, "scored_images": len(images), "classes": len(images.classes)})

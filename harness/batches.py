@@ -8,6 +8,7 @@ parts; each builds the same objective from the same seed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,14 +40,19 @@ def parts_of(batch: int, session: Session, objective: nn.Module, at_least: int =
         at_least: parts that the job was begun with, or that memory asks for.
 
     Raises:
-        JobFailed: fewer images than parts, or a loss that couples the images of a batch would have to be accumulated.
+        JobFailed: fewer images than parts, or a loss that couples the images of a batch would be another one in parts.
     """
     count = processes()
+    norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    coupled = getattr(objective, "batch_coupled", False) or bool(norms)
+    at_least = 1 if coupled else at_least  # one part on each process, whatever it was begun with
     wanted = max(at_least, 1 if session.micro_batch is None else -(-batch // session.micro_batch))
     parts = count * -(-wanted // count)
     if parts > batch:
         raise JobFailed(f"a batch of {batch} images cannot be split into {parts} parts for {count} processes: use fewer, or raise the recipe's batch")
-    coupled = getattr(objective, "batch_coupled", False) or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in objective.modules())
+    alone = not all(isinstance(m, nn.SyncBatchNorm) for m in norms) or (getattr(objective, "batch_coupled", False) and not getattr(objective, "gathers", False))
+    if count > 1 and alone:
+        raise JobFailed(f"its loss couples the images of a batch, and does not see those of the other {count - 1} processes: run it on one process")
     if parts > count and coupled and not session.force_accumulation:
         raise JobFailed(
             f"its loss couples the images of a batch: {batch} in {parts} parts on {count} process{'es' * (count > 1)} would be another loss; "
@@ -81,10 +87,47 @@ def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.P
     return {name: value / sums[-1] for name, value in zip(names, sums[:-1], strict=True)}
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process, known to all of them."""
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Whether each flag is set in any process, known to all of them."""
     if not together():
-        return flag
-    found = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        return flags
+    found = torch.tensor(flags, dtype=torch.int32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+    return tuple(bool(f) for f in found.tolist())
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, known to all of them."""
+    values = [value] * processes()
+    if together():
+        dist.all_gather_object(values, value)
+    return values
+
+
+class BatchNorm(nn.SyncBatchNorm):
+    """Batch norm over the images of all processes, on a CPU too, where torch's own refuses; with one process plain batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> the same."""
+        if self.training and processes() > 1:
+            out: Tensor = super().forward(x) if x.is_cuda else self._joined(x)
+            return out
+        return nn.BatchNorm2d.forward(self, x)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Batch norm from the sums of all processes, in fp32; gradients go back through the sums."""
+        from torch.distributed.nn import functional
+
+        all_reduce: Any = functional.all_reduce  # torch leaves it without types
+        wide, others = x.float(), [0, *range(2, x.ndim)]
+        shape = [1, -1, *(1 for _ in others[1:])]
+        count, total = all_reduce(torch.cat([wide.new_full((1,), x.numel() / x.shape[1]), wide.sum(others)])).split([1, x.shape[1]])
+        centred = wide - (total / count).view(shape)
+        square = all_reduce(centred.square().sum(others))
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(total / count, self.momentum or 0.0)
+                self.running_var.lerp_(square / (count - 1), self.momentum or 0.0)
+        x = (centred * (square / count + self.eps).rsqrt().view(shape)).to(x.dtype)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x

@@ -7,7 +7,11 @@ where it is used: tables and `--help` come this way too.
 
 from __future__ import annotations
 
+import copy
+import errno
 import os
+import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FORMAT = 1
+ROOM_BYTES = 16 * 2**20  # left over beside a training state: for logs and reports
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -83,22 +88,81 @@ class Backbone:
         return cls(restore(body["config"]), tuple(body["mean"]), tuple(body["std"]), body["state"], body["classifier"], body["facts"])
 
 
+def in_memory(state: Any) -> tuple[Any, int]:
+    """(a copy of nested dicts, lists and tuples with all tensors in main memory, bytes of the tensors)."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True), state.nbytes
+    if isinstance(state, dict):
+        out, total = copy.copy(state), 0  # copy: a state_dict brings the versions of its modules along
+        for key, value in state.items():
+            out[key], size = in_memory(value)
+            total += size
+        return out, total
+    if isinstance(state, (list, tuple)):
+        parts = [in_memory(value) for value in state]
+        return type(state)(value for value, _ in parts), sum(size for _, size in parts)
+    return state, 0
+
+
 class States:
-    """The training states of a job: `state-<step>.pt` in a folder, the last two kept, a damaged one skipped with a warning."""
+    """The training states of a job: `state-<step>.pt` in a folder, the last two kept, a damaged one skipped with a warning.
+
+    Training goes on while a thread writes the copy that `save` has made, one at a time. What goes wrong is raised by the next `save` or `wait`.
+    """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps, then drop the oldest."""
+        """Begin to write the state after `step` steps; when it is there, the oldest is dropped.
+
+        Raises:
+            JobFailed: there is no room for it, or the one before could not be written. Earlier states are as they were.
+        """
+        self.wait()
+        copied, size = in_memory(state)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(self.folder).free) < size + ROOM_BYTES:
+            raise self._failure(f"disk full: a training state takes {size / 2**20:.0f} MB, {free / 2**20:.0f} MB are free")
+        self._writer = threading.Thread(target=self._write, args=(step, copied), name="states")  # no daemon: a process that ends finishes writing
+        self._writer.start()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
         import torch
 
-        write_atomically(self.folder / f"state-{step:09d}.pt", lambda stream: torch.save(state, stream))
-        for old in self._files()[: -self.keep]:
-            old.unlink(missing_ok=True)
+        try:
+            write_atomically(self.folder / f"state-{step:09d}.pt", lambda stream: torch.save(state, stream))
+            for old in self._files()[: -self.keep]:
+                old.unlink(missing_ok=True)
+        except BaseException as error:  # raised where the training is
+            self._error = error
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk. Raises JobFailed when that does not succeed."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if (error := self._error) is not None:
+            self._error, chain = None, [error]
+            while (above := chain[-1].__cause__ or chain[-1].__context__) is not None:
+                chain.append(above)
+            full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain)
+            raise self._failure("disk full" if full else f"a training state cannot be written ({type(error).__name__}: {error})") from error
+
+    def newest(self) -> str:
+        """The newest state, as text for a message."""
+        files = self._files()
+        return f"the last good state is of step {int(files[-1].stem.split('-')[1])}, {files[-1]}" if files else "no state was saved before"
+
+    def _failure(self, what: str) -> JobFailed:
+        return JobFailed(f"{what} in {self.folder}: make room, then run with --retry; {self.newest()}")
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest readable file, or None."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.augment import Normalize
+from harness.batches import BatchNorm
 from harness.spec import Augment, JobFailed
 from harness.vit import ViT
 
@@ -53,7 +54,7 @@ class Classifier(nn.Module):
         self.normalize = Normalize((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
         width = vit.config.width
         self.fc_norm = nn.LayerNorm(width, eps=1e-6) if pooling == "mean" else nn.Identity()
-        self.batch_norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if (probe if batch_norm is None else batch_norm) else nn.Identity()
+        self.batch_norm = BatchNorm(width, affine=False, eps=1e-6) if (probe if batch_norm is None else batch_norm) else nn.Identity()
         self.head = nn.Linear(width, len(self.classes))
         nn.init.trunc_normal_(self.head.weight, std=head_std)
         nn.init.zeros_(self.head.bias)

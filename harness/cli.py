@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--tuning", choices=("shared", "published"),
                      help="fine-tuning: one recipe for all, or each method's paper's (default: the protocol's)")
     run.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help="an unreadable image ends the job, or is skipped and counted")
+    run.add_argument("--on-oom", choices=("fail", "halve"), default="fail", help="memory that gives out ends the job, or halves its micro-batch")
     run.add_argument("--dry-run", action="store_true", help="print the graph and what is cached; start nothing")
     run.add_argument("--retry", action="store_true", help="start failed jobs again, from their last state")
     run.add_argument("--force", action="store_true", help="do the whole graph again; old folders are moved to RUNS/aside")
@@ -129,7 +130,7 @@ def command_run(args: argparse.Namespace) -> int:
     request = Request(
         methods=words(",".join(args.methods)), evals=words(",".join(args.evals)), protocol=args.protocol, backbone=args.backbone,
         seeds=integers("--seeds", args.seeds), eval_seeds=integers("--eval-seeds", args.eval_seeds), data=args.data, pretrain_data=args.pretrain_data,
-        settings=tuple(args.set), tuning=args.tuning, on_bad_image=args.on_bad_image,
+        settings=tuple(args.set), tuning=args.tuning, on_bad_image=args.on_bad_image, on_oom=args.on_oom,
         precision=getattr(launcher, "precision", None),
     )
     check_environment()

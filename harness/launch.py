@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from harness.jobs import Node
 from harness.plugins import importable, load
-from harness.run import BUSY, execute, stop_on_signal
+from harness.ranks import BUSY, gpus, processes_here
+from harness.run import start, stop_on_signal
 from harness.spec import UserError
 from harness.store import ENDED, State, Store, write_json
 
@@ -63,22 +64,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpus() -> int:
-    """CUDA devices, counted without importing torch where possible."""
-    if os.environ.get("HARNESS_CPU"):
-        return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
-
-
 def room() -> tuple[int, int]:
-    """(jobs at a time, threads of each): a job per GPU, else up to four jobs that share the cores; small jobs scale poorly over threads."""
-    if gpus():
-        return gpus(), max(1, cores() // gpus())
-    jobs = min(4, cores())
-    return jobs, max(1, cores() // jobs)
+    """(jobs at a time, threads of each of their processes): a process per GPU, else up to four that share the cores; small jobs scale poorly over threads."""
+    processes, each = len(gpus()) or min(4, cores()), processes_here()
+    jobs = max(1, processes // each)
+    return jobs, max(1, cores() // (jobs * each))
 
 
 def write_job(node: Node, store: Store) -> Path:
@@ -134,8 +124,8 @@ class Local:
             "HARNESS_LAUNCHER_PID": str(os.getpid()), "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]]),
         }
         if gpus():
-            devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus())))).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = devices[slot]
+            each = processes_here()
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[slot * each : (slot + 1) * each])
             environment.setdefault("HARNESS_WORKERS", str(threads))
         with open(job.parent / "log.txt", "ab") as log:
             process = subprocess.Popen(
@@ -185,7 +175,7 @@ class Local:
 
 @dataclass
 class Debug:
-    """One after the other in this process: breakpoints work, and tracebacks are in the job's log."""
+    """One after the other in this process: breakpoints work (with HARNESS_PROCESSES they do not), and tracebacks are in the job's log."""
 
     def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> int:
         """See `Launcher`."""
@@ -202,7 +192,7 @@ class Debug:
                     continue
                 status[node.key] = "running"
                 show(status)
-                while (code := execute(write_job(node, store), asked)) == BUSY and not asked():
+                while (code := start(write_job(node, store), asked)) == BUSY and not asked():
                     time.sleep(1.0)
                 status[node.key] = store.state(store.folder(node)).status
                 if code == 130 or asked():

@@ -113,7 +113,8 @@ class Planner:
 
     def where(self, sets: Sequence[str]) -> dict[str, Any]:
         """What lies where, for a node that reads these sets."""
-        return {"folders": {s: str(data.folder_of(s, self.folders).resolve()) for s in sets}, "on_bad_image": self.request.on_bad_image}
+        folders = {s: str(data.folder_of(s, self.folders).resolve()) for s in sets}
+        return {"folders": folders, "on_bad_image": self.request.on_bad_image, "on_oom": self.request.on_oom}
 
     def node(self, kind: Any, name: str, identity: dict[str, Any], parents: dict[str, Node], about: dict[str, Any], sets: Sequence[str],
              files: Mapping[str, str] | None = None) -> Node:

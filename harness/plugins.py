@@ -50,10 +50,9 @@ class Session:
     """What a running job may use: its folder, its seed, the machine, and the way to report and to be stopped.
 
     `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
-    `dtype` is the autocast type (torch.float32: none). `workers` are loader processes (0: load in this process).
-    `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple the images of a batch.
+    `dtype`: the autocast type (torch.float32: none). `workers`: loader processes (0: this one). `folders`: name of a data set of the job -> its folder.
+    `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple a batch; `on_oom`: end, or halve the micro-batch.
     `recompute`: the blocks of a dense evaluator's ViT are computed again in the backward pass: less memory, the same numbers; FLOPs count it.
-    `folders` maps the names of the job's data sets to folders.
     """
 
     dir: Path
@@ -63,6 +62,7 @@ class Session:
     folders: Mapping[str, Path]
     workers: int = 0
     on_bad_image: Literal["fail", "skip"] = "fail"
+    on_oom: Literal["fail", "halve"] = "fail"
     checkpoint_every_s: float = 30.0
     micro_batch: int | None = None
     force_accumulation: bool = False
@@ -108,7 +108,7 @@ class Objective(Protocol):
     """A torch module that holds the lent ViT as `vit` and computes a loss. What it may add is optional (see `harness.train.fit`):
 
     "weight" beside "loss": what the loss is a mean over, when that is not images (the number of masked tokens): parts of a batch are weighed by it.
-    batch_coupled = True: the loss couples the images of a batch, which must not be split into parts on one device.
+    batch_coupled = True: the loss couples the images of a batch, which must not be split on one device, nor on several unless gathers = True too.
     prepare(batch): before the first step, with up to 256 samples (what is learned from images rather than trained, e.g. a PCA).
     after_step(progress): after each optimiser step (momentum teacher, centring).
     export() -> ViT: the module to keep, by default the ViT that was lent.
@@ -176,7 +176,7 @@ class Evaluator(Protocol):
     included), not the pre-training's; `needs_classifier`: it scores the classifier that the method leaves; a field `by`: whose recipe is taken (as long as it
     is as the name has it, a method's transfer applies); notes(protocol, vit) -> footnotes on what it changes for a ViT; "deviations" among the facts of an
     Outcome -> footnotes on what happened; golden(folder) -> tuple of Golden, made inside `folder` in seconds on a CPU: what perfect and shuffled predictions
-    score, and a fixed checkpoint, so that `doctor --evaluators` finds a wrong evaluator before a week is spent."""
+    score, and a fixed checkpoint, for `doctor --evaluators`; `distributed`: whether all processes of a job may call `run` (see `harness.ranks.spreads`)."""
 
     version: ClassVar[int]
 

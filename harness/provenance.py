@@ -52,10 +52,10 @@ def processor() -> str:
 
 
 class Usage:
-    """Seconds that a job has used, over all its starts: usage.json, brought up to date with every report."""
+    """Seconds that a job has used, over all its starts: usage.json, brought up to date with every report, by rank 0 of several processes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.started = folder / "usage.json", time.monotonic()
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.path, self.started, self.rank, self.processes = folder / "usage.json", time.monotonic(), rank, 1
         before = read_json(self.path)
         if not isinstance(before, dict) or not {"seconds", "start"} <= set(before):
             before = {"seconds": 0.0, "start": datetime.datetime.now(datetime.UTC).isoformat()}
@@ -65,9 +65,15 @@ class Usage:
         """Seconds so far."""
         return float(str(self.before["seconds"])) + time.monotonic() - self.started
 
+    def device_seconds(self) -> float:
+        """Seconds so far, times the processes that each start had."""
+        return float(str(self.before.get("device_seconds", self.before["seconds"]))) + (time.monotonic() - self.started) * self.processes
+
     def save(self) -> None:
         """Write usage.json."""
-        write_json(self.path, {"seconds": round(self.seconds(), 3), "start": self.before["start"]})
+        if self.rank == 0:
+            seconds = {"seconds": round(self.seconds(), 3), "device_seconds": round(self.device_seconds(), 3)}
+            write_json(self.path, {**seconds, "start": self.before["start"]})
 
 
 def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usage: Usage, parts: dict[str, Any]) -> dict[str, Any]:
@@ -83,10 +89,10 @@ def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usag
         "plugin_version": job["identity"]["version"], "git": git_state(), "packages": versions(),
         "hardware": {
             "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": processor(), "cores": os.cpu_count() or 1, "threads": machine["threads"],
-            "gemm": machine["gemm"],
+            "gemm": machine["gemm"], "processes": usage.processes,
         },
         "precision": "bf16" if session.dtype == torch.bfloat16 else "fp32", "start": usage.before["start"],
-        "end": datetime.datetime.now(datetime.UTC).isoformat(), "wall_s": round(seconds, 3), "device_hours": seconds / 3600,
+        "end": datetime.datetime.now(datetime.UTC).isoformat(), "wall_s": round(seconds, 3), "device_hours": usage.device_seconds() / 3600,
         "images_seen": facts.get("images_seen"), "flops": facts.get("flops"),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "deviations": list(job["about"].get("deviations", ())),

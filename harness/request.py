@@ -32,6 +32,7 @@ class Request:
     settings: tuple[str, ...] = ()
     tuning: str | None = None
     on_bad_image: str = "fail"
+    on_oom: str = "fail"
     precision: str | None = None  # what `auto` means; None: what it means on this machine
 
 

@@ -21,10 +21,9 @@ from typing import Any
 
 from harness.jobs import read_job
 from harness.provenance import Usage, make_record
+from harness.ranks import BUSY, failure_name, join, log_name, number_from, own_rank, processes_here, spreads, supervise
 from harness.spec import Interrupted, JobFailed, UserError
 from harness.store import Locked, lock, read_json, read_record, record_validator, write_json
-
-BUSY = 75
 
 
 def set_up_machine(folder: Path) -> dict[str, Any]:
@@ -32,7 +31,8 @@ def set_up_machine(folder: Path) -> dict[str, Any]:
     chosen = read_json(folder / "machine.json")
     if not isinstance(chosen, dict):
         chosen = {"threads": number_from("HARNESS_THREADS", default=1), "gemm": "highest"}
-        write_json(folder / "machine.json", chosen)
+        if own_rank() == 0:
+            write_json(folder / "machine.json", chosen)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a busy core beside us would otherwise cost a factor of six (performance.md, item 5)
     os.environ["OMP_NUM_THREADS"] = str(chosen["threads"])
     import torch
@@ -55,6 +55,8 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
     last = [0.0]
 
     def report(progress: Progress) -> None:
+        if own_rank():
+            return
         write_json(folder / "progress.json", {**asdict(progress), "time": time.time()})
         if time.monotonic() - last[0] > 10:
             last[0] = time.monotonic()
@@ -66,25 +68,18 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
     return Session(
         dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, report=report,
         folders={k: Path(v) for k, v in where["folders"].items()}, workers=number_from("HARNESS_WORKERS", 0, 0),
-        on_bad_image=where["on_bad_image"], checkpoint_every_s=number_from("HARNESS_CHECKPOINT_S", 0, 30),
+        on_bad_image=where["on_bad_image"], on_oom=where.get("on_oom", "fail"), checkpoint_every_s=number_from("HARNESS_CHECKPOINT_S", 0, 30),
         should_stop=should_stop, log=log, micro_batch=number_from("HARNESS_MICRO_BATCH"),
         force_accumulation=os.environ.get("HARNESS_FORCE_ACCUMULATION", "") not in ("", "0"),
         recompute=os.environ.get("HARNESS_RECOMPUTE", "") not in ("", "0"),
     )
 
 
-def number_from(name: str, least: int = 1, default: Any = None) -> Any:
-    """An integer of an environment variable, `default` when it is not set. Raises UserError."""
-    text = os.environ.get(name, "")
-    if text and not (text.isdecimal() and int(text) >= least):
-        raise UserError(f"{name}={text}: expected a whole number, {least} or more")
-    return int(text) if text else default
-
-
 def check_environment() -> None:
     """Look at the variables that jobs will read. Raises UserError."""
     for name, least in (("HARNESS_MICRO_BATCH", 1), ("HARNESS_THREADS", 1), ("HARNESS_WORKERS", 0), ("HARNESS_CHECKPOINT_S", 0)):
         number_from(name, least)
+    processes_here()
 
 
 def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:
@@ -125,6 +120,8 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
         assert images is not None and recipe is not None
         transform = plugin.transform(config, recipe)
         facts = fit(objective, images, transform, recipe, session)
+        if own_rank():
+            return {}  # what is left is rank 0's
         if held_out is not None and hasattr(objective, "check"):
             usable = min(len(held_out), 512)
             samples = Samples(held_out, transform, session.seed, len(held_out), session.on_bad_image == "skip")
@@ -194,15 +191,16 @@ def run_evaluation(job: dict[str, Any], folder: Path, session: Any) -> dict[str,
 
 
 def execute(path: Path, should_stop: Callable[[], bool] = lambda: False) -> int:
-    """Do the job in this process; a job that is done already is left alone. Returns the exit code."""
-    folder, job = path.parent, read_job(path)
+    """Do the job in this process, or this process's part of it; a job that is done already is left alone. Returns the exit code."""
+    folder, job, rank = path.parent, read_job(path), own_rank()
     try:
-        with lock(folder):
+        with contextlib.nullcontext() if rank else lock(folder):
             if read_record(folder) is not None:
                 return 0
-            (folder / "failure.json").unlink(missing_ok=True)
-            usage = Usage(folder)
-            with open(folder / "log.txt", "a", buffering=1) as stream:
+            if rank == 0:
+                (folder / "failure.json").unlink(missing_ok=True)
+            usage = Usage(folder, rank)
+            with open(folder / log_name(rank), "a", buffering=1) as stream:
                 def log(line: str) -> None:
                     stream.write(f"{datetime.datetime.now().strftime('%H:%M:%S')} {line}\n")
 
@@ -217,8 +215,17 @@ def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callab
     """One try at a job whose lock is held: record.json, or failure.json, or a saved state."""
     try:
         machine = set_up_machine(folder)
+        if "HARNESS_RANK" in os.environ and not spreads(job):
+            log("this job is done by one process: its plugin cannot use more")
+            if own_rank():
+                return 0
+        else:
+            join()
+            usage.processes = int(os.environ.get("HARNESS_WORLD", "1"))
         session = make_session(folder, job, should_stop, log, usage)
         parts = (run_evaluation if job["kind"] == "evaluate" else run_training)(job, folder, session)
+        if own_rank():
+            return 0
         usage.save()
         record = make_record(job, session, machine, usage, parts)
         record_validator().validate(record)
@@ -237,9 +244,16 @@ def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callab
         expected = isinstance(error, (JobFailed, UserError))
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         where = "" if expected else traceback.format_exc()
-        log(f"failed: {message}\n{where}")
-        write_json(folder / "failure.json", {"message": " ".join(message.split()), "type": type(error).__name__, "traceback": where, "time": time.time()})
+        if failure_name() != "failure-rank0.json":  # log.txt is told by the watcher, which knows whose failure came first
+            log(f"failed: {message}\n{where}")
+        write_json(folder / failure_name(), {"message": " ".join(message.split()), "type": type(error).__name__, "traceback": where, "time": time.time()})
         return 1
+
+
+def start(path: Path, should_stop: Callable[[], bool]) -> int:
+    """Do the job, on as many processes as HARNESS_PROCESSES says. Returns the exit code, negative when a signal ended one of several."""
+    several = "HARNESS_RANK" not in os.environ and processes_here() * number_from("HARNESS_NODES", default=1) > 1
+    return supervise(path, should_stop) if several else execute(path, should_stop)
 
 
 @contextlib.contextmanager
@@ -264,7 +278,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
         with stop_on_signal() as should_stop:
-            return execute(Path(arguments[0]).resolve(), should_stop)
+            code = start(Path(arguments[0]).resolve(), should_stop)
+        if code < 0:  # one of several was killed: end as it did, so that a launcher sees what it would see of one process
+            if -code != signal.SIGKILL:
+                signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        return code
     except UserError as error:
         print(f"harness.run: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from harness.batches import any_of, merge, parts_of, positions, processes, rank, weigh
+from harness.batches import any_of, gathered, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
 from harness.data import BadImage, ImageList
-from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, parameter_groups
+from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, lr_at, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import generator, seed_all
 from harness.spec import Interrupted, JobFailed, Recipe
@@ -31,6 +32,7 @@ Transform = Callable[[Any, np.random.Generator], dict[str, Tensor]]
 LOG_EVERY_S = 1.0
 MAX_BAD_IN_A_ROW = 100
 PREPARE_IMAGES = 256
+OUT_OF_MEMORY = re.compile("OutOfMemory|can't allocate memory|out of memory")
 
 
 class Samples(Dataset[dict[str, Tensor]]):
@@ -144,6 +146,14 @@ def choose_attention(module: nn.Module, session: Session) -> None:
                 setattr(part, "fused_attn", False)  # noqa: B010  # a module's attributes are tensors to a type checker
 
 
+def check_finite(stage: str, step: int, total: int, recipe: Recipe, loss: Tensor, norm: Tensor, states: States) -> None:
+    """Raises JobFailed when the loss of a step, or the norm of its gradient, is not finite: the weights after it are no state to go on from."""
+    if not (math.isfinite(last := float(loss.detach())) and math.isfinite(float(norm))):
+        states.wait()
+        numbers = f"gradient norm {float(norm):.3g}, lr {lr_at(recipe, step - 1, total):.3g}, at its peak {recipe.peak_lr:.3g}"
+        raise JobFailed(f"{stage}: loss {last:.4g} at step {step} of {total} ({numbers}): lower lr with --set, or use fp32; {states.newest()}")
+
+
 def fit(
     objective: nn.Module, images: ImageList, transform: Transform, recipe: Recipe, session: Session, *, stage: str = "train"
 ) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def fit(
 
     Raises:
         Interrupted: a signal came; the state is saved.
-        JobFailed: an image cannot be read, or the loss is not finite.
+        JobFailed: an image cannot be read, the loss is not finite, memory or the disk is full.
     """
     if len(images) == 0:
         raise JobFailed(f"{images.root}: no images to train on")
@@ -182,13 +192,19 @@ def fit(
             ema.load_state_dict(state["ema"])
         facts, session.skipped_images = state["facts"], {**session.skipped_images, **state["skipped"]}
         session.log(f"{stage}: going on from step {step} of {total}")
+        if (before := facts.get("processes", 1)) != processes():
+            session.log(f"{stage}: on {processes()} process{'es' * (processes() > 1)} now, {before} before: the batch stays {recipe.batch} images")
     else:
         session.log(f"{stage}: {total} steps of {recipe.batch} images, {per_epoch} an epoch, peak lr {recipe.peak_lr:.3g}, {session.dtype}")
+    if len(set(steps := gathered(step))) > 1:
+        raise JobFailed(f"{states.folder}: the processes find states of steps {steps}: is the runs folder one that all of them see?")
     parts = parts_of(recipe.batch, session, objective, facts.get("parts", 1))
-    facts["parts"], lead = parts, rank() == 0
+    facts["parts"], facts["processes"], lead = parts, processes(), rank() == 0
     session.log(f"{stage}: a step is {parts} micro-batch{'es' * (parts > 1)} of {-(-recipe.batch // parts)} on {processes()} process{'es' * (processes() > 1)}")
 
     def save() -> None:
+        for skipped in gathered(session.skipped_images):
+            session.skipped_images |= skipped
         if not lead:
             return
         states.save(step, {
@@ -226,11 +242,18 @@ def fit(
                     loss: Any = output["loss"] if parts == 1 else output["loss"] * weight
                     loss.backward()
                 outputs.append((output, weight))
-        except torch.OutOfMemoryError:
-            if processes() > 1 or 2 * parts > recipe.batch:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
                 raise
-            parts = facts["parts"] = parts_of(recipe.batch, session, objective, 2 * parts)
-            session.log(f"{stage}: out of memory at step {step}: from here on a step is {parts} micro-batches of {-(-recipe.batch // parts)}")
+            more = min(2 * parts, recipe.batch)
+            told, half = f"{stage}: out of memory at step {step} with {-(-recipe.batch // parts)} images at a time", -(-recipe.batch // more)
+            if session.on_oom == "fail" or processes() > 1 or more == parts:
+                halve = " or --on-oom halve" if processes() == 1 else ""
+                remedy = "it needs a larger device" if more == parts else f"set HARNESS_MICRO_BATCH={half}{halve}, which changes no key"
+                raise JobFailed(f"{told}: {remedy}") from error
+            parts = facts["parts"] = parts_of(recipe.batch, session, objective, more)
+            facts["halved"] = [*facts.get("halved", ()), f"{told}: {half} from there on"]
+            session.log(facts["halved"][-1])
             optimizer.zero_grad(set_to_none=True)
             stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
             continue
@@ -245,30 +268,31 @@ def fit(
             ema.update(objective)
         now = time.monotonic()
         if step % log_every == 0 or step in (1, total):
+            check_finite(stage, step, total, recipe, output["loss"], norm, states)
             facts["loss"] = float(output["loss"].detach())
-            if not math.isfinite(facts["loss"]):
-                raise JobFailed(f"{stage}: loss {facts['loss']} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
-            values = {k: float(v.detach()) for k, v in output.items()} | ({} if norm is None else {"grad_norm": float(norm)})
+            values = {k: float(v.detach()) for k, v in output.items()} | {"grad_norm": float(norm)}
             if metrics is not None:
                 metrics.add(step, {**values, "lr": optimizer.param_groups[0]["lr"]})
         if lead and (now - shown > LOG_EVERY_S or step in (first + 1, total)):
             shown, speed = now, (step - first) * recipe.batch / max(now - started, 1e-9)
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
-        stop = any_of(session.should_stop())
-        if step < total and (stop or now - saved > session.checkpoint_every_s):
-            if not math.isfinite(last := float(output["loss"].detach())):
-                raise JobFailed(f"{stage}: loss {last} at step {step} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set, or use fp32")
+        stop, due = any_of(session.should_stop(), lead and now - saved > session.checkpoint_every_s)
+        if step < total and (stop or due):
+            check_finite(stage, step, total, recipe, output["loss"], norm, states)
             save()
             saved = time.monotonic()
             if stop:
+                states.wait()
+                gathered(None)  # the others wait until it is saved
                 raise Interrupted(f"{stage}: stopped at step {step} of {total}, saved")
     if first < total:
         save()
+        states.wait()
         facts["seconds"] += time.monotonic() - started
     if ema is not None:
         ema.copy_to(objective)
     objective.eval()
     return {
         "steps": total, "images_seen": total * recipe.batch, "flops": total * (facts["flops_per_step"] or 0.0),
-        "seconds": round(facts["seconds"], 3), "loss": facts["loss"],
+        "seconds": round(facts["seconds"], 3), "loss": facts["loss"], **({"out_of_memory": facts["halved"]} if "halved" in facts else {}),
     }

@@ -65,6 +65,7 @@ class DVAE:
 
     name: ClassVar[str] = "dvae"
     version: ClassVar[int] = 1
+    distributed: ClassVar[bool] = False  # see `DVAEObjective.batch_coupled`
     summary: ClassVar[str] = "discrete VAE of the DALL-E architecture: images to tokens"
     source: ClassVar[str] = "arXiv 2102.12092; openai/DALL-E @ 5be4b23 (recipes A16)"
 

@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.jobs import Node
+from harness.ranks import spreads
 from harness.spec import UserError, suggest
 
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # minutes, m:s, h:m:s, days-h[:m[:s]]
@@ -33,6 +35,7 @@ def seconds(time: str) -> int:
 class Resources:
     """What one job asks for. Jobs of equal resources and equal dependencies become one array.
 
+    `gpus` and `cpus` are of each of `machines`; on each run `processes`, 0: one for each GPU, or one.
     `gres` with {gpus} in it is used in place of --gpus-per-node where a cluster wants that. `time` as sbatch takes it; `signal_s` seconds before its end
     the job is told to save and goes back into the queue. `setup`: shell lines before the job; `environment`: variables of the job;
     `extra`: further options of sbatch as they are ("--reservation=x").
@@ -42,6 +45,8 @@ class Resources:
     account: str = ""
     qos: str = ""
     constraint: str = ""
+    machines: int = 1
+    processes: int = 0
     gpus: int = 0
     gres: str = ""
     cpus: int = 1
@@ -55,10 +60,12 @@ class Resources:
     extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.gpus not in (0, 1):
-            raise UserError(f"gpus = {self.gpus}: a job is one process on one GPU: 1, or 0 for none")
-        if self.cpus < 1 or self.signal_s < 1:
-            raise UserError("cpus and signal_s: 1 or more")
+        if self.machines < 1 or self.cpus < 1 or self.signal_s < 1:
+            raise UserError("machines, cpus and signal_s: 1 or more")
+        if self.gpus and self.processes not in (0, 1, self.gpus):
+            raise UserError(f"processes = {self.processes}: a process has a GPU of its own, and there are {self.gpus}: leave it out")
+        if self.each > self.cpus:
+            raise UserError(f"cpus = {self.cpus}: they are shared by the {self.each} processes of a machine: one for each at least")
         if self.gres and "{gpus}" not in self.gres:
             raise UserError(f"gres = {self.gres!r}: write {{gpus}} where the number goes, as in \"gpu:h100:{{gpus}}\"")
         if self.time and not TIME.fullmatch(self.time):
@@ -71,6 +78,16 @@ class Resources:
         for name in given:
             if not MEMORY.fullmatch(getattr(self, name)):
                 raise UserError(f"{name} = {getattr(self, name)!r}: a number with K, M, G or T, as in \"64G\"")
+
+    @property
+    def each(self) -> int:
+        """Processes of a job on each of its machines."""
+        return self.processes or self.gpus or 1
+
+    @property
+    def single(self) -> Resources:
+        """The share of one process, for jobs that cannot use more; memory stays as it is."""
+        return dataclasses.replace(self, machines=1, processes=1, gpus=min(1, self.gpus), cpus=max(1, self.cpus // self.each))
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,11 @@ class Profile:
                 new["environment"] = tuple({**dict(resources.environment), **dict(new.get("environment", ()))}.items())
                 resources = dataclasses.replace(resources, **new)
         return resources
+
+    def of_node(self, node: Node) -> Resources:
+        """Resources of a node: of a job that cannot be spread over processes those of one."""
+        found = self.of(node.folder)
+        return found if found.each * found.machines == 1 or spreads({"kind": node.kind, "identity": node.identity}) else found.single
 
     def check_shared(self, flag: str, folder: Path) -> None:
         """Raises UserError when a folder that jobs need is on no shared one."""

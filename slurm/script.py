@@ -36,16 +36,17 @@ def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: 
             return 2
 
     array = len(nodes) > 1
+    threads = str(resources.cpus // resources.each)
     python = profile.python or sys.executable
     exports = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": str(resources.cpus), "HARNESS_THREADS": str(resources.cpus),
-        **({"HARNESS_WORKERS": str(resources.cpus)} if resources.gpus else {}), **dict(resources.environment),
+        "OMP_NUM_THREADS": threads, "HARNESS_THREADS": threads, "HARNESS_PROCESSES": str(resources.each),
+        **({"HARNESS_WORKERS": threads} if resources.gpus else {}), **dict(resources.environment),
     }
     executor = Executor(folder=batch)
     executor.update_parameters(
         job_name=name_of(nodes), partition=resources.partition or None, account=resources.account or None, qos=resources.qos or None,
-        constraint=resources.constraint or None, time=resources.time or None, cpus_per_task=resources.cpus, nodes=1, ntasks_per_node=1,
+        constraint=resources.constraint or None, time=resources.time or None, cpus_per_task=resources.cpus, nodes=resources.machines, ntasks_per_node=1,
         gpus_per_node=resources.gpus or None if not resources.gres else None, gres=resources.gres.format(gpus=resources.gpus) if resources.gpus else None,
         mem=resources.mem or None, mem_per_cpu=resources.mem_per_cpu or None, mem_per_gpu=resources.mem_per_gpu or None,
         dependency=f"afterok:{':'.join(after)}" if after else None, comment=batch.name, wckey=None, use_srun=False, stderr_to_stdout=True,

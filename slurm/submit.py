@@ -63,7 +63,7 @@ def arrange(
         for node in left:
             parents = [p.key for p in node.parents.values() if p.key not in done]
             if all(p in out.ids for p in parents):
-                groups.setdefault((profile.of(node.folder), tuple(sorted({out.ids[p] for p in parents}))), []).append(node)
+                groups.setdefault((profile.of_node(node), tuple(sorted({out.ids[p] for p in parents}))), []).append(node)
             else:
                 later.append(node)
         if not groups:

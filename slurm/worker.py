@@ -1,5 +1,7 @@
 """What a SLURM job runs: `python -m slurm.worker BATCH` starts `python -m harness.run JOB.json`, hands signals on, and notes how it ended.
 
+A job on several machines has one such process on each, started by srun; they find one another by the node's folder.
+
 Exit code 0 when the node is done, so that the jobs after it start. At its time limit the job saves and puts itself back into the
 queue; preempted or requeued ones save, and SLURM puts them back.
 """
@@ -31,13 +33,15 @@ def classify(failure: Mapping[str, Any]) -> tuple[str, str]:
     """(what kind of failure it is, what helps) of a failure.json."""
     kind, message = str(failure.get("type", "")), str(failure.get("message", ""))
     if "OutOfMemory" in kind or re.search("out of memory|can't allocate memory", message, re.I):
-        return "out of memory", FEWER_IMAGES
+        return "out of memory", "" if "HARNESS_MICRO_BATCH" in message else FEWER_IMAGES
     if kind == "MemoryError":
         return "out of memory", MORE_MEMORY
-    if re.search(r"\bloss (nan|-?inf)|not finite|\bis (nan|-?inf)\b", message, re.I):
+    if re.search(r"\b(loss|gradient norm) (nan|-?inf)|not finite|\bis (nan|-?inf)\b", message, re.I):
         return "loss not finite", ""
     if kind == "BadImage" or "unreadable" in message:
         return "data error", ""
+    if "disk full" in message:
+        return "disk full", ""
     if f"Errno {errno.ENOSPC}" in message or f"Errno {errno.EDQUOT}" in message:
         return "disk full", "make room, then run with --retry"
     if kind in ("UserError", "FileNotFoundError", "ModuleNotFoundError", "ImportError"):
@@ -77,6 +81,15 @@ class Attempts:
         write_json(self.path, {"attempts": self.all})
 
 
+def command(folder: Path, machines: int) -> list[str]:
+    """What does the job; on several machines, on each of them."""
+    line = [sys.executable, "-m", "harness.run", str(folder / "job.json")]
+    if machines == 1:
+        return line
+    here = ["sh", "-c", 'HARNESS_NODE=$SLURM_NODEID exec "$@"', "sh"]
+    return ["srun", f"--nodes={machines}", f"--ntasks={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none", *here, *line]
+
+
 def work(folder: Path, job: str, max_lost: int) -> int:
     """One attempt at a node. Returns the exit code of the job."""
     attempts = Attempts(folder, job)
@@ -91,19 +104,25 @@ def work(folder: Path, job: str, max_lost: int) -> int:
     def pass_on(number: int, _: Any) -> None:
         asked.append(number)
         for process in running:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGUSR2)  # which srun hands on, too
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, pass_on)
-    code, environment = BUSY, {**os.environ, "HARNESS_LAUNCHER_PID": str(os.getpid())}  # it saves and ends when this process dies
+    machines = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    line, environment = command(folder, machines), {
+        **os.environ, "HARNESS_LAUNCHER_PID": str(os.getpid()),  # it saves and ends when this process dies
+        "HARNESS_NODES": str(machines), "HARNESS_ATTEMPT": f"{job} {len(attempts.all)}", "SRUN_CPUS_PER_TASK": os.environ.get("SLURM_CPUS_PER_TASK", "1"),
+    }
+    code = BUSY
     while code == BUSY and not asked:
         with open(folder / "log.txt", "ab") as log:
-            line = [sys.executable, "-m", "harness.run", str(folder / "job.json")]
             running[:] = [subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)]
         if asked:  # a signal that came before the process was in the list
-            running[0].send_signal(signal.SIGTERM)
+            running[0].send_signal(signal.SIGUSR2)
         if (code := running[0].wait()) == BUSY and not asked:
             time.sleep(BUSY_S)
+    if machines > 1 and code > 128 and code != 130:
+        code = 128 - code  # srun's way to say that a signal ended one of its processes
     if code == 0:
         attempts.end("done")
     elif asked and (code < 0 or code in (130, BUSY)):

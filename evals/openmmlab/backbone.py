@@ -6,12 +6,11 @@ import dataclasses
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
+from harness.batches import BatchNorm, processes
 from harness.checkpoint import Backbone
 from harness.positions import resize_positions
 from harness.vit import ViT
@@ -30,36 +29,18 @@ def scales_for(patch: int) -> tuple[float, ...]:
     return DEFAULT_SCALES.get(patch, (4.0, 2.0, 1.0, 0.5))
 
 
-class NearBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the images of all processes (SyncBN; with one process plain batch norm), in fp32 sums on CPU, where torch's own refuses.
+class NearBatchNorm(BatchNorm):
+    """Batch norm over the images of all processes (SyncBN), for channels that may have one value only.
 
-    A channel that has one value only (the 1x1 pooled branch with one image on one device) is normalised by the running statistics, which then
-    stay as they are: `num_batches_tracked` tells how often that did not happen.
+    Such a channel (the 1x1 pooled branch with one image on one device) is normalised by the running statistics, which then stay as they
+    are: `num_batches_tracked` tells how often that did not happen.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same."""
-        processes = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] * processes == 1:
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] * processes() == 1:
             return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        if self.training and processes > 1:
-            return super().forward(x) if x.is_cuda else self._joined(x)
-        return nn.BatchNorm2d.forward(self, x)  # type: ignore[arg-type]
-
-    def _joined(self, x: Tensor) -> Tensor:
-        """Batch norm from the sums of all processes; gradients go back through the sums."""
-        wide = x.float()
-        count = wide.new_full((1,), x.numel() / x.shape[1])
-        count, total = all_reduce(torch.cat([count, wide.sum((0, 2, 3))]), group=self.process_group).split([1, x.shape[1]])
-        centred = wide - (total / count)[None, :, None, None]
-        square = all_reduce(centred.square().sum((0, 2, 3)), group=self.process_group)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(total / count, self.momentum or 0.0)
-                self.running_var.lerp_(square / (count - 1), self.momentum or 0.0)
-        x = (centred * (square / count + self.eps).rsqrt()[None, :, None, None]).to(x.dtype)
-        return x * self.weight[None, :, None, None] + self.bias[None, :, None, None]
+        return super().forward(x)
 
 
 def steps_by_running_statistics(model: nn.Module, steps: int) -> int:

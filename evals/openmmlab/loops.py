@@ -8,7 +8,6 @@ the random generators and the sampler's position).
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,8 +25,8 @@ from harness.checkpoint import States
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
-from harness.spec import Interrupted, JobFailed, Recipe
-from harness.train import Metrics, choose_attention, count_flops
+from harness.spec import Interrupted, Recipe
+from harness.train import Metrics, check_finite, choose_attention, count_flops
 
 LOG_EVERY_S = 1.0
 
@@ -87,6 +86,7 @@ class Optimize(OptimWrapper):  # type: ignore[misc]
         groups = parameter_groups(named, work.recipe, len(named.vit.blocks))
         super().__init__(build_optimizer(groups, work.recipe))
         self.work = work
+        self.norm = torch.zeros(())  # of the last step's gradient
         self.parameters = [p for p in work.model.parameters() if p.requires_grad]
 
     @contextlib.contextmanager
@@ -97,7 +97,7 @@ class Optimize(OptimWrapper):  # type: ignore[misc]
 
     def step(self, **kwargs: Any) -> None:
         """Clip as the recipe says and update."""
-        clip_gradients(self.parameters, self.work.recipe)
+        self.norm = clip_gradients(self.parameters, self.work.recipe)
         self.optimizer.step(**kwargs)
 
 
@@ -148,22 +148,24 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
                 losses = work.model.train_step(data, wrapper)
             self.runner.call_hook("after_train_iter", batch_idx=self.iter, data_batch=data, outputs=losses)
             self.iter += 1
+            now, stop = time.monotonic(), session.should_stop()
+            saves = stop or self.iter == total or now - saved > session.checkpoint_every_s
+            if saves or self.iter % log_every == 0 or self.iter == 1:
+                check_finite("train", self.iter, total, recipe, losses["loss"], wrapper.norm, states)
             if self.iter % log_every == 0 or self.iter in (1, total):
                 values = {k: float(v.detach()) for k, v in losses.items()}
                 facts["loss"] = values["loss"]
-                if not math.isfinite(facts["loss"]):
-                    raise JobFailed(f"train: loss {facts['loss']} at iteration {self.iter} of {total}, peak lr {recipe.peak_lr:.3g}: lower it with --set")
                 metrics.add(self.iter, {**values, "lr": wrapper.optimizer.param_groups[0]["lr"]})
-            now = time.monotonic()
             if now - shown > LOG_EVERY_S or self.iter in (first + 1, total):
                 shown, speed = now, (self.iter - first) * recipe.batch / max(now - started, 1e-9)
                 session.report(Progress("train", self.iter, total, speed, facts["loss"], (total - self.iter) * recipe.batch / speed))
-            stop = session.should_stop()
-            if stop or self.iter == total or now - saved > session.checkpoint_every_s:
+            if saves:
                 save()
                 saved = time.monotonic()
             if stop and self.iter < total:
+                states.wait()
                 raise Interrupted(f"train: stopped at iteration {self.iter} of {total}, saved")
+        states.wait()
         facts["seconds"] += time.monotonic() - started if first < total else 0.0
         self.runner.call_hook("after_train")
         return work.model

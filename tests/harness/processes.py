@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.augment import TrainTransform
+from harness.batches import BatchNorm
 from harness.data import ImageList
 from harness.plugins import Session, TrainContext
 from harness.randomness import seed_all
@@ -53,6 +55,28 @@ def train(
     return dict(objective.vit.state_dict())
 
 
+class Probe(nn.Module):
+    """A batch norm and a linear layer on the mean colours of the two halves of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = BatchNorm(6, affine=False), nn.Linear(6, 1)
+
+    def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        halves = batch["image"].float().div(255).unflatten(2, (2, -1)).mean((3, 4)).flatten(1)  # (B, 6)
+        return {"loss": (self.layer(self.norm(halves)) - halves[:, :1]).square().mean()}
+
+
+def train_probe(folder: Path, images: Path) -> dict[str, Tensor]:
+    """Weights and running statistics after three steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    seed_all(3, "init")
+    probe, files = Probe(), ImageList(images, sorted(p.name for p in images.glob("*.png")), None, ())
+    fit(probe, files, TrainTransform((32, 32), RECIPE.augment), RECIPE, Session(folder, 3, torch.device("cpu"), torch.float32, {}))
+    return probe.state_dict()
+
+
 def process(rank: int, count: int, place: Path) -> None:
     """One of them."""
     import dataclasses
@@ -61,6 +85,7 @@ def process(rank: int, count: int, place: Path) -> None:
     for name, drop_path in (("plain", 0.0), ("dropped", 0.5)):
         state = train(place / f"{name}-{rank}", place / "images", dataclasses.replace(RECIPE, drop_path=drop_path))
         torch.save(state, place / f"{name}-{rank}.pt")
+    torch.save(train_probe(place / f"probe-{rank}", place / "images"), place / f"probe-{rank}.pt")
     dist.destroy_process_group()
 
 

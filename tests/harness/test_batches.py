@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import RECIPE, train
+from processes import RECIPE, train, train_probe
 from torch import Tensor, nn
 
 from harness.batches import parts_of, positions
 from harness.data import ImageList
 from harness.plugins import Session
-from harness.run import number_from
+from harness.ranks import number_from
 from harness.spec import JobFailed, UserError
 from harness.train import Samples, fit
 
@@ -55,7 +55,7 @@ def test_a_batch_in_parts_makes_the_same_step(place: Path, whole: dict[str, Tens
 
 
 def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, Tensor]) -> None:
-    """With gloo; with dropped paths too, which are drawn for each part."""
+    """With gloo; with dropped paths too, which are drawn for each part; and with a batch norm, which sees the whole batch."""
     command = [sys.executable, str(Path(__file__).with_name("processes.py")), "4", str(place)]
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=500)
@@ -65,6 +65,8 @@ def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, 
     assert all(torch.equal(states[0][k], s[k]) for s in states[1:] for k in s)
     dropped = train(place / "dropped", place / "images", dataclasses.replace(RECIPE, drop_path=0.5), micro_batch=3)
     assert distance(torch.load(place / "dropped-0.pt", weights_only=True), dropped) < 2e-5 < distance(dropped, whole)
+    normed = train_probe(place / "probe", place / "images")
+    assert max(distance(torch.load(place / f"probe-{rank}.pt", weights_only=True), normed) for rank in range(4)) < 2e-5
     assert (place / "plain-0" / "metrics.jsonl").exists() and not (place / "plain-1" / "metrics.jsonl").exists()
 
 
@@ -81,6 +83,11 @@ class Toy(nn.Module):
         return {"loss": self.layer(batch["x"]).pow(2).mean()}
 
 
+def mean_of(image: Any, rng: np.random.Generator) -> dict[str, Tensor]:
+    """The mean of an image as the toy's one number."""
+    return {"x": torch.tensor([float(np.asarray(image).mean()) / 255])}
+
+
 def session(folder: Path, **fields: Any) -> Session:
     folder.mkdir(exist_ok=True)
     return Session(folder, 0, torch.device("cpu"), torch.float32, {}, **fields)
@@ -89,13 +96,24 @@ def session(folder: Path, **fields: Any) -> Session:
 def test_memory_that_gives_out_splits_the_batch(place: Path, tmp_path: Path) -> None:
     """The step is done again in parts, and comes to the same weights."""
     images = ImageList(place / "images", sorted(p.name for p in (place / "images").iterdir()), None, ())
-    ends, lines = [], list[str]()
+    ends, lines, facts = [], list[str](), []
     for name, fits in (("large", 99), ("small", 3)):
         torch.manual_seed(0)
         toy = Toy(fits)
-        fit(toy, images, lambda image, rng: {"x": torch.tensor([float(np.asarray(image).mean()) / 255])}, RECIPE, session(tmp_path / name, log=lines.append))
+        facts.append(fit(toy, images, mean_of, RECIPE, session(tmp_path / name, log=lines.append, on_oom="halve")))
         ends.append(toy.layer.weight.detach().clone())
-    assert torch.allclose(ends[0], ends[1], rtol=1e-5) and any("out of memory at step 0" in line and "4 micro-batches" in line for line in lines)
+    assert torch.allclose(ends[0], ends[1], rtol=1e-5)
+    steps = [f"train: out of memory at step 0 with {before} images at a time: {after} from there on" for before, after in ((10, 5), (5, 3))]
+    assert "out_of_memory" not in facts[0] and facts[1]["out_of_memory"] == steps == [line for line in lines if "memory" in line]
+
+
+def test_memory_that_gives_out_ends_the_job_with_what_may_fit(place: Path, tmp_path: Path) -> None:
+    """Unless --on-oom says to halve; and when one image is too much already."""
+    images = ImageList(place / "images", sorted(p.name for p in (place / "images").iterdir()), None, ())
+    with pytest.raises(JobFailed, match="at step 0 with 10 images at a time: set HARNESS_MICRO_BATCH=5 or --on-oom halve"):
+        fit(Toy(3), images, mean_of, RECIPE, session(tmp_path / "fail"))
+    with pytest.raises(JobFailed, match="at step 0 with 1 images at a time: it needs a larger device"):
+        fit(Toy(0), images, mean_of, RECIPE, session(tmp_path / "one", on_oom="halve"))
 
 
 def test_a_loss_that_couples_images_is_not_split_unless_forced(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = {
     "run": {
         "--methods", "--evals", "--protocol", "--backbone", "--seeds", "--eval-seeds", "--data", "--pretrain-data", "--runs", "--launcher", "--set",
-        "--tuning", "--on-bad-image", "--dry-run", "--retry", "--force", "--cluster", "--wait",
+        "--tuning", "--on-bad-image", "--on-oom", "--dry-run", "--retry", "--force", "--cluster", "--wait",
     },
     "list": {"what", "--protocol", "--runs"},
     "status": {"run", "--runs"},

@@ -168,6 +168,32 @@ def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, on_slurm: tuple[
     assert "going on from step" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
 
 
+def test_a_job_on_two_machines(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """Two processes on each of two nodes; requeued, it goes on under the same id; one of its processes killed, it fails at once with that; then on one."""
+    (tmp_path / "c.toml").write_text(PROFILE.replace("cpus = 1", "cpus = 2\nmachines = 2\nprocesses = 2"))
+    line = (*LINE, *LONG)
+    assert harness(*line, *on_slurm).returncode == 3
+    wait_for(saved(tmp_path / "runs"))
+    node = next((tmp_path / "runs").glob("pretrain-*"))
+    log = node / "log.txt"
+    assert "4 micro-batches of 4 on 4 processes" in log.read_text()
+    pretrain = min(queue(), key=int)
+    ask("scontrol", "requeue", pretrain)
+    wait_for(lambda: "going on from step" in log.read_text())
+    last = [text.split()[-1] for text in (node / "log-rank3.txt").read_text().splitlines() if " start pretrain " in text][-1]
+    began = time.monotonic()
+    os.kill(int(last), signal.SIGKILL)
+    wait_for(lambda: "failed" in harness("status").stdout)
+    assert time.monotonic() - began < 60
+    attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
+    assert [a.get("how") for a in attempts] == ["stopped", "out of memory"] and {a["job"] for a in attempts} == {pretrain}, log.read_text()
+    wait_for(lambda: not queue())
+    (tmp_path / "c.toml").write_text(PROFILE)
+    done = harness(*line, *on_slurm, "--wait", "--retry", timeout=600)
+    assert done.returncode == 0, (done.stdout, done.stderr, log.read_text())
+    assert "on 1 process now, 4 before: the batch stays 16 images" in log.read_text()
+
+
 def test_a_job_at_its_time_limit_goes_on_in_its_next_turn(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
     """A limit of two minutes, and more work than that: the job saves before it, puts itself back into the queue, and goes on under the same id."""
     (tmp_path / "c.toml").write_text(PROFILE.replace('time = "30"', 'time = "2"\nsignal_s = 60'))

@@ -15,12 +15,18 @@ import pytest
 from fake_slurm import FakeSlurm
 from folders import written
 
+from evals.finetune import ImageNet
+from evals.knn import KNN
+from evals.linear import PLAIN, Linear
+from harness.canonical import canonical
 from harness.jobs import Node
 from harness.launch import make_launcher, queued, write_job
-from harness.spec import UserError
+from harness.spec import Recipe, UserError
 from harness.store import Store, lock, write_json
+from methods.mae import MAE
 from slurm.cancel import Cancel
 from slurm.launcher import Slurm
+from slurm.worker import command
 
 METHODS, EVALS = ("mae", "beit", "scratch"), ("linear", "coco", "knn", "partial")
 
@@ -282,6 +288,33 @@ def test_dry_run_shows_the_text_that_sbatch_gets(fake: FakeSlurm, store: Store, 
     for node in nodes:
         finish(store, node)
     assert launcher.preview(nodes, store) == "nothing to submit" and launcher.preview(nodes, store, force=True).count("#!/bin/bash") == 2
+
+
+def test_a_job_on_several_gpus_and_machines(fake: FakeSlurm, store: Store) -> None:
+    """A process on each GPU of each machine; what one process has to do asks for its share only, and keeps nobody's GPUs idle."""
+    pretrain = Node("pretrain", "mae", {"plugin": canonical(MAE()), "recipe": None}, {}, {"title": "pretrain mae", "seed": 0})
+    on_features = Recipe(batch=8, lr=1.0, epochs=1, augment=PLAIN)
+    scores = [
+        Node("evaluate", name, {"plugin": canonical(plugin), "recipe": canonical(recipe)}, {"checkpoint": pretrain}, {"title": name, "seed": 0})
+        for name, plugin, recipe in (("imagenet", ImageNet(), None), ("knn", KNN(), None), ("linear", Linear(), on_features))
+    ]
+    for node in (pretrain, *scores):
+        write_job(node, store)
+    slurm(store, "machines = 2\ngpus = 4\ncpus = 32").launch([pretrain, *scores], store, quiet)
+    asked = {
+        node.name: (fake.options(id)["nodes"], fake.options(id)["gpus-per-node"], fake.options(id)["cpus-per-task"], *environment(fake.scripts[id]))
+        for node, id in ((n, fake_ids(store, fake)[n.folder].partition("_")[0]) for n in (pretrain, *scores))
+    }
+    assert asked["mae"] == asked["imagenet"] == ("2", "4", "32", "4", "8")
+    assert asked["knn"] == asked["linear"] == ("1", "1", "8", "1", "8")
+    assert command(Path("n"), 1)[1:] == ["-m", "harness.run", "n/job.json"]
+    assert command(Path("n"), 2)[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"] and command(Path("n"), 2)[-4:] == command(Path("n"), 1)
+
+
+def environment(script: str) -> tuple[str, str]:
+    """Processes and threads that a script sets."""
+    pairs = dict(line.removeprefix("export ").partition("=")[::2] for line in script.splitlines() if line.startswith("export "))
+    return pairs["HARNESS_PROCESSES"], pairs["HARNESS_THREADS"]
 
 
 def test_flags_of_another_launcher_are_refused(tmp_path: Path) -> None:

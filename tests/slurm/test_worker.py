@@ -66,7 +66,7 @@ class Bench:
         return process.returncode
 
 
-SAVES = "trap 'exit 130' TERM; while :; do sleep 0.1; done"
+SAVES = "trap 'exit 130' USR2; while :; do sleep 0.1; done"
 
 
 def test_done_failed_and_died(tmp_path: Path) -> None:
