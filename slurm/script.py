@@ -6,7 +6,6 @@ submitit's own job format, a pickled function, and its view of the queue, by sac
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,16 +13,16 @@ from pathlib import Path
 
 from harness.jobs import Node
 from slurm.profile import Profile, Resources
+from slurm.snapshot import python_path
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: Resources, profile: Profile) -> str:
+def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: Resources, profile: Profile, tree: Path) -> str:
     """The batch script of nodes that ask for the same and wait for the same jobs.
 
     Args:
         batch: its folder.
         after: ids of the jobs that must end well before it starts; when one does not, SLURM removes it from the queue.
+        tree: the copy of the code that it runs.
     """
     from submitit.slurm.slurm import SlurmExecutor
 
@@ -38,7 +37,8 @@ def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: 
     array = len(nodes) > 1
     python = profile.python or sys.executable
     exports = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": python_path(tree), "PYTHONSAFEPATH": "1",  # or the folder that sbatch was called in, the tree itself perhaps, would come first
+        "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(resources.cpus), "HARNESS_THREADS": str(resources.cpus),
         **({"HARNESS_WORKERS": str(resources.cpus)} if resources.gpus else {}), **dict(resources.environment),
     }

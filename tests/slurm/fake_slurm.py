@@ -6,7 +6,7 @@ from pathlib import Path
 
 SBATCH = r"""#!/bin/sh
 cd "$(dirname "$0")"
-script=$2
+script=$2; env > environment
 if [ -e refuse ] && [ "$(cat next)" -ge "$(cat refuse)" ]; then
     echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
     echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1
