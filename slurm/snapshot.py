@@ -118,6 +118,6 @@ def snapshot(store: Store, root: Path = ROOT) -> Snapshot:
 
 def python_path(tree: Path) -> str:
     """PYTHONPATH of a job: the copy in front; then where this process finds what is not installed, a plugin in the folder it was started in, say."""
-    here = [os.getcwd()] if sys.path[0] == os.getcwd() else []  # as `python -m harness` has it
-    given = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    here = [sys.path[0]] if sys.path[0] == str(Path.cwd()) else []  # as `python -m harness` has it
+    given = [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     return os.pathsep.join(dict.fromkeys([str(tree), *here, *given]))

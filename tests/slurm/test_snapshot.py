@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_slurm import FakeSlurm
 
 from harness.provenance import git_state
 from harness.spec import UserError
@@ -86,7 +85,7 @@ def test_equal_code_is_copied_once_and_whole(tree: Path, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        with pytest.raises(UserError, match=r"cannot be written .No space left on device"):
             first.save()
     assert list(first.tree.parents[1].iterdir()) == [], "there whole or not at all"
     first.save()
