@@ -182,6 +182,7 @@ def test_a_job_at_its_time_limit_goes_on_in_its_next_turn(harness: Call, on_slur
     wait_for(lambda: not queue())
 
 
+@pytest.mark.timeout(1200)
 def test_the_probe_and_the_drill_of_doctor(harness: Call, on_slurm: tuple[str, ...], smoke_data: Path) -> None:
     """Two nodes are seen, they add up a tensor together, and a job that is preempted there ends like one that is not."""
     done = harness("doctor", *on_slurm[2:], "--data", str(smoke_data), "--drill", timeout=900)
