@@ -16,9 +16,10 @@ test: .venv/.ready
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
 
-# A real SLURM on this machine; as root, after: apt-get install slurm-wlm munge
+# A real SLURM on this machine; as root, after: apt-get install slurm-wlm munge. ONLY="preempted or lost_node" (as .ci/run has it) chooses tests by name;
+# where no SLURM can run they are skipped with the reason.
 test-slurm: .venv/.ready
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(if $(ONLY),-k "$(ONLY)")
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

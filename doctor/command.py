@@ -1,4 +1,4 @@
-"""`harness doctor`: what works on this machine, what does not, and the remedy."""
+"""`harness doctor`: what works on this machine, what does not, and the remedy; with the flags of a check (--cluster), what works elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from harness.store import Store
 
 
 class Doctor:
-    """The command `doctor`."""
+    """The command `doctor`. Other rooms add checks through the entry points harness.checks: `flags` as launchers have them, and lines(args) -> iterator of
+    (works, what was found, what helps), which is asked in place of this machine when one of its flags is given."""
 
     help = "versions, devices, data: what works, what does not, the remedy"
 
@@ -31,10 +32,22 @@ class Doctor:
         parser.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
         parser.add_argument("--runs", default="runs")
         parser.add_argument("--evaluators", action="store_true", help="let each evaluator score what has a known answer (a minute)")
+        for check in plugins.importable("checks").values():
+            for flag, keywords in check.flags.items():
+                parser.add_argument(f"--{flag}", **keywords)
 
     def run(self, args: argparse.Namespace) -> int:
         """0 when everything that a run needs works, else 1."""
-        return examine(args.data, Path(args.runs), args.evaluators)
+        elsewhere = [check for check in plugins.importable("checks").values() if any(getattr(args, flag) for flag in check.flags)]
+        if not elsewhere:
+            return examine(args.data, Path(args.runs), args.evaluators)
+        return max([show(*line) for check in elsewhere for line in check.lines(args)], default=0)
+
+
+def show(good: bool | None, text: str, remedy: str = "") -> int:
+    """Print what was found, with the remedy where it does not work; 1 for a problem."""
+    print(f"{'ok  ' if good else '--  ' if good is None else 'BAD '} {text}{'' if good else ': ' + remedy if remedy else ''}", flush=True)
+    return int(good is False)
 
 
 def known_answers() -> Iterator[tuple[bool, str, str]]:
@@ -64,8 +77,7 @@ def examine(data: str | None, runs: Path, evaluators: bool = False) -> int:
 
     def say(good: bool | None, text: str, remedy: str = "") -> None:
         nonlocal problems
-        problems += good is False
-        print(f"{'ok  ' if good else '--  ' if good is None else 'BAD '} {text}{'' if good else ': ' + remedy if remedy else ''}")
+        problems += show(good, text, remedy)
 
     say((3, 10) <= sys.version_info[:2] < (3, 14), f"python {sys.version.split()[0]}", "mmengine needs 3.10 to 3.13")
     for name, found in versions().items():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FLAGS = {"protocols": "--protocol", "launchers": "--launcher"}  # others are called as their kind
-KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands")
+KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands", "checks")  # checks: what `doctor` looks at when one of their flags is given
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the harness's own checkout and whether it has changes; nulls outside git."""
+    """Commit of the harness's own checkout and whether it has changes; nulls outside git. In a copy made for a cluster: what was noted when it was made."""
     import subprocess
 
     here = Path(__file__).resolve().parent
+    if isinstance(taken := read_json(here.parents[1] / "snapshot.json"), dict):
+        return dict(taken["git"])
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)

@@ -19,6 +19,7 @@ from harness.spec import UserError
 from harness.store import ENDED, State, Store
 from slurm.profile import Profile, default_precision, read_profile
 from slurm.queue import jobs_of, limits, sole_submitter, states
+from slurm.snapshot import Snapshot, snapshot
 from slurm.submit import Group, Refused, Submission, arrange, call_sbatch, folders_of, show_groups, warn
 
 POLL_S = 5.0
@@ -78,14 +79,15 @@ class Slurm:
             most = limits() if todo else {}
             max_array = min(self.profile.max_array or MAX_ARRAY, most.get("MaxArraySize", MAX_ARRAY))
             room = min(self.profile.max_submit or len(todo) + total, most.get("MaxJobCount", len(todo) + total)) - total
-            out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lambda group: self.sbatch(group, store))
+            code = snapshot(store)
+            out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lambda group: self.sbatch(group, store, code))
         if out.refused and not out.ids:
             raise Refused(f"--cluster {self.profile.path}: {out.refused}")
         return out
 
-    def sbatch(self, group: Group, store: Store) -> str:
+    def sbatch(self, group: Group, store: Store, code: Snapshot) -> str:
         """Submit a group."""
-        return call_sbatch(group, store, self.profile)
+        return call_sbatch(group, store, self.profile, code)
 
     def check_places(self, nodes: Sequence[Node], store: Store) -> None:
         """Raises UserError when jobs elsewhere could not see what they need."""

@@ -166,10 +166,12 @@ def wait_until_up(names: list[str], started: list[subprocess.Popen[bytes]]) -> N
 
 
 def main() -> int:
-    """Run a cluster until Ctrl-C."""
+    """Run a cluster until Ctrl-C, or until it is told to end: its daemons end with it."""
     if len(sys.argv) != 2 or missing():
         print(missing() or "usage: python -m slurm.local_cluster DIR", file=sys.stderr)
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what is in its background with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     with cluster(Path(sys.argv[1]).resolve()) as config:
         print(f"export SLURM_CONF={config}", flush=True)
         try:

@@ -3,6 +3,7 @@
     runs/.slurm/lock                     held while somebody submits
     runs/.slurm/<batch>/submission.json  the nodes of one job or array, in the order of its tasks
                         batch.sh         what sbatch was given       slurm-*.out   what SLURM and the setup lines printed
+    runs/.slurm/snapshots/               the code that jobs run (slurm/snapshot.py)
     runs/<node>/slurm.json               the attempts at a node: job, host, start, end, and how it ended
 
 A batch's name is its job's comment in SLURM. What squeue shows under it is in the queue, whoever submitted it and whatever became of them.
@@ -11,6 +12,7 @@ A batch's name is its job's comment in SLURM. What squeue shows under it is in t
 from __future__ import annotations
 
 import datetime
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +27,9 @@ from harness.store import Locked, State, Store, lock, read_json
 
 FOLDER = ".slurm"
 RESUMES = ("stopped", "time limit")  # how an attempt ends that is gone on with
+OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_")
+OF_PROCESSES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "HARNESS_LAUNCHER_PID",
+                "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SILENT_S = 600.0  # a running job that has reported no step for so long is shown as silent
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED", "SUSPENDED")
 
@@ -36,7 +41,7 @@ def ask(*words: str) -> str:
         UserError: it is not there, or refuses; its own last line says why.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env=outside(os.environ))
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else "no answer in 120 s" if isinstance(error, subprocess.TimeoutExpired) else error
         raise UserError(f"{words[0]}: {reason}: run this where SLURM's commands work, on a login node of the cluster") from error
@@ -45,6 +50,13 @@ def ask(*words: str) -> str:
         remedy = "" if words[0] == "sbatch" else ": is this a login node, and the cluster up?"
         raise UserError(f"{words[0]}: {': '.join(lines[-2:]) or f'exit code {done.returncode}'}{remedy}")
     return done.stdout
+
+
+def outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment as it was outside the job that this process may run in: sbatch hands its own on, and with it the outer job's shape, task and GPUs."""
+    if "SLURM_JOB_ID" not in environment:
+        return dict(environment)
+    return {k: v for k, v in environment.items() if k == "SLURM_CONF" or not (k.startswith(OF_JOBS) or k in OF_PROCESSES)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ submitit's own job format, a pickled function, and its view of the queue, by sac
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,16 +13,17 @@ from pathlib import Path
 
 from harness.jobs import Node
 from slurm.profile import Profile, Resources
+from slurm.snapshot import python_path
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: Resources, profile: Profile) -> str:
+def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: Resources, profile: Profile, tree: Path, probe: int = 0) -> str:
     """The batch script of nodes that ask for the same and wait for the same jobs.
 
     Args:
         batch: its folder.
         after: ids of the jobs that must end well before it starts; when one does not, SLURM removes it from the queue.
+        tree: the copy of the code that it runs.
+        probe: instead of nodes of the graph, the probe of `doctor --cluster` on so many machines.
     """
     from submitit.slurm.slurm import SlurmExecutor
 
@@ -39,26 +39,30 @@ def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: 
     threads = str(resources.cpus // resources.each)
     python = profile.python or sys.executable
     exports = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": threads, "HARNESS_THREADS": threads, "HARNESS_PROCESSES": str(resources.each),
+        "PYTHONPATH": python_path(tree), "PYTHONSAFEPATH": "1",  # or the folder that sbatch was called in, the tree itself perhaps, would come first
+        "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "HARNESS_THREADS": threads, "HARNESS_PROCESSES": str(resources.each),
         **({"HARNESS_WORKERS": threads} if resources.gpus else {}), **dict(resources.environment),
     }
     executor = Executor(folder=batch)
     executor.update_parameters(
-        job_name=name_of(nodes), partition=resources.partition or None, account=resources.account or None, qos=resources.qos or None,
-        constraint=resources.constraint or None, time=resources.time or None, cpus_per_task=resources.cpus, nodes=resources.machines, ntasks_per_node=1,
+        job_name="harness doctor" if probe else name_of(nodes),
+        partition=resources.partition or None, account=resources.account or None, qos=resources.qos or None,
+        constraint=resources.constraint or None, time=resources.time or None, cpus_per_task=resources.cpus, nodes=probe or resources.machines,
+        ntasks_per_node=1,
         gpus_per_node=resources.gpus or None if not resources.gres else None, gres=resources.gres.format(gpus=resources.gpus) if resources.gpus else None,
         mem=resources.mem or None, mem_per_cpu=resources.mem_per_cpu or None, mem_per_gpu=resources.mem_per_gpu or None,
         dependency=f"afterok:{':'.join(after)}" if after else None, comment=batch.name, wckey=None, use_srun=False, stderr_to_stdout=True,
         array_parallelism=profile.max_running or len(nodes), setup=[*resources.setup, *(f"export {k}={shlex.quote(v)}" for k, v in exports.items())],
         additional_parameters={
-            "output": str(batch / ("slurm-%A_%a.out" if array else "slurm-%j.out")), "requeue": True, "signal": f"B:USR2@{resources.signal_s}",
+            "output": str(batch / ("slurm-%A_%a.out" if array else "slurm-%j.out")),
+            "no-requeue" if probe else "requeue": True, "signal": f"B:USR2@{resources.signal_s}",
             **({"kill-on-invalid-dep": "yes"} if after else {}),
         },
     )
     if array:
         executor.parameters["map_count"] = len(nodes)  # as submitit does for its own arrays
-    text = executor._make_submission_file_text(f"exec {shlex.quote(python)} -m slurm.worker {shlex.quote(str(batch))}", "")
+    start = f"srun --cpus-per-task={resources.cpus} {shlex.quote(python)} -m slurm.probe_job" if probe else f"{shlex.quote(python)} -m slurm.worker"
+    text = executor._make_submission_file_text(f"exec {start} {shlex.quote(str(batch))}", "")
     lines = text.strip().splitlines()
     last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
     return "\n".join([*lines[: last + 1], *(f"#SBATCH {option}" for option in resources.extra), *lines[last + 1:]]) + "\n"

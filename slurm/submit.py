@@ -14,6 +14,7 @@ from harness.store import Store, write_json
 from slurm.profile import Profile, Resources
 from slurm.queue import ask, new_batch
 from slurm.script import script
+from slurm.snapshot import Snapshot, snapshot
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ def arrange(
     return out
 
 
-def call_sbatch(group: Group, store: Store, profile: Profile) -> str:
+def call_sbatch(group: Group, store: Store, profile: Profile, code: Snapshot) -> str:
     """Write a batch down, then submit it: killed in between, it is found again in the queue by its name. Returns the job's id; raises Refused."""
     batch = new_batch(store)
     body = {"schema": 1, "nodes": [n.folder for n in group.nodes], "max_lost": profile.max_lost, "cluster": profile.path, "time": time.time()}
-    write_json(batch / "submission.json", body)
-    (batch / "batch.sh").write_text(script(batch, group.nodes, group.after, group.resources, profile))
+    code.save()
+    write_json(batch / "submission.json", {**body, "snapshot": code.name})
+    (batch / "batch.sh").write_text(script(batch, group.nodes, group.after, group.resources, profile, code.tree))
     try:
         answer = ask("sbatch", "--parsable", str(batch / "batch.sh"))
     except UserError as error:
@@ -107,10 +109,11 @@ def call_sbatch(group: Group, store: Store, profile: Profile) -> str:
 def show_groups(todo: Sequence[Node], queue: Mapping[str, str], done: set[str], store: Store, profile: Profile, max_array: int) -> str:
     """What would be submitted: the exact text of each batch. Ids are not known yet: J1, J2, ... stand for them."""
     parts: list[str] = []
+    tree = snapshot(store).tree
 
     def submit(group: Group) -> str:
         id = f"J{len(parts) + 1}"
-        text = script(store.root.resolve() / ".slurm" / id, group.nodes, group.after, group.resources, profile)
+        text = script(store.root.resolve() / ".slurm" / id, group.nodes, group.after, group.resources, profile, tree)
         titles = [f"#   {task}: {n.key} {n.about['title']} seed {n.about['seed']}" for task, n in enumerate(group.nodes)]
         parts.append("\n".join([f"# ---- {id}: {len(group.nodes)} node{'s' * (len(group.nodes) > 1)}", *titles, text]))
         return id

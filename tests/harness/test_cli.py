@@ -23,7 +23,7 @@ COMMANDS = {
     },
     "list": {"what", "--protocol", "--runs"},
     "status": {"run", "--runs"},
-    "doctor": {"--data", "--runs", "--evaluators"},
+    "doctor": {"--data", "--runs", "--evaluators", "--cluster", "--drill"},
     "export": {"run", "--to", "--out", "--runs"},
     "cancel": {"run", "--runs"},
     "data": {"what", "names", "--protocol", "--data", "--archives", "--labels"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 SBATCH = r"""#!/bin/sh
 cd "$(dirname "$0")"
-script=$2
+script=$2; env > environment
 if [ -e refuse ] && [ "$(cat next)" -ge "$(cat refuse)" ]; then
     echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
     echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1
@@ -39,6 +39,11 @@ echo "$@" >> scontrol.log
 echo "MaxArraySize            = 11"; echo "MaxJobCount             = 10000"; echo "ClusterName = fake"
 """
 
+SINFO = """#!/bin/sh
+cd "$(dirname "$0")"
+cat partitions
+"""
+
 
 class FakeSlurm:
     """The commands in a folder, and its queue as the test sets it."""
@@ -46,11 +51,12 @@ class FakeSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
+        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("scontrol", SCONTROL), ("sinfo", SINFO)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         (folder / "next").write_text("100\n")
         (folder / "queue").write_text("")
+        (folder / "partitions").write_text("low*|2|1-infinite\n")
 
     @property
     def scripts(self) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from harness import cli
 from harness.spec import UserError
 from slurm.profile import default_precision, read_profile, seconds
 
@@ -82,3 +85,16 @@ def test_folders_that_nodes_cannot_see_are_refused(tmp_path: Path) -> None:
     found.check_shared("--runs", tmp_path / "shared" / "runs")
     with pytest.raises(UserError, match=r"--runs .*: not below a folder that all nodes see"):
         found.check_shared("--runs", tmp_path / "shared-not" / "runs")
+
+
+def test_the_lines_of_the_sweep_are_understood(tmp_path: Path) -> None:
+    """Each `python -m harness` of slurm/sweep.sh, the commented ones too, is parsed as the command line that it becomes."""
+    text = (ROOT / "slurm" / "sweep.sh").read_text().replace("#   python", "python")
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> "$0.said"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CLUSTER": "c.toml", "RUNS": str(tmp_path), "DATA": "data"}
+    done = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, check=False)
+    lines = [line.split() for line in (tmp_path / "python.said").read_text().splitlines()]
+    assert (done.returncode, done.stderr, len(lines)) == (0, "", 7)
+    parsed = [cli.parser().parse_args(line[2:]) for line in lines]
+    assert [p.command for p in parsed] == ["doctor", "run", "run", "status", "run", "table", "cancel"] and parsed[0].drill and parsed[2].launcher == "slurm"

@@ -111,6 +111,8 @@ def test_a_job_that_is_put_back_goes_on_to_the_same_number(harness: Call, on_slu
     attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
     assert [a["how"] for a in attempts] == ["stopped", "done"] and {a["job"] for a in attempts} == {pretrain}
     assert "going on from step" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
+    record = one(tmp_path / "runs", "pretrain-*/record.json")
+    assert (tmp_path / "runs" / ".slurm" / "snapshots" / record["git"]["snapshot"] / "tree" / "harness").is_dir(), "it ran a copy of the code"
     whole = harness(*line, "--runs", "whole")
     assert whole.stdout == done.stdout
     a, b = (torch.load(next((tmp_path / r).glob("pretrain-*/checkpoint/backbone.pt")), weights_only=True)["state"] for r in ("whole", "runs"))
@@ -204,3 +206,15 @@ def test_a_job_at_its_time_limit_goes_on_in_its_next_turn(harness: Call, on_slur
     assert [a.get("how") for a in attempts] == ["time limit"] * (len(attempts) - 1) + [None] and len({a["job"] for a in attempts}) == 1
     assert harness("cancel").returncode == 0
     wait_for(lambda: not queue())
+
+
+@pytest.mark.timeout(1200)
+def test_the_probe_and_the_drill_of_doctor(harness: Call, on_slurm: tuple[str, ...], smoke_data: Path) -> None:
+    """Two nodes are seen, they add up a tensor together, and a job that is preempted there ends like one that is not."""
+    done = harness("doctor", *on_slurm[2:], "--data", str(smoke_data), "--drill", timeout=900)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any(line.startswith("ok   all-reduce of 4 MB across 2 nodes with gloo") for line in said)
+    assert [sum(host in line and "is seen and written" in line for line in said) for host in ("n1:", "n2:")] == [1, 1]
+    assert [line[:4] for line in said if "weights" in line or "survived" in line or "told to stop and saved" in line] == ["ok  "] * 3, said
+    assert queue() == []

@@ -127,8 +127,8 @@ def test_a_launcher_killed_after_sbatch_loses_nothing(fake: FakeSlurm, store: St
 
     real, calls = Slurm.sbatch, []
 
-    def dies(self: Slurm, group: Any, store: Store) -> str:
-        calls.append(real(self, group, store))
+    def dies(self: Slurm, group: Any, store: Store, code: Any) -> str:
+        calls.append(real(self, group, store, code))
         if len(calls) == 2:
             raise Killed
         return calls[-1]
@@ -315,6 +315,20 @@ def environment(script: str) -> tuple[str, str]:
     """Processes and threads that a script sets."""
     pairs = dict(line.removeprefix("export ").partition("=")[::2] for line in script.splitlines() if line.startswith("export "))
     return pairs["HARNESS_PROCESSES"], pairs["HARNESS_THREADS"]
+
+
+def test_submitting_from_inside_a_job(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch hands its environment on: the outer job's task number, shape and GPUs must not become the inner one's. What the user has set must."""
+    outer = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5", "SLURM_CPUS_PER_TASK": "8", "SLURM_MEM_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "3", "RANK": "1",
+             "HARNESS_LAUNCHER_PID": "1"}
+    for name, value in {**outer, "SLURM_CONF": "/etc/slurm.conf", "HARNESS_DATA": "/data"}.items():
+        monkeypatch.setenv(name, value)
+    assert slurm(store).launch(graph(store, ("mae",), ("linear",)), store, quiet) == 3
+    given = dict(line.partition("=")[::2] for line in (fake.folder / "environment").read_text().splitlines())
+    assert not set(outer) & set(given) and given["SLURM_CONF"] == "/etc/slurm.conf" and given["HARNESS_DATA"] == "/data" and "PATH" in given
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert slurm(store).launch(graph(store, ("scratch",), ()), store, quiet) == 3
+    assert "CUDA_VISIBLE_DEVICES=3" in (fake.folder / "environment").read_text().splitlines(), "outside of one it is the user's own"
 
 
 def test_flags_of_another_launcher_are_refused(tmp_path: Path) -> None:
