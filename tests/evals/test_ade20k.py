@@ -357,14 +357,13 @@ def test_the_table_says_what_was_rounded_and_what_happened(smoke_data: Path) -> 
     assert evaluator.deviations(dataclasses.replace(saved, mean=IMAGENET_MEAN, std=IMAGENET_STD), paper, 0) == []
 
 
-def test_deviations_found_while_running_are_in_the_record() -> None:
+def test_deviations_found_while_running_are_in_the_record(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from harness.provenance import make_record
+    from harness.provenance import Usage, make_record
 
     session = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, skipped_images={"a.jpg": "cannot be read"})
     job = {"kind": "evaluate", "name": "x", "key": "k", "identity": {"seed": 0, "version": 2}, "about": {}, "parents": {}}
-    usage: Any = SimpleNamespace(seconds=lambda: 1.0, before={"start": "2026-01-01"})
     parts = {"metrics": {}, "outcomes": None, "facts": {"deviations": ["one image at a time"]}}
-    record = make_record(job, session, {"threads": 1, "gemm": "highest"}, usage, parts)
+    record = make_record(job, session, {"threads": 1, "gemm": "highest"}, Usage(tmp_path), parts)
     assert record["deviations_found"] == ["1 unreadable images skipped", "one image at a time"]
