@@ -149,7 +149,7 @@ def tell(folder: Path, job: str, steps: int) -> Iterator[Line]:
         return
     hosts = " then ".join(str(a["host"]) for a in attempts)
     yield told == ["stopped", "done"] and {a["job"] for a in attempts} == {job} if told[0] else None, (
-        f"it was told to stop and {'saved' if told[0] else 'was killed before it had saved'}; {len(attempts)} attempts under the same job id, on {hosts}"
+        f"it was told to stop and {'saved' if told[0] else 'killed before it had ended'}; {len(attempts)} attempts under the same job id, on {hosts}"
     ), "the cluster's KillWait and GraceTime leave it too little time" if not told[0] else f"its attempts ended as {told}: see {folder / 'slurm.json'}"
     yield bool(from_steps), f"survived: the state of step {from_steps[-1] if from_steps else 0} of {steps}", "it began anew: see log.txt"
 

@@ -49,7 +49,7 @@ def test_only_what_may_differ_is_allowed_to(tmp_path: Path) -> None:
     (["stopped", "error"], "going on from step 30 of 400", ["it was told to stop and saved; 2 attempts under the same job id, on n1 then n1"]),
 ])
 def test_how_it_went_on(tmp_path: Path, hows: list[str | None], log: str, found: list[str]) -> None:
-    """Killed before it could save is told, not held against the cluster: an earlier state was there."""
+    """Killed before it had ended is told, not held against the cluster: an earlier state was there."""
     write_json(tmp_path / "slurm.json", {"attempts": [{"job": "7", "host": "n1", "start": 0, "how": how} for how in hows]})
     (tmp_path / "log.txt").write_text(log)
     assert bad(drill.tell(tmp_path, "7", 400)) == found
