@@ -121,7 +121,7 @@ def attempt(launcher: Slurm, node: Node, whole: Store, put_back: Store) -> Itera
         if end != "done":
             yield False, f"{what}: {end}", f"see {store.folder(node) / 'log.txt'}"
             return
-    yield from tell(folder, ids[put_back], node)
+    yield from tell(folder, ids[put_back], node.recipe.iterations)
     yield from compare(whole.folder(node), folder)
 
 
@@ -139,8 +139,8 @@ def over(node: Node, store: Store, deadline: float) -> str:
     return {"done": "done", "failed": state.reason}.get(state.status, "left the queue without a result")
 
 
-def tell(folder: Path, job: str, node: Node) -> Iterator[Line]:
-    """How the preempted job went on."""
+def tell(folder: Path, job: str, steps: int) -> Iterator[Line]:
+    """How the preempted job went on, of so many steps."""
     attempts: list[Mapping[str, Any]] = (read_json(folder / "slurm.json") or {}).get("attempts", [])
     log = (folder / "log.txt").read_text(errors="replace")
     from_steps, told = re.findall(r"going on from step (\d+) of", log), [a.get("how") for a in attempts]
@@ -149,9 +149,8 @@ def tell(folder: Path, job: str, node: Node) -> Iterator[Line]:
         return
     hosts = " then ".join(str(a["host"]) for a in attempts)
     yield told == ["stopped", "done"] and {a["job"] for a in attempts} == {job} if told[0] else None, (
-        f"it was told to stop and {'saved' if told[0] else 'was killed before it had saved'}; {len(attempts)} attempts under the same job id, on {hosts}"
+        f"it was told to stop and {'saved' if told[0] else 'killed before it had ended'}; {len(attempts)} attempts under the same job id, on {hosts}"
     ), "the cluster's KillWait and GraceTime leave it too little time" if not told[0] else f"its attempts ended as {told}: see {folder / 'slurm.json'}"
-    steps = node.recipe.iterations
     yield bool(from_steps), f"survived: the state of step {from_steps[-1] if from_steps else 0} of {steps}", "it began anew: see log.txt"
 
 

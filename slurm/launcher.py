@@ -36,6 +36,7 @@ class Slurm:
     wait: bool = False
     poll_s: float = POLL_S
     profile: Profile = field(init=False)
+    code: Snapshot | None = field(default=None, init=False)
 
     flags: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "cluster": {"metavar": "FILE", "help": "cluster profile, a TOML file (examples: slurm/profiles/)"},
@@ -79,15 +80,15 @@ class Slurm:
             most = limits() if todo else {}
             max_array = min(self.profile.max_array or MAX_ARRAY, most.get("MaxArraySize", MAX_ARRAY))
             room = min(self.profile.max_submit or len(todo) + total, most.get("MaxJobCount", len(todo) + total)) - total
-            code = snapshot(store)
-            out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lambda group: self.sbatch(group, store, code))
+            out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lambda group: self.sbatch(group, store))
         if out.refused and not out.ids:
             raise Refused(f"--cluster {self.profile.path}: {out.refused}")
         return out
 
-    def sbatch(self, group: Group, store: Store, code: Snapshot) -> str:
-        """Submit a group."""
-        return call_sbatch(group, store, self.profile, code)
+    def sbatch(self, group: Group, store: Store) -> str:
+        """Submit a group. All that one process submits runs the same code, also what --wait submits hours later."""
+        self.code = self.code or snapshot(store)
+        return call_sbatch(group, store, self.profile, self.code)
 
     def check_places(self, nodes: Sequence[Node], store: Store) -> None:
         """Raises UserError when jobs elsewhere could not see what they need."""

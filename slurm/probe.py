@@ -61,7 +61,7 @@ class Cluster:
         ask("squeue", "--me", "-h")
         store.prepare()
         good = True
-        for line in probe(profile, store, sorted({*roots, *profile.shared})):
+        for line in probe(profile, store, sorted({*roots, *(str(Path(s).expanduser()) for s in profile.shared)})):
             good &= line[0] is not False
             yield line
         if args.drill:

@@ -68,11 +68,16 @@ class Attempts:
     def __init__(self, folder: Path, job: str) -> None:
         self.path, self.job = folder / "slurm.json", job
         self.all: list[dict[str, Any]] = list((read_json(self.path) or {}).get("attempts", []))
-        self.lost = [a for a in self.all if a["job"] == job and not a.get("how")]  # died without a word: its node was lost
+        self.lost = [a for a in self.all if a["job"] == job and not a.get("how") and "told" not in a]  # died without a word: its node was lost
 
     def begin(self) -> None:
         """Note the start."""
         self.all.append({"job": self.job, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "start": time.time()})
+        write_json(self.path, {"attempts": self.all})
+
+    def told(self) -> None:
+        """Note that it was told to end: SLURM kills what takes longer over that than KillWait, and that is no lost node."""
+        self.all[-1].setdefault("told", time.time())
         write_json(self.path, {"attempts": self.all})
 
     def end(self, how: str) -> None:
@@ -105,6 +110,7 @@ def work(folder: Path, job: str, max_lost: int) -> int:
         asked.append(number)
         for process in running:
             process.send_signal(signal.SIGUSR2)  # which srun hands on, too
+        attempts.told()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, pass_on)

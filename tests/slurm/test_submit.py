@@ -127,8 +127,8 @@ def test_a_launcher_killed_after_sbatch_loses_nothing(fake: FakeSlurm, store: St
 
     real, calls = Slurm.sbatch, []
 
-    def dies(self: Slurm, group: Any, store: Store, code: Any) -> str:
-        calls.append(real(self, group, store, code))
+    def dies(self: Slurm, group: Any, store: Store) -> str:
+        calls.append(real(self, group, store))
         if len(calls) == 2:
             raise Killed
         return calls[-1]

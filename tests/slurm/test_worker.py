@@ -104,6 +104,21 @@ def test_a_node_lost_too_often_is_given_up(tmp_path: Path) -> None:
     assert bench.ends == ["stopped", None, None, "lost node"] and bench.failure["class"] == "lost node"
 
 
+def test_a_preempted_job_that_is_killed_while_it_saves_is_no_lost_node(tmp_path: Path) -> None:
+    """KillWait may be shorter than its last save: however often that happens, it goes on."""
+    bench = Bench(tmp_path, max_lost=0)
+    process = bench.start("trap '' TERM; echo > \"$node/started\"; while kill -0 $PPID 2> /dev/null; do sleep 0.1; done")
+    deadline = time.monotonic() + 30
+    while not (bench.node / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    while "told" not in (bench.node / "slurm.json").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    assert bench.run("exit 0") == 0 and bench.ends == [None, "done"]
+
+
 def test_a_node_that_another_process_has_is_waited_for(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     assert bench.run('echo x >> "$node/tries"; [ $(wc -l < "$node/tries") -lt 3 ] && exit 75; exit 0') == 0
