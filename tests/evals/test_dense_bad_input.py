@@ -65,12 +65,18 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "corners as pairs": ("train2017", first(segmentation=[[[0, 0], [4, 0], [4, 4]]]), "not in COCO's layout"),
     "runs of another size": ("train2017", first(segmentation={"size": [5, 5], "counts": [0, 25]}), r"mask of 5x5 pixels, its image has 64x48"),
     "runs that end early": ("train2017", first(segmentation={"size": [48, 64], "counts": [0, 4]}), "runs do not fill its image"),
+    "compressed runs that are none": ("train2017", first(segmentation={"size": [48, 64], "counts": "no runs"}), "not in COCO's layout"),
+    "compressed runs of another size": ("val2017", first(segmentation={"size": [48, 64], "counts": "0b0b1"}), "runs do not fill its image"),
+    "compressed runs cut off": ("val2017", first(segmentation={"size": [48, 64], "counts": "0PP"}), "not in COCO's layout"),
+    "a crowd that is null": ("train2017", first(iscrowd=None), "iscrowd None, neither 0 nor 1"),
+    "scored: an area that is null": ("val2017", first(area=None), "area None, which is no number"),
     "scored: two corners": ("val2017", first(segmentation=[[1, 1, 5, 5]]), "fewer than three corners"),
     "scored: no mask": ("val2017", lambda body: body["annotations"][0].pop("segmentation"), "has no segmentation"),
     "scored: no iscrowd": ("val2017", lambda body: body["annotations"][0].pop("iscrowd"), "has no iscrowd"),
     "scored: id 0": ("val2017", first(id=0), "number annotations from 1"),
     "scored: an id twice": ("val2017", first(id=2), "the same id"),
     "a category of its own": ("val2017", lambda body: body["categories"].append({"id": 9, "name": "cat"}), "category 9 'cat' is none of"),
+    "an image with text as id": ("val2017", lambda body: (body["images"][0].update(id="a"), body["annotations"].clear()), "the id 'a' is no whole number"),
     "an image without size": ("val2017", lambda body: body["images"][0].pop("width"), "'width' is missing"),
 }
 
@@ -81,6 +87,23 @@ def test_annotations_that_cannot_be_used_are_named_before_anything_starts(split:
     check_layout("coco", root)
     with pytest.raises(UserError, match=rf"instances_{split}.json: .*{said}"):
         check_layout("coco", edit(root, split, change))
+
+
+def test_compressed_runs_are_read_as_pycocotools_writes_them(tmp_path: Path) -> None:
+    import pycocotools.mask
+
+    from data_sets.dense import run_lengths
+
+    rng = np.random.default_rng(0)
+    for height, width in ((48, 64), (1, 1), (700, 900)):
+        dense, sparse = rng.random((height, width)) < 0.5, np.arange(height * width).reshape(height, width) % 997 == 5
+        for mask in (dense, sparse, np.zeros_like(dense), np.ones_like(dense)):
+            written = pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+            runs = run_lengths(written)
+            assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs), mask.ravel(order="F"))
+    root = make_coco(tmp_path / "coco", 1, 1)
+    whole = pycocotools.mask.encode(np.ones((48, 64), np.uint8, order="F"))["counts"].decode()
+    check_layout("coco", edit(root, "val2017", first(segmentation={"size": [48, 64], "counts": whole})))
 
 
 @pytest.mark.parametrize("labels,said", [
@@ -146,7 +169,6 @@ def train_samples(data: Path, skip_bad: bool) -> Any:
 
 def test_runs_that_cannot_be_decoded_are_a_failure_of_their_image(tmp_path: Path) -> None:
     root = edit(make_coco(tmp_path / "coco", 2, 1), "train2017", first(segmentation={"size": [48, 64], "counts": "no runs"}))
-    check_layout("coco", root)
     with pytest.raises(BadImage, match=r"000000000000.jpg: a mask of its annotations cannot be read"):
         [train_samples(root, False)[i] for i in range(2)]
     assert {Path(train_samples(root, True)[i]["bad"]).name for i in range(2)} == {"000000000000.jpg", ""}
