@@ -51,6 +51,8 @@ class NearBatchNorm(nn.SyncBatchNorm):
         wide = x.float()
         count = wide.new_full((1,), x.numel() / x.shape[1])
         count, total = all_reduce(torch.cat([count, wide.sum((0, 2, 3))]), group=self.process_group).split([1, x.shape[1]])
+        if not count:  # no positive box in any process; a mean would be none, for good
+            return x * self.weight[None, :, None, None] + self.bias[None, :, None, None]
         centred = wide - (total / count)[None, :, None, None]
         square = all_reduce(centred.square().sum((0, 2, 3)), group=self.process_group)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
@@ -63,7 +65,10 @@ class NearBatchNorm(nn.SyncBatchNorm):
 
 
 def steps_by_running_statistics(model: nn.Module, steps: int) -> int:
-    """In how many of the training steps some batch norm of a model had a single value per channel; kept through interruptions, as its state is."""
+    """In how many of the training steps (of the passes of a process, where a step has several) some batch norm of a model had a single value per channel.
+
+    Kept through interruptions, as the model's state is.
+    """
     counted = [m.num_batches_tracked for m in model.modules() if isinstance(m, NearBatchNorm)]
     return max((steps - int(count) for count in counted if count is not None), default=0)
 

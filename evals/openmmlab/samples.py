@@ -148,10 +148,8 @@ def readable(source: BaseDataset, indices: Sequence[int], session: Session) -> l
     return [place for place, path in zip(places, paths, strict=True) if not path]
 
 
-def batches(samples: InOrder, session: Session, batch: int, first: int, last: int) -> Iterator[dict[str, Any]]:
-    """Batches `first` to `last` - 1 of a run, each a dict of lists. The last batch of an evaluation may be smaller."""
-    end = last * batch if samples.seed is not None else min(last * batch, len(samples))
-    places = [list(range(i * batch, min((i + 1) * batch, end))) for i in range(first, last)]
+def batches(samples: InOrder, session: Session, places: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
+    """Batches of the samples at these positions of a run, each a dict of lists."""
     if session.workers == 0:
         return (pseudo_collate([samples[p] for p in place]) for place in places)
     return _plain_errors(DataLoader(
