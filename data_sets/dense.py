@@ -18,6 +18,7 @@ IGNORED = 255  # what label 0 becomes when all labels are shifted by one for tra
 ENOUGH = 100  # pictures in which each class of a set should occur
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16")
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+THIN = 100  # sides in a ratio above which resizing leaves nothing of the shorter one: large-scale jitter goes down to a tenth of the input
 FAR = 100  # image sides beyond which a coordinate is none: pycocotools walks along every outline pixel by pixel
 
 
@@ -263,6 +264,8 @@ def check_coco(path: Path, body: Any, images: Path, scored: bool) -> None:
         raise UserError(f"{path}: the id {odd[0]!r} is no whole number: number images and categories")
     if len(files) != len(body["images"]):
         raise UserError(f"{path}: two images have the same id, or one has no width and height in whole pixels")
+    if thin := [i for i in ids.values() if max(i["width"], i["height"]) > THIN * min(i["width"], i["height"])]:
+        raise UserError(f"{path}: {thin[0]['file_name']} is {thin[0]['width']}x{thin[0]['height']} pixels, too thin to be resized: leave it out")
     there = {p.name for p in images.iterdir()} if images.is_dir() else set()
     if lost := sorted(f for f in files if f not in there):
         raise UserError(f"{images / lost[0]}: missing: {path.name} names it ({len(lost)} in all)")

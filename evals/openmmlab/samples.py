@@ -117,6 +117,9 @@ class InOrder(Dataset[dict[str, Any]]):
                 if not self.skip_bad or self.seed is None:
                     raise
                 bad, place = str(info["img_path"]), (place + 1) % len(self)
+            except Exception as error:  # of OpenMMLab's transforms, which name no file
+                reason = (str(error).strip().splitlines() or [""])[0]
+                raise JobFailed(f"{info['img_path']}: cannot be prepared with its labels ({type(error).__name__}: {reason}): mend or remove both") from error
         raise JobFailed(f"{bad}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
 
 

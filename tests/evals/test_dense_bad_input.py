@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "scored: an id twice": ("val2017", first(id=2), "the same id"),
     "a category of its own": ("val2017", lambda body: body["categories"].append({"id": 9, "name": "cat"}), "category 9 'cat' is none of"),
     "an image with text as id": ("val2017", lambda body: (body["images"][0].update(id="a"), body["annotations"].clear()), "the id 'a' is no whole number"),
+    "a thread of an image": ("val2017", lambda body: body["images"][1].update(width=9, height=901), "000000001001.jpg is 9x901 pixels, too thin"),
     "an image without size": ("val2017", lambda body: body["images"][0].pop("width"), "'width' is missing"),
 }
 
@@ -172,6 +174,23 @@ def test_runs_that_cannot_be_decoded_are_a_failure_of_their_image(tmp_path: Path
     with pytest.raises(BadImage, match=r"000000000000.jpg: a mask of its annotations cannot be read"):
         [train_samples(root, False)[i] for i in range(2)]
     assert {Path(train_samples(root, True)[i]["bad"]).name for i in range(2)} == {"000000000000.jpg", ""}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_a_transform_stops_at_is_named(workers: int, tmp_path: Path) -> None:
+    """OpenCV resizes nothing to no pixels, and says so in C++."""
+    root = make_coco(tmp_path / "coco", 2, 1)
+
+    def change(body: dict[str, Any]) -> None:
+        body["images"][0].update(width=999, height=1)
+        body["annotations"] = [{**a, "bbox": [0, 0, 9, 1], "segmentation": [[0, 0, 9, 0, 9, 1]]} for a in body["annotations"]]
+
+    edit(root, "train2017", change)
+    Image.new("RGB", (999, 1)).save(root / "train2017" / "000000000000.jpg")
+    with warnings.catch_warnings(), pytest.raises(JobFailed, match=r"000000000000.jpg: cannot be prepared with its labels \(error: OpenCV") as found:
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)  # Python's, about fork
+        evaluate("coco", tmp_path / "job", root, workers=workers)
+    assert "\n" not in str(found.value)
 
 
 def test_an_outline_without_area_and_an_image_without_objects_train(tmp_path: Path) -> None:
