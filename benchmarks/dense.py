@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from evals.openmmlab.foreign import openmmlab
 from harness import plugins
+from harness.batches import positions
 from harness.checkpoint import Backbone
 from harness.plugins import EvalContext, Session
 from harness.provenance import processor, versions
@@ -236,7 +237,7 @@ def our_work(name: str, scale: Scale, device: str) -> Iterator[tuple[Any, list[d
     found: list[Any] = []
 
     def keep(work: Any, scope: str) -> dict[str, float]:
-        stream = samples.batches(work.train, work.session, scale.batch, 0, 3)
+        stream = samples.batches(work.train, work.session, positions(range(3), scale.batch, 1))
         found.append((work, [{k: v for k, v in batch.items() if k != "bad"} for batch in stream]))
         return dict.fromkeys(("mIoU", "mIoU_ms", "AP_box", "AP_mask"), 0.0)
 

@@ -18,6 +18,7 @@ IGNORED = 255  # what label 0 becomes when all labels are shifted by one for tra
 ENOUGH = 100  # pictures in which each class of a set should occur
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16")
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+THIN = 100  # sides in a ratio above which resizing leaves nothing of the shorter one: large-scale jitter goes down to a tenth of the input
 FAR = 100  # image sides beyond which a coordinate is none: pycocotools walks along every outline pixel by pixel
 
 
@@ -184,6 +185,28 @@ def flat(mask: Any) -> bool:
     return isinstance(mask, list) and any(len(outline) < 6 or len(outline) % 2 for outline in mask)
 
 
+def run_lengths(counts: str) -> list[int]:
+    """Run lengths of a mask as COCO compresses them: digits of five bits, the lowest first, a sixth bit where more follow, a sign in the last; from the fourth
+    run on the difference to the one two before. pycocotools reads what is cut off, or does not fill the mask, without a word or with an error at the end.
+
+    Raises:
+        TypeError: no such text.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for digit in (ord(letter) - 48 for letter in counts):
+        if not 0 <= digit < 64:
+            raise TypeError(f"{counts!r} has a letter that is none of 0 to o")
+        value |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            runs.append(value - ((digit & 16) << (shift - 4)) + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise TypeError(f"{counts!r} ends within a number")
+    return runs
+
+
 def unusable(a: Mapping[str, Any], images: Mapping[Any, Any], categories: set[Any], scored: bool) -> str:
     """What makes an annotation of COCO unusable, "" when nothing does: wrong references, numbers that are none, a mask that is not its image's.
 
@@ -202,19 +225,24 @@ def unusable(a: Mapping[str, Any], images: Mapping[Any, Any], categories: set[An
         if isinstance(mask, dict):
             if list(mask["size"]) != [height, width]:
                 return f"has a mask of {mask['size'][1]}x{mask['size'][0]} pixels, its image has {width}x{height}"
-            if isinstance(mask["counts"], list) and (sum(mask["counts"]) != height * width or min(mask["counts"]) < 0):
+            runs = mask["counts"] if isinstance(mask["counts"], list) else run_lengths(mask["counts"])
+            if sum(runs) != height * width or min(runs) < 0:
                 return "has a mask whose runs do not fill its image"
         for outline in mask if isinstance(mask, list) else ():
             if not all(map(math.isfinite, outline)) or (outline and max(max(outline), -min(outline)) > FAR * max(width, height)):
                 return "has a polygon with corners that are nowhere"
     except (TypeError, KeyError):
         return "has a box or a mask that is not in COCO's layout"
+    if a.get("iscrowd", 0) not in (0, 1):
+        return f"has iscrowd {a['iscrowd']!r}, neither 0 nor 1"
     if not scored:
         return ""
     if isinstance(a["id"], bool) or not isinstance(a["id"], int) or a["id"] < 1:
         return "has no id above 0: number annotations from 1"
     if lacking := [key for key in ("area", "iscrowd", "segmentation") if key not in a]:
         return f"has no {lacking[0]}"
+    if isinstance(a["area"], bool) or not isinstance(a["area"], int | float):
+        return f"has area {a['area']!r}, which is no number"
     return "has a polygon with fewer than three corners" if not mask or flat(mask) else ""
 
 
@@ -222,7 +250,7 @@ def check_coco(path: Path, body: Any, images: Path, scored: bool) -> None:
     """References and instances of a COCO annotation file, and the image files that it names. Raises UserError for the first that is wrong."""
     try:
         ids, categories = {i["id"]: i for i in body["images"]}, {c["id"] for c in body["categories"]}
-        files = [i["file_name"] for i in ids.values() if i["width"] > 0 and i["height"] > 0]
+        files = [i["file_name"] for i in ids.values() if all(isinstance(i[side], int) and i[side] > 0 for side in ("width", "height"))]
         for a in body["annotations"]:
             if refused := unusable(a, ids, categories, scored):
                 raise UserError(f"{path}: annotation {a.get('id')} {refused}: mend or remove it")
@@ -232,8 +260,12 @@ def check_coco(path: Path, body: Any, images: Path, scored: bool) -> None:
         raise UserError(f"{path}: not in COCO's layout ({error} is missing)") from error
     if not ids or not categories:
         raise UserError(f"{path}: no images or no categories")
+    if odd := [number for number in (*ids, *categories) if not isinstance(number, int)]:
+        raise UserError(f"{path}: the id {odd[0]!r} is no whole number: number images and categories")
     if len(files) != len(body["images"]):
-        raise UserError(f"{path}: two images have the same id, or one has no size")
+        raise UserError(f"{path}: two images have the same id, or one has no width and height in whole pixels")
+    if thin := [i for i in ids.values() if max(i["width"], i["height"]) > THIN * min(i["width"], i["height"])]:
+        raise UserError(f"{path}: {thin[0]['file_name']} is {thin[0]['width']}x{thin[0]['height']} pixels, too thin to be resized: leave it out")
     there = {p.name for p in images.iterdir()} if images.is_dir() else set()
     if lost := sorted(f for f in files if f not in there):
         raise UserError(f"{images / lost[0]}: missing: {path.name} names it ({len(lost)} in all)")

@@ -122,6 +122,8 @@ class BatchNorm(nn.SyncBatchNorm):
         wide, others = x.float(), [0, *range(2, x.ndim)]
         shape = [1, -1, *(1 for _ in others[1:])]
         count, total = all_reduce(torch.cat([wide.new_full((1,), x.numel() / x.shape[1]), wide.sum(others)])).split([1, x.shape[1]])
+        if not count:  # nothing in any process, e.g. no positive box: a mean would be none, for good
+            return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
         centred = wide - (total / count).view(shape)
         square = all_reduce(centred.square().sum(others))
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:

@@ -46,6 +46,7 @@ class ADE20K:
     """
 
     version: ClassVar[int] = 2
+    distributed: ClassVar[bool] = True
     summary: ClassVar[str] = "semantic segmentation: UperNet on the fine-tuned ViT, mIoU on ADE20K"
     source: ClassVar[str] = "MAE-paper Table 5 and A.4, UperNet of Xiao et al. 2018 as in BEiT's configurations (recipes A9)"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -160,7 +161,7 @@ class ADE20K:
                 samples.InOrder(train, rest, lent.seed, lent.on_bad_image == "skip"), samples.InOrder(test, chosen, None, False), metric,
             )
             scores = session.train_and_test(work, "mmseg")
-        facts = {**work.record_facts(), "deviations": self.deviations(checkpoint, context.protocol, steps_by_running_statistics(model, work.steps))}
+        facts = {**work.record_facts(), "deviations": self.deviations(checkpoint, context.protocol, steps_by_running_statistics(model, work.passes))}
         return Outcome({column.name: scores[column.name] for column in self.columns}, metric.path, facts)
 
     def deviations(self, checkpoint: Backbone, protocol: Protocol, alone: int) -> list[str]:

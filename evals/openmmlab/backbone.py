@@ -44,7 +44,10 @@ class NearBatchNorm(BatchNorm):
 
 
 def steps_by_running_statistics(model: nn.Module, steps: int) -> int:
-    """In how many of the training steps some batch norm of a model had a single value per channel; kept through interruptions, as its state is."""
+    """In how many of the training steps (of the passes of a process, where a step has several) some batch norm of a model had a single value per channel.
+
+    Kept through interruptions, as the model's state is.
+    """
     counted = [m.num_batches_tracked for m in model.modules() if isinstance(m, NearBatchNorm)]
     return max((steps - int(count) for count in counted if count is not None), default=0)
 

@@ -1,8 +1,12 @@
-"""A dense evaluation's work, and the loops that mmengine's Runner drives: training by place in the run, scoring each image once.
+"""A dense evaluation's work, and the loop by which mmengine's Runner trains it, by place in the run.
 
 Randomness is keyed by the place in the run (samples.py, and the seed of each step here), so a training state is model, optimiser and
 iteration, kept by `harness.checkpoint.States` and not by mmengine (its file does not load with weights_only, and it forgets
 the random generators and the sampler's position).
+
+A step's images come in parts as in `harness.batches`: micro-batches on one or several processes. UperNet's loss is a mean over pixels, all crops having as
+many, and its batch norm is over all processes, so parts make the same step. Mask R-CNN's losses are means over the boxes sampled in a part: detectron2
+takes them so on each device, with one image on each of 64 in the papers.
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mmengine.evaluator import Evaluator
+import torch.distributed as dist
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
-from torch import nn
+from torch import Tensor, nn
 
-from evals.openmmlab import pictures
 from evals.openmmlab.samples import InOrder, batches
+from harness.batches import any_of, merge, parts_of, positions, processes, rank, together
 from harness.checkpoint import States
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
 from harness.plugins import Progress, Session
@@ -42,13 +46,18 @@ class Work:
     test: InOrder
     metric: Any
     test_batch: int = 1
-    facts: dict[str, Any] = field(default_factory=lambda: {"flops_per_step": None, "seconds": 0.0, "loss": None})
+    facts: dict[str, Any] = field(default_factory=lambda: {"flops_per_step": None, "seconds": 0.0, "loss": None, "parts": 1})
 
     @property
     def steps(self) -> int:
         """Training iterations of the recipe."""
         per_epoch = len(self.train) / self.recipe.batch
         return self.recipe.iterations if self.recipe.iterations is not None else max(1, round((self.recipe.epochs or 0) * per_epoch))
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of training in each process."""
+        return self.steps * int(self.facts["parts"]) // processes()
 
     def __post_init__(self) -> None:
         choose_attention(self.model, self.session)
@@ -88,6 +97,27 @@ class Optimize(OptimWrapper):  # type: ignore[misc]
         self.work = work
         self.norm = torch.zeros(())  # of the last step's gradient
         self.parameters = [p for p in work.model.parameters() if p.requires_grad]
+        self.images: int | None = None  # of the part that is back-propagated; None: it is the whole step
+
+    def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
+        """A whole step, or the gradients of a part of it, by its number of images; then `update_from` makes the step."""
+        if self.images is None:
+            super().update_params(loss, step_kwargs, zero_kwargs)
+        else:
+            self.backward(loss * self.images)
+
+    def update_from(self, outputs: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
+        """The step of all parts on all processes: from (logged values, images) of this process's to the values' means."""
+        if together():  # the sum over processes wants the same gradients in each
+            used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.int32, device=self.work.session.device)
+            dist.all_reduce(used, op=dist.ReduceOp.MAX)
+            for parameter, somewhere in zip(self.parameters, used.tolist(), strict=True):
+                if somewhere and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        losses = merge(outputs, self.parameters)
+        self.step()
+        self.zero_grad()
+        return losses
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -113,7 +143,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
 
         Raises:
             Interrupted: a signal came; the state is saved.
-            JobFailed: the loss is not finite.
+            JobFailed: the loss is not finite, or the batch cannot be split as it would have to be (`harness.batches.parts_of`).
         """
         work, session, recipe, total = self.work, self.work.session, self.work.recipe, self.max_iters
         wrapper, facts = self.runner.optim_wrapper, self.work.facts
@@ -125,38 +155,51 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
             facts.update(state["facts"])
             session.skipped_images.update(state["skipped"])
             session.log(f"train: going on from iteration {self.iter} of {total}")
-        metrics, log_every = Metrics(session.dir / "metrics.jsonl", "train", self.iter), max(1, total // 200)
+        parts, lead, count = parts_of(recipe.batch, session, work.model), rank() == 0, processes()
+        facts["parts"] = parts
+        if parts > 1:
+            session.log(f"train: a step is {parts} parts of {-(-recipe.batch // parts)} images on {count} process{'es' * (count > 1)}")
+        metrics, log_every = Metrics(session.dir / "metrics.jsonl", "train", self.iter) if lead else None, max(1, total // 200)
         first, started = self.iter, time.monotonic()
         saved = shown = started
 
         def save() -> None:
-            states.save(self.iter, {
-                "model": work.model.state_dict(), "optimizer": wrapper.optimizer.state_dict(), "skipped": dict(session.skipped_images),
-                "facts": {**facts, "seconds": facts["seconds"] + time.monotonic() - started},
-            })
+            if lead:
+                states.save(self.iter, {
+                    "model": work.model.state_dict(), "optimizer": wrapper.optimizer.state_dict(), "skipped": dict(session.skipped_images),
+                    "facts": {**facts, "seconds": facts["seconds"] + time.monotonic() - started},
+                })
 
-        stream = batches(work.train, session, recipe.batch, self.iter, total)
+        stream = batches(work.train, session, positions(range(self.iter, total), recipe.batch, parts))
         work.model.train()
         self.runner.call_hook("before_train")
         while self.iter < total:
-            data = next(stream)
-            session.skipped_images.update({path: "cannot be read" for path in data.pop("bad") if path})
             apply_schedule(wrapper.optimizer, recipe, self.iter, total)
-            seed_all(session.seed, "step", self.iter)
-            self.runner.call_hook("before_train_iter", batch_idx=self.iter, data_batch=data)
-            with count_flops(facts):
-                losses = work.model.train_step(data, wrapper)
-            self.runner.call_hook("after_train_iter", batch_idx=self.iter, data_batch=data, outputs=losses)
+            outputs = []
+            for part in range(rank(), parts, processes()):
+                data = next(stream)
+                session.skipped_images.update({path: "cannot be read" for path in data.pop("bad") if path})
+                images = len(data["inputs"])
+                wrapper.images = None if parts == 1 else images
+                seed_all(session.seed, "step", self.iter, *((part,) if parts > 1 else ()))
+                self.runner.call_hook("before_train_iter", batch_idx=self.iter, data_batch=data)
+                with count_flops(facts, images / recipe.batch):
+                    losses = work.model.train_step(data, wrapper)
+                self.runner.call_hook("after_train_iter", batch_idx=self.iter, data_batch=data, outputs=losses)
+                outputs.append((losses, torch.tensor(float(images), device=session.device)))
+            losses = outputs[0][0] if parts == 1 else wrapper.update_from(outputs)
             self.iter += 1
-            now, stop = time.monotonic(), session.should_stop()
-            saves = stop or self.iter == total or now - saved > session.checkpoint_every_s
+            now = time.monotonic()
+            stop, due = any_of(session.should_stop(), now - saved > session.checkpoint_every_s)
+            saves = stop or due or self.iter == total
             if saves or self.iter % log_every == 0 or self.iter == 1:
                 check_finite("train", self.iter, total, recipe, losses["loss"], wrapper.norm, states)
             if self.iter % log_every == 0 or self.iter in (1, total):
                 values = {k: float(v.detach()) for k, v in losses.items()}
                 facts["loss"] = values["loss"]
-                metrics.add(self.iter, {**values, "lr": wrapper.optimizer.param_groups[0]["lr"]})
-            if now - shown > LOG_EVERY_S or self.iter in (first + 1, total):
+                if metrics is not None:
+                    metrics.add(self.iter, {**values, "lr": wrapper.optimizer.param_groups[0]["lr"]})
+            if lead and (now - shown > LOG_EVERY_S or self.iter in (first + 1, total)):
                 shown, speed = now, (self.iter - first) * recipe.batch / max(now - started, 1e-9)
                 session.report(Progress("train", self.iter, total, speed, facts["loss"], (total - self.iter) * recipe.batch / speed))
             if saves:
@@ -169,40 +212,3 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
         facts["seconds"] += time.monotonic() - started if first < total else 0.0
         self.runner.call_hook("after_train")
         return work.model
-
-
-class TestInOrder(BaseLoop):  # type: ignore[misc]
-    """Scores every image once, and draws some of them. Killed, it begins again: training is kept."""
-
-    __test__ = False  # no test of pytest's
-
-    def __init__(self, runner: Any, dataloader: InOrder, evaluator: Evaluator) -> None:
-        self._runner, self.work, self.evaluator = runner, runner.work, evaluator
-        self.evaluator.dataset_meta = runner.work.test.metainfo
-
-    @torch.no_grad()
-    def run(self) -> dict[str, float]:
-        """Metrics over all images."""
-        work, session = self.work, self.work.session
-        count = len(work.test)
-        total = -(-count // work.test_batch)
-        shown_at = set(pictures.places(count))
-        work.model.eval()
-        started = shown = time.monotonic()
-        for i, data in enumerate(batches(work.test, session, work.test_batch, 0, total)):
-            data.pop("bad")
-            with work.autocast():
-                outputs = work.model.test_step(data)
-            for place, output in enumerate(outputs, i * work.test_batch):
-                if place in shown_at:
-                    info = work.test.source.get_data_info(int(work.test.indices[place]))
-                    pictures.draw(output, info, work.test.metainfo["classes"], session.dir / "samples")
-            self.evaluator.process(data_samples=outputs, data_batch=data)
-            now, done = time.monotonic(), min((i + 1) * work.test_batch, count)
-            if now - shown > LOG_EVERY_S or i in (0, total - 1):
-                shown, speed = now, done / max(now - started, 1e-9)
-                session.report(Progress("evaluate", done, count, speed, None, (count - done) / speed))
-            if session.should_stop():
-                raise Interrupted("evaluate: stopped; the training is saved")
-        scores: dict[str, float] = self.evaluator.evaluate(count)
-        return scores

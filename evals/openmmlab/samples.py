@@ -117,6 +117,9 @@ class InOrder(Dataset[dict[str, Any]]):
                 if not self.skip_bad or self.seed is None:
                     raise
                 bad, place = str(info["img_path"]), (place + 1) % len(self)
+            except Exception as error:  # of OpenMMLab's transforms, which name no file
+                reason = (str(error).strip().splitlines() or [""])[0]
+                raise JobFailed(f"{info['img_path']}: cannot be prepared with its labels ({type(error).__name__}: {reason}): mend or remove both") from error
         raise JobFailed(f"{bad}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
 
 
@@ -148,10 +151,8 @@ def readable(source: BaseDataset, indices: Sequence[int], session: Session) -> l
     return [place for place, path in zip(places, paths, strict=True) if not path]
 
 
-def batches(samples: InOrder, session: Session, batch: int, first: int, last: int) -> Iterator[dict[str, Any]]:
-    """Batches `first` to `last` - 1 of a run, each a dict of lists. The last batch of an evaluation may be smaller."""
-    end = last * batch if samples.seed is not None else min(last * batch, len(samples))
-    places = [list(range(i * batch, min((i + 1) * batch, end))) for i in range(first, last)]
+def batches(samples: InOrder, session: Session, places: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
+    """Batches of the samples at these positions of a run, each a dict of lists."""
     if session.workers == 0:
         return (pseudo_collate([samples[p] for p in place]) for place in places)
     return _plain_errors(DataLoader(

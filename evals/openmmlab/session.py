@@ -20,7 +20,8 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from evals.openmmlab.loops import Optimize, TestInOrder, TrainByPlace, Work
+from evals.openmmlab.loops import Optimize, TrainByPlace, Work
+from evals.openmmlab.score_loop import TestInOrder
 from harness.plugins import Session
 from harness.randomness import derive
 
@@ -57,7 +58,7 @@ class QuietRunner(Runner):  # type: ignore[misc]
         )
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
-        """One process, and nothing set for all of it (mmengine would choose the start method of every later process, and file limits)."""
+        """Nothing set for the whole process, other processes left to the loops (mmengine would choose a start method, and file limits)."""
         self._rank, self._world_size, self._timestamp = 0, 1, ""
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:

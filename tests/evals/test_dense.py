@@ -156,6 +156,14 @@ def test_killed_while_scoring_with_a_truncated_state_it_ends_the_same(
     assert again.metrics == whole.metrics and same_training(tmp_path, folder)
 
 
+def test_a_state_with_a_loss_that_is_no_number_is_not_kept(checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path) -> None:
+    """Between two lines of the log as well: --retry would go on from it."""
+    recipe = recipe_of("ade20k", lr=1e30, warmup=0, iterations=2000)  # a line every ten iterations
+    with pytest.raises(JobFailed, match="loss nan at step 2 of 2000 .*the last good state is of step 1"):
+        evaluate("ade20k", checkpoint, tmp_path, sets, recipe=recipe)
+    assert [p.name for p in states(tmp_path)] == ["state-000000001.pt"]
+
+
 def test_another_seed_trains_on_other_images_and_ends_elsewhere(checkpoint: Backbone, sets: dict[str, Path], uninterrupted: Any, tmp_path: Path) -> None:
     evaluate("ade20k", checkpoint, tmp_path, sets, seed=4)
     assert not same_training(tmp_path, uninterrupted("ade20k")[1])

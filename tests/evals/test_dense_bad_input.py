@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,19 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "corners as pairs": ("train2017", first(segmentation=[[[0, 0], [4, 0], [4, 4]]]), "not in COCO's layout"),
     "runs of another size": ("train2017", first(segmentation={"size": [5, 5], "counts": [0, 25]}), r"mask of 5x5 pixels, its image has 64x48"),
     "runs that end early": ("train2017", first(segmentation={"size": [48, 64], "counts": [0, 4]}), "runs do not fill its image"),
+    "compressed runs that are none": ("train2017", first(segmentation={"size": [48, 64], "counts": "no runs"}), "not in COCO's layout"),
+    "compressed runs of another size": ("val2017", first(segmentation={"size": [48, 64], "counts": "0b0b1"}), "runs do not fill its image"),
+    "compressed runs cut off": ("val2017", first(segmentation={"size": [48, 64], "counts": "0PP"}), "not in COCO's layout"),
+    "a crowd that is null": ("train2017", first(iscrowd=None), "iscrowd None, neither 0 nor 1"),
+    "scored: an area that is null": ("val2017", first(area=None), "area None, which is no number"),
     "scored: two corners": ("val2017", first(segmentation=[[1, 1, 5, 5]]), "fewer than three corners"),
     "scored: no mask": ("val2017", lambda body: body["annotations"][0].pop("segmentation"), "has no segmentation"),
     "scored: no iscrowd": ("val2017", lambda body: body["annotations"][0].pop("iscrowd"), "has no iscrowd"),
     "scored: id 0": ("val2017", first(id=0), "number annotations from 1"),
     "scored: an id twice": ("val2017", first(id=2), "the same id"),
     "a category of its own": ("val2017", lambda body: body["categories"].append({"id": 9, "name": "cat"}), "category 9 'cat' is none of"),
+    "an image with text as id": ("val2017", lambda body: (body["images"][0].update(id="a"), body["annotations"].clear()), "the id 'a' is no whole number"),
+    "a thread of an image": ("val2017", lambda body: body["images"][1].update(width=9, height=901), "000000001001.jpg is 9x901 pixels, too thin"),
     "an image without size": ("val2017", lambda body: body["images"][0].pop("width"), "'width' is missing"),
 }
 
@@ -81,6 +89,23 @@ def test_annotations_that_cannot_be_used_are_named_before_anything_starts(split:
     check_layout("coco", root)
     with pytest.raises(UserError, match=rf"instances_{split}.json: .*{said}"):
         check_layout("coco", edit(root, split, change))
+
+
+def test_compressed_runs_are_read_as_pycocotools_writes_them(tmp_path: Path) -> None:
+    import pycocotools.mask
+
+    from data_sets.dense import run_lengths
+
+    rng = np.random.default_rng(0)
+    for height, width in ((48, 64), (1, 1), (700, 900)):
+        dense, sparse = rng.random((height, width)) < 0.5, np.arange(height * width).reshape(height, width) % 997 == 5
+        for mask in (dense, sparse, np.zeros_like(dense), np.ones_like(dense)):
+            written = pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+            runs = run_lengths(written)
+            assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs), mask.ravel(order="F"))
+    root = make_coco(tmp_path / "coco", 1, 1)
+    whole = pycocotools.mask.encode(np.ones((48, 64), np.uint8, order="F"))["counts"].decode()
+    check_layout("coco", edit(root, "val2017", first(segmentation={"size": [48, 64], "counts": whole})))
 
 
 @pytest.mark.parametrize("labels,said", [
@@ -146,10 +171,26 @@ def train_samples(data: Path, skip_bad: bool) -> Any:
 
 def test_runs_that_cannot_be_decoded_are_a_failure_of_their_image(tmp_path: Path) -> None:
     root = edit(make_coco(tmp_path / "coco", 2, 1), "train2017", first(segmentation={"size": [48, 64], "counts": "no runs"}))
-    check_layout("coco", root)
     with pytest.raises(BadImage, match=r"000000000000.jpg: a mask of its annotations cannot be read"):
         [train_samples(root, False)[i] for i in range(2)]
     assert {Path(train_samples(root, True)[i]["bad"]).name for i in range(2)} == {"000000000000.jpg", ""}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_a_transform_stops_at_is_named(workers: int, tmp_path: Path) -> None:
+    """OpenCV resizes nothing to no pixels, and says so in C++."""
+    root = make_coco(tmp_path / "coco", 2, 1)
+
+    def change(body: dict[str, Any]) -> None:
+        body["images"][0].update(width=999, height=1)
+        body["annotations"] = [{**a, "bbox": [0, 0, 9, 1], "segmentation": [[0, 0, 9, 0, 9, 1]]} for a in body["annotations"]]
+
+    edit(root, "train2017", change)
+    Image.new("RGB", (999, 1)).save(root / "train2017" / "000000000000.jpg")
+    with warnings.catch_warnings(), pytest.raises(JobFailed, match=r"000000000000.jpg: cannot be prepared with its labels \(error: OpenCV") as found:
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)  # Python's, about fork
+        evaluate("coco", tmp_path / "job", root, workers=workers)
+    assert "\n" not in str(found.value)
 
 
 def test_an_outline_without_area_and_an_image_without_objects_train(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_loader_processes_share_the_annotations_and_have_one_thread(tmp_path: Pa
     looked: Any = Look(scenes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)  # Python's, about fork
-        (found,) = batches(looked, session, 1, 0, 1)
+        (found,) = batches(looked, session, [[0]])
     assert (found["torch"], found["count"]) == ([1], [10_000]) and found["cv2"][0] <= 1
     assert found["grown"][0] < 0.3 * scenes.data_bytes.nbytes
 
