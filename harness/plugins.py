@@ -1,6 +1,6 @@
 """What a plugin is, and how plugins are found.
 
-Methods, evaluators, protocols, launchers and commands are entry points; those of this project come by the same road as a third
+Methods, evaluators, protocols, launchers, commands and options of `run` are entry points; those of this project come by the same road as a third
 party's. A plugin is a frozen dataclass: its fields are its configuration and its identity. The protocols below say what the
 harness calls; there is nothing to inherit from.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FLAGS = {"protocols": "--protocol", "launchers": "--launcher"}  # others are called as their kind
-KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands")
+KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands", "options")
 
 
 @dataclass(frozen=True)
