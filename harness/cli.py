@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--runs", default="runs", help="folder for results (default: runs)")
     run.add_argument("--launcher", default="local", help="local, debug (this process), or another one installed")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: mae.mask_ratio=0.6, ade20k.recipe.lr=1e-3")
+    run.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="try values on a held-out part of train, report with the best")
     run.add_argument("--tuning", choices=("shared", "published"),
                      help="fine-tuning: one recipe for all, or each method's paper's (default: the protocol's)")
     run.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help="an unreadable image ends the job, or is skipped and counted")
@@ -99,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def command_run(args: argparse.Namespace) -> int:
-    """`harness run`."""
+def command_run(args: argparse.Namespace, again: bool = False) -> int:
+    """`harness run`. `again`: after the trials of a sweep."""
     from harness.display import Display
     from harness.launch import cores, make_launcher, write_job
     from harness.plan import Planner
@@ -118,9 +119,16 @@ def command_run(args: argparse.Namespace) -> int:
     )
     check_environment()
     store = Store(Path(args.runs))
-    planner = Planner(request)
-    plan = planner.plan()
     store.check_version()
+
+    def make_planner() -> Any:
+        return load("options", "sweep")(request, args, store, again) if args.sweep else Planner(request)
+
+    planner = make_planner()
+    plan = planner.plan()
+    if plan.later and again:
+        print("--sweep: not all trials have ended: run the same line again to go on", file=sys.stderr)
+        return 1
     if args.dry_run:
         return dry_run(plan, store, planner, args, launcher)
     if planner.missing:
@@ -128,7 +136,7 @@ def command_run(args: argparse.Namespace) -> int:
     store.prepare()
     if planner.pending:
         planner.generate(cores())
-        plan = Planner(request).plan()
+        plan = make_planner().plan()
     if args.budget is not None:
         load("options", "budget")(plan, store, args.force, launcher).check(args.budget)
     for node in plan.nodes if args.force else ():
@@ -138,7 +146,7 @@ def command_run(args: argparse.Namespace) -> int:
         folder = store.folder(node)
         if args.force and (old := store.set_aside(folder)) is not None:
             print(f"moved {folder} to {old}", file=sys.stderr)
-        elif args.retry:
+        elif args.retry and not (again and "trial" in node.about):
             (folder / "failure.json").unlink(missing_ok=True)
     todo = [n for n in plan.nodes if store.state(store.folder(n)).status != "done"]
     code = 0
@@ -151,7 +159,9 @@ def command_run(args: argparse.Namespace) -> int:
         display.close()
     if code == 130:
         print("interrupted: run the same line again to go on", file=sys.stderr)
-    return code or print_table(plan, store)
+    if code == 3 and plan.later:
+        print("--sweep: these are the trials; the same line goes on when they have ended, with --wait by itself", file=sys.stderr)
+    return code or (command_run(args, again=True) if plan.later else print_table(plan, store))
 
 
 def print_table(plan: Plan, store: Store) -> int:
@@ -182,6 +192,8 @@ def dry_run(plan: Plan, store: Store, planner: Planner, args: argparse.Namespace
         after = ", ".join(f"{role} {p.key[:8]}" for role, p in node.parents.items())
         more = (f" (after {after})" if after else "") + (f"\n      {node.recipe}" if node.recipe else "")
         print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {shown}{costs.words(node)}{more}")
+    if plan.later:
+        print("then, with the values that score best there:", *dict.fromkeys(n.about["title"] for n in plan.later[0] if n.kind == "evaluate"), sep="\n    ")
     print(costs)
     for cell in plan.cells:
         if cell.node is None:

@@ -18,7 +18,7 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 
 COMMANDS = {
     "run": {
-        "--methods", "--evals", "--protocol", "--backbone", "--seeds", "--eval-seeds", "--data", "--pretrain-data", "--runs", "--launcher", "--set",
+        "--methods", "--evals", "--protocol", "--backbone", "--seeds", "--eval-seeds", "--data", "--pretrain-data", "--runs", "--launcher", "--set", "--sweep",
         "--tuning", "--on-bad-image", "--budget", "--dry-run", "--retry", "--force", "--cluster", "--wait",
     },
     "list": {"what", "--protocol", "--runs"},
