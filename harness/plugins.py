@@ -174,10 +174,9 @@ class Evaluator(Protocol):
     """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains nothing and has no
     recipe; `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's checkpoint/backbone.pt, classifier
     included), not the pre-training's; `needs_classifier`: it scores the classifier that the method leaves; a field `by`: whose recipe is taken (as long as it
-    is as the name has it, a method's transfer applies); a field `holdout`: the fraction of train that is scored in place of val (--sweep); notes(protocol, vit)
-    -> footnotes on what it changes for a ViT; "deviations" among the facts of an Outcome -> footnotes on what happened; golden(folder) -> tuple of Golden, made
-    inside `folder` in seconds on a CPU: what perfect and shuffled predictions score, and a fixed checkpoint, so that `doctor --evaluators` finds a wrong
-    evaluator before a week is spent."""
+    is as the name has it, a method's transfer applies); a field `holdout`: the part of train to score in place of val; notes(protocol, vit) -> footnotes on
+    what it changes for a ViT; "deviations" among the facts of an Outcome -> footnotes on what happened; golden(folder) -> tuple of Golden, made inside `folder`
+    in seconds on a CPU: what perfect and shuffled predictions score, and a fixed checkpoint, for `doctor --evaluators`."""
 
     version: ClassVar[int]
 

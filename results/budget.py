@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Budget:
 
     def __init__(self, plan: Plan, store: Store, force: bool, launcher: Any) -> None:
         self.plan, self.store, self.hardware = plan, store, None if hasattr(launcher, "precision") else hardware_here()
-        self.tables: tuple[Sequence[Figure], ...] = (measured(store), shipped()) if self.hardware else (measured(store),)
+        self.tables = tuple(map(by_work, (measured(store), shipped()) if self.hardware else (measured(store),)))
         self._images: dict[str, int | None] = {}
         every = {n.key: n for nodes in (plan.nodes, *plan.later) for n in nodes}
         done = {key for key, n in every.items() if not force and store.state(store.folder(n)).status == "done"}
@@ -62,7 +62,7 @@ class Budget:
         job = node.job(Path())
         work = work_of(job)
         for table in self.tables:
-            found = [f for f in table if f.work == work and self.hardware in (None, f.hardware)]
+            found = [f for f in table.get(work, ()) if self.hardware in (None, f.hardware)]
             if work.trained:
                 shown = [(f, n) for f in found if f.images and (n := self.images(node, f))]
             else:  # nothing is trained, the images that are scored decide
@@ -122,6 +122,14 @@ class Budget:
                 f"--budget {limit:g}: {len(self.unknown)} of {len(self.nodes)} nodes cost nobody knows what, such as {first.about['title']} "
                 f"({self.estimates[first.key].why}), the others {self.total:.3g} device-hours: run it once with less (--set NAME.recipe.epochs=1, "
                 f"same --runs) to measure, or leave --budget out")
+
+
+def by_work(figures: Iterable[Figure]) -> dict[Work, list[Figure]]:
+    """Figures by what was done."""
+    found: dict[Work, list[Figure]] = {}
+    for figure in figures:
+        found.setdefault(figure.work, []).append(figure)
+    return found
 
 
 def describe(work: Work) -> str:
