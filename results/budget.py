@@ -120,7 +120,7 @@ class Budget:
             first = self.unknown[0]
             raise UserError(
                 f"--budget {limit:g}: {len(self.unknown)} of {len(self.nodes)} nodes cost nobody knows what, such as {first.about['title']} "
-                f"({self.estimates[first.key].why}), the others {self.total:.3g} device-hours: run it once with less (--set NAME.recipe.epochs=1, "
+                f"({self.estimates[first.key].why}), the others {self.total:.3g} device-hours: run it once with less (fewer epochs by --set, "
                 f"same --runs) to measure, or leave --budget out")
 
 

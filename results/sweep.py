@@ -84,7 +84,7 @@ class Sweep:
         if not waiting:
             return self.chosen(found)
         skipped = tuple(c for c in base.cells if c.node is None)
-        return Plan(tuple(ordered(n for t in found for n in t.nodes)), skipped, base.protocol, tuple(p.nodes for t in found for p in t.plans.values()))
+        return Plan(told_apart(n for t in found for n in t.nodes), skipped, base.protocol, tuple(p.nodes for t in found for p in t.plans.values()))
 
     def planned(self, settings: Iterable[str]) -> Plan:
         """The plan of the whole line with some more --set."""
@@ -169,6 +169,18 @@ class Sweep:
             cells.append(cell)
         nodes = tuple(changed.get(n.key, n) for n in ordered(c.node for c in cells if c.node is not None))
         return Plan(nodes, tuple(cells), next(iter(found[0].plans.values())).protocol)
+
+
+def told_apart(trials: Iterable[Node]) -> tuple[Node, ...]:
+    """The nodes of all trials, parents first; a pre-training that one value alone needs has it in its title."""
+    nodes, needed = dict[str, Node](), dict[str, set[str]]()
+    for trial in trials:
+        for node in ordered([trial]):
+            nodes.setdefault(node.key, node)
+            needed.setdefault(node.key, set()).add(trial.about["trial"])
+    alone = {key: min(words) for key, words in needed.items() if len(words) == 1 and "trial" not in nodes[key].about}
+    titles = {key: {**nodes[key].about, "title": f"{nodes[key].about['title']}, {word}"} for key, word in alone.items()}
+    return tuple(replace(n, about=titles[n.key]) if n.key in titles else n for n in nodes.values())
 
 
 def read_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:

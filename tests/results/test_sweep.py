@@ -83,6 +83,7 @@ def test_a_key_of_a_method_is_chosen_by_the_first_evaluator_for_all(smoke_data: 
     request, words = asked(smoke_data, "scratch,mae", "knn,linear"), "mae.mask_ratio=0.5,0.6,0.9"
     trials = swept(store, request, words)
     assert {n.about["eval"] for n in trials.nodes if n.kind == "evaluate"} == {"knn"} and {n.about["method"] for n in trials.nodes} == {"mae"}
+    assert [n.about["title"] for n in trials.nodes if n.kind == "pretrain"] == [f"pretrain mae, mae.mask_ratio={v}" for v in (0.5, 0.6, 0.9)]
     score(store, trials, **{"mae_0.5": 1.0, "mae_0.6": 3.0, "mae_0.9": 2.0})
     plan = swept(store, request, words)
     chosen = [c.node for c in plan.cells if c.node and c.about["method"] == "mae"]
