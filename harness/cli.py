@@ -48,24 +48,6 @@ def check_packages() -> None:
             raise UserError(f"package {name!r} is found in {where}, not beside {root / 'harness'}: uninstall the other one or put {root} first on PYTHONPATH")
 
 
-def words(text: str) -> tuple[str, ...]:
-    """A list on the command line: by commas."""
-    return tuple(w.strip() for w in text.split(",") if w.strip())
-
-
-def integers(flag: str, text: str) -> tuple[int, ...]:
-    """Seeds: integers by commas, each once."""
-    try:
-        values = tuple(int(w) for w in words(text))
-    except ValueError as error:
-        raise UserError(f"{flag} {text}: seeds are integers separated by commas, as in 0,1,2") from error
-    if not values:
-        raise UserError(f"{flag}: the list is empty: name at least one seed, as in {flag} 0")
-    if len(set(values)) != len(values) or min(values) < 0:
-        raise UserError(f"{flag} {text}: name each seed once, none below 0")
-    return values
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of section 6 of the design; commands of other rooms add themselves through the entry points harness.commands."""
     top = Parser(prog="harness", description="Train every pre-training method on the same ViT, score it with the same evaluators, print the table.",
@@ -85,10 +67,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--runs", default="runs", help="folder for results (default: runs)")
     run.add_argument("--launcher", default="local", help="local, debug (this process), or another one installed")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: mae.mask_ratio=0.6, ade20k.recipe.lr=1e-3")
+    run.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="try values on a held-out part of train, report with the best")
     run.add_argument("--tuning", choices=("shared", "published"),
                      help="fine-tuning: one recipe for all, or each method's paper's (default: the protocol's)")
     run.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help="an unreadable image ends the job, or is skipped and counted")
     run.add_argument("--on-oom", choices=("fail", "halve"), default="fail", help="memory that gives out ends the job, or halves its micro-batch")
+    run.add_argument("--budget", type=float, metavar="HOURS", help="refuse a plan that needs more device-hours, as estimated from what was measured")
     run.add_argument("--dry-run", action="store_true", help="print the graph and what is cached; start nothing")
     run.add_argument("--retry", action="store_true", help="start failed jobs again, from their last state")
     run.add_argument("--force", action="store_true", help="do the whole graph again; old folders are moved to RUNS/aside")
@@ -117,12 +101,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def command_run(args: argparse.Namespace) -> int:
-    """`harness run`."""
+def command_run(args: argparse.Namespace, again: bool = False) -> int:
+    """`harness run`. `again`: after the trials of a sweep."""
     from harness.display import Display
     from harness.launch import cores, make_launcher, write_job
     from harness.plan import Planner
-    from harness.request import Request
+    from harness.plugins import load
+    from harness.request import Request, integers, words
     from harness.run import check_environment
     from harness.store import Store
 
@@ -135,17 +120,26 @@ def command_run(args: argparse.Namespace) -> int:
     )
     check_environment()
     store = Store(Path(args.runs))
-    planner = Planner(request)
-    plan = planner.plan()
     store.check_version()
+
+    def make_planner() -> Any:
+        return load("options", "sweep")(request, args, store, again) if args.sweep else Planner(request)
+
+    planner = make_planner()
+    plan = planner.plan()
+    if plan.later and again:
+        print("--sweep: not all trials have ended: run the same line again to go on", file=sys.stderr)
+        return 1
     if args.dry_run:
-        return dry_run(plan, store, planner, args.force, launcher)
+        return dry_run(plan, store, planner, args, launcher)
     if planner.missing:
         raise UserError(next(iter(planner.missing.values())))
     store.prepare()
     if planner.pending:
         planner.generate(cores())
-        plan = Planner(request).plan()
+        plan = make_planner().plan()
+    if args.budget is not None:
+        load("options", "budget")(plan, store, args.force, launcher).check(args.budget)
     for node in plan.nodes if args.force else ():
         if (state := store.state(store.folder(node))).status == "running":
             raise UserError(f"--force: {node.folder} is being worked on ({state.reason}): stop that process first")
@@ -153,7 +147,7 @@ def command_run(args: argparse.Namespace) -> int:
         folder = store.folder(node)
         if args.force and (old := store.set_aside(folder)) is not None:
             print(f"moved {folder} to {old}", file=sys.stderr)
-        elif args.retry:
+        elif args.retry and not (again and "trial" in node.about):
             (folder / "failure.json").unlink(missing_ok=True)
     todo = [n for n in plan.nodes if store.state(store.folder(n)).status != "done"]
     code = 0
@@ -166,7 +160,9 @@ def command_run(args: argparse.Namespace) -> int:
         display.close()
     if code == 130:
         print("interrupted: run the same line again to go on", file=sys.stderr)
-    return code or print_table(plan, store)
+    if code == 3 and plan.later:
+        print("--sweep: these are the trials; the same line goes on when they have ended, with --wait by itself", file=sys.stderr)
+    return code or (command_run(args, again=True) if plan.later else print_table(plan, store))
 
 
 def print_table(plan: Plan, store: Store) -> int:
@@ -183,22 +179,30 @@ def print_table(plan: Plan, store: Store) -> int:
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
-def dry_run(plan: Plan, store: Store, planner: Planner, force: bool, launcher: Any) -> int:
-    """The graph and what is cached, and what the launcher would do."""
+def dry_run(plan: Plan, store: Store, planner: Planner, args: argparse.Namespace, launcher: Any) -> int:
+    """The graph, what is cached, what it costs, and what the launcher would do."""
+    from harness.plugins import load
+
+    costs = load("options", "budget")(plan, store, args.force, launcher)
     if planner.pending:
         print(f"data to be generated first (keys are not final): {', '.join(sorted(planner.pending))}")
     for reason in planner.missing.values():
         print(f"missing (keys are not final): {reason}")
     for number, node in enumerate(plan.nodes, start=1):
-        shown = {"done": "to be done again" if force else "cached"}.get(status := store.state(store.folder(node)).status, status)
+        shown = {"done": "to be done again" if args.force else "cached"}.get(status := store.state(store.folder(node)).status, status)
         after = ", ".join(f"{role} {p.key[:8]}" for role, p in node.parents.items())
         more = (f" (after {after})" if after else "") + (f"\n      {node.recipe}" if node.recipe else "")
-        print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {shown}{more}")
+        print(f"[{number}/{len(plan.nodes)}] {node.key} {node.about['title']} seed {node.about['seed']}: {shown}{costs.words(node)}{more}")
+    if plan.later:
+        print("then, with the values that score best there:", *dict.fromkeys(n.about["title"] for n in plan.later[0] if n.kind == "evaluate"), sep="\n    ")
+    print(costs)
     for cell in plan.cells:
         if cell.node is None:
             print(f"skipped: {cell.about['eval']} on {cell.about['method']}: {cell.skipped}")
     if hasattr(launcher, "preview"):
-        print(launcher.preview(plan.nodes, store, force))
+        print(launcher.preview(plan.nodes, store, args.force))
+    if args.budget is not None:
+        costs.check(args.budget)
     return 0
 
 

@@ -56,7 +56,7 @@ def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mappin
 
 
 def collect(roots: Iterable[Path]) -> list[Result]:
-    """All evaluation cells found in runs folders.
+    """All evaluation cells found in runs folders, those of trials left out.
 
     Raises:
         UserError: a runs folder is missing or of another version, or a record is unreadable.
@@ -71,6 +71,8 @@ def collect(roots: Iterable[Path]) -> list[Result]:
             if not folder.name.startswith("evaluate-"):
                 continue
             job = read_job(folder / "job.json")
+            if "trial" in job["about"]:  # scored on what a sweep has held out: `results.selection` counts it
+                continue
             state, record = store.explain(folder), read_record(folder)
             try:
                 found = result_of(job["about"], state.status, state.reason, record, job["key"])

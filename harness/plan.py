@@ -21,9 +21,9 @@ from harness.spec import Protocol as Setting
 
 
 class Planner:
-    """Builds a Plan from a Request."""
+    """Builds a Plan from a Request. `fingerprints` (data set -> its own) may be shared by planners of the same data."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, fingerprints: dict[str, str] | None = None) -> None:
         self.request = request
         self.setting: Setting = plugins.build("protocols", request.protocol)
         name = request.backbone or self.setting.backbone
@@ -41,7 +41,7 @@ class Planner:
                 raise UserError(f"--pretrain-data {request.pretrain_data}: no such folder: name a folder of images")
         self.pending: set[str] = set()
         self.generated = self.request.data is None and self.setting.generator is not None  # whether anything reads generated data
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints: dict[str, str] = {} if fingerprints is None else fingerprints
         self._nodes: dict[str, Node] = {}
 
     def train_sets(self, trainable: Any) -> tuple[str, ...]:

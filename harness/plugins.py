@@ -1,6 +1,6 @@
 """What a plugin is, and how plugins are found.
 
-Methods, evaluators, protocols, launchers and commands are entry points; those of this project come by the same road as a third
+Methods, evaluators, protocols, launchers, commands and options of `run` are entry points; those of this project come by the same road as a third
 party's. A plugin is a frozen dataclass: its fields are its configuration and its identity. The protocols below say what the
 harness calls; there is nothing to inherit from.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FLAGS = {"protocols": "--protocol", "launchers": "--launcher"}  # others are called as their kind
-KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands", "checks")  # checks: what `doctor` looks at when one of their flags is given
+KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands", "checks", "options")  # checks: by flags of `doctor`; options: of `run`
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,16 @@ class Evaluator(Protocol):
     """A way to score a checkpoint. `version` is bumped whenever the number would change. Optional are `trains` = False for one that trains nothing and has no
     recipe; `after`, the name of an evaluator: `run` is then given the model that this one has fine-tuned (its job's checkpoint/backbone.pt, classifier
     included), not the pre-training's; `needs_classifier`: it scores the classifier that the method leaves; a field `by`: whose recipe is taken (as long as it
-    is as the name has it, a method's transfer applies); notes(protocol, vit) -> footnotes on what it changes for a ViT; "deviations" among the facts of an
-    Outcome -> footnotes on what happened; golden(folder) -> tuple of Golden, made inside `folder` in seconds on a CPU: what perfect and shuffled predictions
-    score, and a fixed checkpoint, for `doctor --evaluators`; `distributed`: whether all processes of a job may call `run` (see `harness.ranks.spreads`)."""
+    is as the name has it, a method's transfer applies); a field `holdout`: the part of train to score in place of val; notes(protocol, vit) -> footnotes on
+    what it changes for a ViT; "deviations" among the facts of an Outcome -> footnotes on what happened; `distributed`: whether all processes of a job may
+    call `run` (see `harness.ranks.spreads`); golden(folder) -> tuple of Golden, made inside `folder` in seconds on a CPU: what perfect and shuffled
+    predictions score, and a fixed checkpoint, for `doctor --evaluators`."""
 
     version: ClassVar[int]
 
     @property
     def columns(self) -> tuple[Metric, ...]:
         """The scores: a class variable, or a property where its fields decide."""
-        ...
 
     def datasets(self, protocol: Setting) -> tuple[str, ...]: ...
 
@@ -191,7 +191,6 @@ class Evaluator(Protocol):
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
         """Train what is to be trained, score, and write the outcomes file; resumable inside context.session.dir."""
-        ...
 
     def skip(self, vit: ViTConfig) -> str | None: ...
 

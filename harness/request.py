@@ -17,6 +17,24 @@ from harness.spec import Protocol as Setting
 from harness.spec import UserError, suggest
 
 
+def words(text: str) -> tuple[str, ...]:
+    """A list on the command line: by commas."""
+    return tuple(w.strip() for w in text.split(",") if w.strip())
+
+
+def integers(flag: str, text: str) -> tuple[int, ...]:
+    """Seeds: integers by commas, each once."""
+    try:
+        values = tuple(int(w) for w in words(text))
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: seeds are integers separated by commas, as in 0,1,2") from error
+    if not values:
+        raise UserError(f"{flag}: the list is empty: name at least one seed, as in {flag} 0")
+    if len(set(values)) != len(values) or min(values) < 0:
+        raise UserError(f"{flag} {text}: name each seed once, none below 0")
+    return values
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, as on the command line."""
@@ -47,11 +65,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """The nodes in an order that respects dependencies, the cells that they fill, and data sets to generate first."""
+    """The nodes in an order that respects dependencies, and the cells that they fill. `later`: alternatives of what follows once their records are there."""
 
     nodes: tuple[Node, ...]
     cells: tuple[Cell, ...]
     protocol: Setting
+    later: tuple[tuple[Node, ...], ...] = ()
 
     def results(self, states: Mapping[str, Any], records: Mapping[str, Any]) -> list[Result]:
         """Cells with what became of them: states and records by key."""

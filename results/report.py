@@ -33,7 +33,7 @@ from results.formats import APART, web
 from results.grid import grid
 from results.image_noise import noise
 from results.ranks import ranks_of, sentence
-from results.selection import selected_on_test, trials_of
+from results.selection import selected_on_test, selected_on_train, trials_of
 from results.staleness import Staleness, with_stale
 from results.standing import with_published
 from results.table import add_choice, choose
@@ -125,7 +125,8 @@ class Page:
         for method, (name, *entries) in zip(sheet.methods, table.rows, strict=True):
             cells = [sheet.cell(method, evaluator, metric) for evaluator, metric in sheet.columns]
             rows.append((name, *(replace(e, link=self._anchors.get(place(c), "")) for e, c in zip(entries, cells, strict=True))))
-        said = filter(None, (selected_on_test(sheet, trials_of(sheet, self.archive)), stamp(items)))
+        trials = trials_of(sheet, self.archive)
+        said = filter(None, (selected_on_train(sheet, trials), selected_on_test(sheet, trials), stamp(items)))
         table = replace(table, rows=tuple(rows), below=(*table.below, *said))
         ranks = ranks_of(sheet)
         pictures, left_out = self.pictures(sheet)

@@ -22,11 +22,12 @@ class Trials:
 
     tried: dict[str, set[str]] = field(default_factory=dict)
     on_test: dict[str, set[str]] = field(default_factory=dict)
+    sweeps: dict[str, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """How many there are."""
-        return max(map(len, self.tried.values()), default=0)
+        """How many there are, or were: a job that a sweep has chosen says how many (`sweeps`), also where the trials are gone."""
+        return max([0, *self.sweeps.values(), *map(len, self.tried.values())])
 
     @property
     def count_on_test(self) -> int:
@@ -46,6 +47,8 @@ def trials_of(sheet: Sheet, archive: Archive) -> dict[tuple[str, str], Trials]:
         trials, setting = found.setdefault((about["method"], about["eval"]), Trials()), setting_of(job, jobs)
         fields, value = digest(names_of(setting)), digest(setting)
         trials.tried.setdefault(fields, set()).add(value)
+        if sweep := about.get("sweep"):
+            trials.sweeps[sweep["key"]] = max(sweep["trials"], trials.sweeps.get(sweep["key"], 0))
         record = archive.record(archive.folder(job["key"]))
         if record is not None and not (job["identity"].get("plugin") or {}).get("holdout"):
             trials.on_test.setdefault(fields, set()).add(value)
@@ -71,6 +74,14 @@ def tried(trials: Mapping[tuple[str, str], Trials], method: str) -> str:
     counts = {name: t.count for (m, name), t in trials.items() if m == method}
     more = [f"{n} on {name}" for name, n in sorted(counts.items()) if n > 1]
     return (", ".join(more) + (", 1 on the others" if len(more) < len(counts) else "")) if more else "1 for each evaluator" if counts else "none"
+
+
+def selected_on_train(sheet: Sheet, trials: Mapping[tuple[str, str], Trials]) -> str:
+    """The line for under a table about what sweeps have chosen, "" when there were none."""
+    shown = {(c.method, c.eval) for c in sheet.cells.values() if c.results}
+    several = {names: t.sweeps for names, t in sorted(trials.items()) if names in shown}
+    found = [f"{method} on {name} ({key} of {n} values)" for (method, name), sweeps in several.items() for key, n in sweeps.items()]
+    return f"Chosen on a held-out part of train: {', '.join(found)}." if found else ""
 
 
 def selected_on_test(sheet: Sheet, trials: Mapping[tuple[str, str], Trials]) -> str:

@@ -19,7 +19,7 @@ from results.cells import sheets
 from results.costs import cell_cost, with_costs
 from results.formats import FORMATS
 from results.grid import grid
-from results.selection import selected_on_test, trials_of
+from results.selection import selected_on_test, selected_on_train, trials_of
 from results.staleness import Staleness, with_stale
 from results.standing import with_published
 
@@ -60,7 +60,8 @@ class Table:
             rows += [{**cell.as_row(), **(cell_cost(cell, sheet, archive) if archive and cost else {}), **fairness} for cell in cells]
             table = grid(sheet, spread)
             table = with_costs(table, sheet, archive) if archive and cost else table
-            said = (selected_on_test(sheet, trials_of(sheet, archive)), stamp(items)) if archive else ()
+            trials = trials_of(sheet, archive) if archive else {}
+            said = (selected_on_train(sheet, trials), selected_on_test(sheet, trials), stamp(items)) if archive else ()
             grids.append(replace(table, below=(*table.below, *filter(None, said))))
         return FORMATS[format](grids, rows).rstrip("\n")
 

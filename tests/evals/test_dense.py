@@ -159,7 +159,7 @@ def test_killed_while_scoring_with_a_truncated_state_it_ends_the_same(
 def test_a_state_with_a_loss_that_is_no_number_is_not_kept(checkpoint: Backbone, sets: dict[str, Path], tmp_path: Path) -> None:
     """Between two lines of the log as well: --retry would go on from it."""
     recipe = recipe_of("ade20k", lr=1e30, warmup=0, iterations=2000)  # a line every ten iterations
-    with pytest.raises(JobFailed, match="loss nan at step 2 of 2000 .*the last good state is of step 1"):
+    with pytest.raises(JobFailed, match=r"loss nan at step 2 of 2000 .*the last good state is of step 1"):
         evaluate("ade20k", checkpoint, tmp_path, sets, recipe=recipe)
     assert [p.name for p in states(tmp_path)] == ["state-000000001.pt"]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli, data
+from harness import cli, data, request
 from harness.spec import UserError
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
 COMMANDS = {
     "run": {
-        "--methods", "--evals", "--protocol", "--backbone", "--seeds", "--eval-seeds", "--data", "--pretrain-data", "--runs", "--launcher", "--set",
-        "--tuning", "--on-bad-image", "--on-oom", "--dry-run", "--retry", "--force", "--cluster", "--wait",
+        "--methods", "--evals", "--protocol", "--backbone", "--seeds", "--eval-seeds", "--data", "--pretrain-data", "--runs", "--launcher", "--set", "--sweep",
+        "--tuning", "--on-bad-image", "--on-oom", "--budget", "--dry-run", "--retry", "--force", "--cluster", "--wait",
     },
     "list": {"what", "--protocol", "--runs"},
     "status": {"run", "--runs"},
@@ -52,7 +52,7 @@ def test_defaults_are_frozen() -> None:
 def test_names_by_commas_or_by_spaces() -> None:
     """People type both."""
     for words in (["mae,beit"], ["mae", "beit"], ["mae,", "beit"]):
-        assert cli.words(",".join(cli.parser().parse_args(["run", "--methods", *words, "--evals", "x"]).methods)) == ("mae", "beit")
+        assert request.words(",".join(cli.parser().parse_args(["run", "--methods", *words, "--evals", "x"]).methods)) == ("mae", "beit")
 
 
 def test_bare_call_prints_help(harness: Call) -> None:
@@ -80,10 +80,10 @@ def test_list_shows_plugins_of_others(harness: Call) -> None:
 
 @pytest.mark.parametrize("text", ["1,2", "0", "3,1,2"])
 def test_seeds(text: str) -> None:
-    assert cli.integers("--seeds", text) == tuple(int(w) for w in text.split(","))
+    assert request.integers("--seeds", text) == tuple(int(w) for w in text.split(","))
 
 
 @pytest.mark.parametrize("text", ["a", "", "1,1", "-1", "1.0"])
 def test_seeds_refused(text: str) -> None:
     with pytest.raises(UserError, match="--seeds"):
-        cli.integers("--seeds", text)
+        request.integers("--seeds", text)
