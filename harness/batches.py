@@ -81,8 +81,8 @@ def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.P
     sums = torch.stack(rows).sum(dim=0)
     gradients = [p.grad for p in parameters if p.grad is not None]
     if together():
-        for tensor in (*gradients, sums):
-            dist.all_reduce(tensor)
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*gradients, sums)]:
+            work.wait()
     torch._foreach_mul_(gradients, 1 / sums[-1])
     return {name: value / sums[-1] for name, value in zip(names, sums[:-1], strict=True)}
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from evals.openmmlab.ade20k import ADE20K
 from evals.openmmlab.coco import COCO
-from harness.checkpoint import Backbone
+from harness.checkpoint import Backbone, States
 from harness.plugins import EvalContext, Progress, Session
 from harness.randomness import seed_all
-from harness.spec import Outcome, Protocol, ViTConfig
+from harness.spec import JobFailed, Outcome, Protocol, ViTConfig
 from harness.vit import ViT
 
 VIT = ViTConfig(size=(32, 32), patch=8, width=24, depth=4, heads=3)
@@ -31,15 +31,23 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"ade20k": make_ade20k(root / "ade", 4, 3), "coco": make_coco(root / "coco", 4, 3)}
 
 
-def evaluate(name: str, place: Path, sets: dict[str, Path], **session: Any) -> Outcome:
+def evaluate(name: str, place: Path, sets: dict[str, Path], changes: Any = None, **session: Any) -> Outcome:
     """Three steps of two images, and the score."""
     place.mkdir(parents=True, exist_ok=True)
     seed_all("checkpoint")
     checkpoint = Backbone(VIT, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), ViT(VIT).state_dict())
     lent = Session(place, 5, torch.device("cpu"), torch.float32, sets, **session)
-    recipe = dataclasses.replace(EVALUATORS[name].recipe(SETTING, VIT), iterations=3, batch=2, warmup=0)
+    recipe = dataclasses.replace(EVALUATORS[name].recipe(SETTING, VIT), iterations=3, batch=2, warmup=0, **(changes or {}))
     outcome: Outcome = EVALUATORS[name].run(checkpoint, EvalContext(lent, SETTING, recipe))
     return outcome
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, sets: dict[str, Path]) -> None:
+    """A job that goes on from them would fail for ever: the state of the step before stays the last one."""
+    with pytest.raises(JobFailed, match=r"train: loss \S+ at step 2 of 3 \(gradient norm nan, lr .*the last good state is of step 1,"):
+        evaluate("ade20k", tmp_path, sets, {"lr": 1e38, "optimizer": "sgd", "clip": None}, checkpoint_every_s=0.0)
+    found = States(tmp_path / "checkpoint" / "train").latest()
+    assert found is not None and found[0] == 1
 
 
 @pytest.mark.parametrize("name", EVALUATORS)

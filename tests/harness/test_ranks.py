@@ -91,6 +91,22 @@ def test_killed_on_two_processes_goes_on_with_one(harness: Call, whole: Path, en
     assert record(runs)["images_seen"] == record(whole)["images_seen"]
 
 
+def test_interrupt_stops_all_at_one_step(harness: Call, smoke_data: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """Ctrl-C: both save at the same step, nothing is noted as a failure, and the state is the next start's."""
+    long = [word.replace("iterations=12", "iterations=100000") for word in LINE]
+    two, quiet = {**environment, "HARNESS_PROCESSES": "2"}, subprocess.DEVNULL
+    started = subprocess.Popen([sys.executable, "-m", "harness", *long], cwd=tmp_path, env=two, stdout=quiet, stderr=quiet)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "runs").glob("pretrain-*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(timeout=90) == 130
+    folder = node(tmp_path / "runs")
+    [step] = {re.search(r"stopped at step (\d+) of 100000, saved", (folder / name).read_text())[1] for name in ("log.txt", "log-rank1.txt")}  # type: ignore[index]
+    assert [int(p.stem.split("-")[1]) for p in folder.glob("checkpoint/train/state-*.pt")] == [int(step)] and not list(folder.glob("failure*"))
+    assert "interrupted" in harness("status").stdout
+
+
 def test_the_failure_of_one_is_the_failure_of_the_job(harness: Call, smoke_data: Path, tmp_path: Path) -> None:
     """An image that one process cannot read: its message, not that the others lost it."""
     data = tmp_path / "data"
