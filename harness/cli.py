@@ -20,7 +20,7 @@ from harness.spec import UserError, suggest
 
 if TYPE_CHECKING:
     from harness.plan import Planner
-    from harness.request import Plan
+    from harness.request import Keep, Plan
     from harness.store import Store
 
 LISTS = ("methods", "evals", "protocols", "backbones", "datasets", "runs")
@@ -48,24 +48,6 @@ def check_packages() -> None:
             raise UserError(f"package {name!r} is found in {where}, not beside {root / 'harness'}: uninstall the other one or put {root} first on PYTHONPATH")
 
 
-def words(text: str) -> tuple[str, ...]:
-    """A list on the command line: by commas."""
-    return tuple(w.strip() for w in text.split(",") if w.strip())
-
-
-def integers(flag: str, text: str) -> tuple[int, ...]:
-    """Seeds: integers by commas, each once."""
-    try:
-        values = tuple(int(w) for w in words(text))
-    except ValueError as error:
-        raise UserError(f"{flag} {text}: seeds are integers separated by commas, as in 0,1,2") from error
-    if not values:
-        raise UserError(f"{flag}: the list is empty: name at least one seed, as in {flag} 0")
-    if len(set(values)) != len(values) or min(values) < 0:
-        raise UserError(f"{flag} {text}: name each seed once, none below 0")
-    return values
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of section 6 of the design; commands of other rooms add themselves through the entry points harness.commands."""
     top = Parser(prog="harness", description="Train every pre-training method on the same ViT, score it with the same evaluators, print the table.",
@@ -74,12 +56,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
     run = commands.add_parser("run", help="pre-train, evaluate, print the table", description="Train what is missing, then print the table.")
-    run.add_argument("--methods", required=True, nargs="+", help="names by commas or spaces, or `all` (see `list methods`)")
-    run.add_argument("--evals", required=True, nargs="+", help="names by commas or spaces, or a group such as all, inat, places (see `list evals`)")
-    run.add_argument("--protocol", default="demo", help="scale and data (default: demo, minutes on a laptop)")
+    run.add_argument("--methods", nargs="+", help="names by commas or spaces, or `all` (see `list methods`)")
+    run.add_argument("--evals", nargs="+", help="names by commas or spaces, or a group such as all, inat, places (see `list evals`)")
+    run.add_argument("--plan", metavar="FILE", help="run what a plan says in place of --methods and --evals (results/*/plan.py); its tables are kept beside it")
+    run.add_argument("--out", metavar="DIR", help="with --plan: keep its tables and its report here instead")
+    run.add_argument("--protocol", help="scale and data (default: demo, minutes on a laptop)")
     run.add_argument("--backbone", help="a backbone of the protocol (see `list backbones`)")
-    run.add_argument("--seeds", default="0", help="pre-training seeds, by commas (default: 0)")
-    run.add_argument("--eval-seeds", default="0", help="fine-tuning seeds on each pre-training (default: 0)")
+    run.add_argument("--seeds", help="pre-training seeds, by commas (default: 0)")
+    run.add_argument("--eval-seeds", help="fine-tuning seeds on each pre-training (default: 0)")
     run.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
     run.add_argument("--pretrain-data", help="pre-train on this folder of images instead, nested, no labels needed")
     run.add_argument("--runs", default="runs", help="folder for results (default: runs)")
@@ -121,30 +105,26 @@ def command_run(args: argparse.Namespace) -> int:
     from harness.display import Display
     from harness.launch import cores, make_launcher, write_job
     from harness.plan import Planner
-    from harness.request import Request
+    from harness.request import joined, requests_of
     from harness.run import check_environment
     from harness.store import Store
 
     launcher = make_launcher(args)
-    request = Request(
-        methods=words(",".join(args.methods)), evals=words(",".join(args.evals)), protocol=args.protocol, backbone=args.backbone,
-        seeds=integers("--seeds", args.seeds), eval_seeds=integers("--eval-seeds", args.eval_seeds), data=args.data, pretrain_data=args.pretrain_data,
-        settings=tuple(args.set), tuning=args.tuning, on_bad_image=args.on_bad_image,
-        precision=getattr(launcher, "precision", None),
-    )
+    requests, keep = requests_of(args, getattr(launcher, "precision", None))
     check_environment()
     store = Store(Path(args.runs))
-    planner = Planner(request)
-    plan = planner.plan()
+    planners = [Planner(r) for r in requests]
+    plan = joined([p.plan() for p in planners])
     store.check_version()
     if args.dry_run:
-        return dry_run(plan, store, planner, args.force, launcher)
-    if planner.missing:
-        raise UserError(next(iter(planner.missing.values())))
+        return dry_run(plan, store, planners, args.force, launcher)
+    for reason in (reason for p in planners for reason in p.missing.values()):
+        raise UserError(reason)
     store.prepare()
-    if planner.pending:
-        planner.generate(cores())
-        plan = Planner(request).plan()
+    if pending := [p for p in planners if p.pending]:
+        for planner in pending:
+            planner.generate(cores())
+        plan = joined([Planner(r).plan() for r in requests])
     for node in plan.nodes if args.force else ():
         if (state := store.state(store.folder(node))).status == "running":
             raise UserError(f"--force: {node.folder} is being worked on ({state.reason}): stop that process first")
@@ -165,11 +145,11 @@ def command_run(args: argparse.Namespace) -> int:
         display.close()
     if code == 130:
         print("interrupted: run the same line again to go on", file=sys.stderr)
-    return code or print_table(plan, store)
+    return code or print_table(plan, store, keep)
 
 
-def print_table(plan: Plan, store: Store) -> int:
-    """The table of a plan on stdout; exit code 1 when a cell has no number and is not skipped."""
+def print_table(plan: Plan, store: Store, keep: Keep | None) -> int:
+    """The table of a plan on stdout, kept beside its file if it has one; exit code 1 when a cell has no number and is not skipped."""
     from dataclasses import replace
 
     from harness.plugins import load
@@ -179,14 +159,16 @@ def print_table(plan: Plan, store: Store) -> int:
     records = {n.key: r for n in plan.nodes if (r := read_record(store.folder(n))) is not None}
     results = [replace(r, status="failed") if r.status in ("interrupted", "missing") else r for r in plan.results(states, records)]
     print(load("commands", "table")().render(results, folders=(store.root,)))
+    if keep is not None:
+        print(keep(results, (store.root,)), file=sys.stderr)
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
-def dry_run(plan: Plan, store: Store, planner: Planner, force: bool, launcher: Any) -> int:
+def dry_run(plan: Plan, store: Store, planners: Sequence[Planner], force: bool, launcher: Any) -> int:
     """The graph and what is cached, and what the launcher would do."""
-    if planner.pending:
-        print(f"data to be generated first (keys are not final): {', '.join(sorted(planner.pending))}")
-    for reason in planner.missing.values():
+    if pending := sorted({name for p in planners for name in p.pending}):
+        print(f"data to be generated first (keys are not final): {', '.join(pending)}")
+    for reason in dict.fromkeys(reason for p in planners for reason in p.missing.values()):
         print(f"missing (keys are not final): {reason}")
     for number, node in enumerate(plan.nodes, start=1):
         shown = {"done": "to be done again" if force else "cached"}.get(status := store.state(store.folder(node)).status, status)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from harness import plugins
 from harness.collect import Result, collect
+from harness.request import Keep, Request
 from harness.spec import UserError, suggest
 from results.ancestry import Archive
 from results.audit import VERDICTS, of_sheet, stamp
@@ -25,7 +26,7 @@ from results.standing import with_published
 
 
 class Table:
-    """The command plugin `table`. `harness run` calls `render` for the cells of its own plan, `harness status` calls `explain`."""
+    """The command plugin `table`. `harness run` calls `render` for the cells of its own plan, with --plan `claim`; `harness status` calls `explain`."""
 
     name: ClassVar[str] = "table"
     help: ClassVar[str] = "print what the runs folders hold as a table"
@@ -70,6 +71,13 @@ class Table:
         from results.changes import explain
 
         return explain(folder)
+
+    @staticmethod
+    def claim(path: Path, out: str | None, changed: Sequence[str], writes: bool) -> tuple[tuple[Request, ...], Keep]:
+        """What `harness run --plan` does and keeps."""
+        from results.claims import claim
+
+        return claim(path, out, changed, writes)
 
     @staticmethod
     def render_layout(name: str, results: Iterable[Result], format: str = "markdown") -> str:
