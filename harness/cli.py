@@ -19,7 +19,7 @@ from harness import __version__
 from harness.spec import UserError, suggest
 
 if TYPE_CHECKING:
-    from harness.plan import Planner
+    from harness.plan import Planners
     from harness.request import Keep, Plan
     from harness.store import Store
 
@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what is done, running, failed, missing, and why")
     status.add_argument("run", nargs="?", metavar="RUN", help="a node: its folder's name, a part of it that no other has, or the beginning of its key")
     status.add_argument("--runs", default="runs")
+    status.add_argument("--watch", action="store_true", help="again and again until nothing runs, or Ctrl-C")
     status.set_defaults(go=command_status)
 
     from harness.launch import add_flags
@@ -104,8 +105,8 @@ def command_run(args: argparse.Namespace) -> int:
     """`harness run`."""
     from harness.display import Display
     from harness.launch import cores, make_launcher, write_job
-    from harness.plan import Planner
-    from harness.request import joined, requests_of
+    from harness.plan import Planners
+    from harness.request import requests_of
     from harness.run import check_environment
     from harness.store import Store
 
@@ -113,18 +114,17 @@ def command_run(args: argparse.Namespace) -> int:
     requests, keep = requests_of(args, getattr(launcher, "precision", None))
     check_environment()
     store = Store(Path(args.runs))
-    planners = [Planner(r) for r in requests]
-    plan = joined([p.plan() for p in planners])
+    planner = Planners(requests)
+    plan = planner.plan()
     store.check_version()
     if args.dry_run:
-        return dry_run(plan, store, planners, args.force, launcher)
-    for reason in (reason for p in planners for reason in p.missing.values()):
-        raise UserError(reason)
+        return dry_run(plan, store, planner, args.force, launcher)
+    if planner.missing:
+        raise UserError(next(iter(planner.missing.values())))
     store.prepare()
-    if pending := [p for p in planners if p.pending]:
-        for planner in pending:
-            planner.generate(cores())
-        plan = joined([Planner(r).plan() for r in requests])
+    if planner.pending:
+        planner.generate(cores())
+        plan = Planners(requests).plan()
     for node in plan.nodes if args.force else ():
         if (state := store.state(store.folder(node))).status == "running":
             raise UserError(f"--force: {node.folder} is being worked on ({state.reason}): stop that process first")
@@ -164,11 +164,11 @@ def print_table(plan: Plan, store: Store, keep: Keep | None) -> int:
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
-def dry_run(plan: Plan, store: Store, planners: Sequence[Planner], force: bool, launcher: Any) -> int:
+def dry_run(plan: Plan, store: Store, planner: Planners, force: bool, launcher: Any) -> int:
     """The graph and what is cached, and what the launcher would do."""
-    if pending := sorted({name for p in planners for name in p.pending}):
-        print(f"data to be generated first (keys are not final): {', '.join(pending)}")
-    for reason in dict.fromkeys(reason for p in planners for reason in p.missing.values()):
+    if planner.pending:
+        print(f"data to be generated first (keys are not final): {', '.join(sorted(planner.pending))}")
+    for reason in planner.missing.values():
         print(f"missing (keys are not final): {reason}")
     for number, node in enumerate(plan.nodes, start=1):
         shown = {"done": "to be done again" if force else "cached"}.get(status := store.state(store.folder(node)).status, status)
@@ -188,7 +188,7 @@ def command_list(args: argparse.Namespace) -> int:
     from harness import plugins
 
     if args.what == "runs":
-        return command_status(argparse.Namespace(run=None, runs=args.runs))
+        return command_status(argparse.Namespace(run=None, runs=args.runs, watch=False))
     setting: Any = plugins.build("protocols", args.protocol) if args.what in ("backbones", "datasets") else None
     if args.what == "backbones":
         for name, vit in setting.backbones.items():
@@ -218,7 +218,6 @@ def source(plugin: Any) -> str:
 
 def command_status(args: argparse.Namespace) -> int:
     """`harness status`."""
-    from harness.jobs import read_job
     from harness.launch import queued
     from harness.plugins import load
     from harness.store import Store, read_json, read_record
@@ -227,21 +226,11 @@ def command_status(args: argparse.Namespace) -> int:
     if not store.root.is_dir():
         raise UserError(f"--runs {store.root}: no such folder: name the folder that `run` wrote to")
     store.check_version()
-    folders, away = store.folders(), queued(store)
     if args.run is None:
-        for folder in folders:
-            try:
-                state, job, record = store.explain(folder, away), read_job(folder / "job.json"), read_record(folder)
-            except UserError as error:
-                print(f"{'damaged':12} {folder.name}: {error}")
-                continue
-            about = job.get("about", {})
-            p = read_json(folder / "progress.json") if state.status == "running" else None
-            detail = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items()) if record else state.reason
-            if p:
-                detail = f"step {p['step']}/{p['steps']}, {p['images_per_s']:.0f} images/s, {p['seconds_left'] or 0:.0f} s left, {state.reason}"
-            print(f"{state.status:12} {job['key']} {about.get('title', job['name'])} seed {about.get('seed')}{': ' + detail if detail else ''}")
-        return 0
+        return int(load("commands", "table")().overview(lambda: (store, queued(store)), args.watch))
+    if args.watch:
+        raise UserError("--watch: shows all runs: leave RUN out")
+    folders, away = store.folders(), queued(store)
     found = [f for f in folders if f.name == Path(args.run).name or f.name.rsplit("-", 1)[-1].startswith(args.run)]
     found = found or [f for f in folders if args.run in f.name]
     if len(found) != 1:

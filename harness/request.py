@@ -14,11 +14,29 @@ from typing import Any
 
 from harness import plugins
 from harness.collect import Result, result_of
-from harness.jobs import Node, ordered
+from harness.jobs import Node
 from harness.spec import Protocol as Setting
 from harness.spec import UserError, suggest
 
 Keep = Callable[[Sequence[Result], Sequence[Path]], str]  # keeps the tables of a plan's results from these runs folders, and says so
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A list on the command line: by commas."""
+    return tuple(w.strip() for w in text.split(",") if w.strip())
+
+
+def integers(flag: str, text: str) -> tuple[int, ...]:
+    """Seeds: integers by commas, each once."""
+    try:
+        values = tuple(int(w) for w in words(text))
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: seeds are integers separated by commas, as in 0,1,2") from error
+    if not values:
+        raise UserError(f"{flag}: the list is empty: name at least one seed, as in {flag} 0")
+    if len(set(values)) != len(values) or min(values) < 0:
+        raise UserError(f"{flag} {text}: name each seed once, none below 0")
+    return values
 
 
 @dataclass(frozen=True)
@@ -68,29 +86,6 @@ class Plan:
         return out
 
 
-def joined(plans: Sequence[Plan]) -> Plan:
-    """The plans of several requests as one, equal nodes once."""
-    return Plan(tuple(ordered(n for p in plans for n in p.nodes)), tuple(c for p in plans for c in p.cells), plans[0].protocol)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """A list on the command line: by commas."""
-    return tuple(w.strip() for w in text.split(",") if w.strip())
-
-
-def integers(flag: str, text: str) -> tuple[int, ...]:
-    """Seeds: integers by commas, each once."""
-    try:
-        values = tuple(int(w) for w in words(text))
-    except ValueError as error:
-        raise UserError(f"{flag} {text}: seeds are integers separated by commas, as in 0,1,2") from error
-    if not values:
-        raise UserError(f"{flag}: the list is empty: name at least one seed, as in {flag} 0")
-    if len(set(values)) != len(values) or min(values) < 0:
-        raise UserError(f"{flag} {text}: name each seed once, none below 0")
-    return values
-
-
 def requests_of(args: argparse.Namespace, precision: str | None) -> tuple[tuple[Request, ...], Keep | None]:
     """What the flags of `run` ask for, flags that are given taking the place of a --plan's own values; and what keeps that plan's tables.
 
@@ -99,20 +94,14 @@ def requests_of(args: argparse.Namespace, precision: str | None) -> tuple[tuple[
     """
     given = {k: v for k in ("protocol", "backbone", "tuning", "data", "pretrain_data") if (v := getattr(args, k)) is not None}
     given |= {k: integers(f"--{k.replace('_', '-')}", v) for k in ("seeds", "eval_seeds") if (v := getattr(args, k)) is not None}
-    named = [f"--{k}" for k in ("methods", "evals") if getattr(args, k)]
-    requests: tuple[Request, ...] = ()
-    keep: Keep | None = None
     if args.plan is not None:
-        if named:
-            raise UserError(f"{named[0]}: --plan {args.plan} says which: leave one of them out")
-        changed = [f"--{k.replace('_', '-')}" for k in given] + ["--set"] * bool(args.set)
-        requests, keep = plugins.load("commands", "table")().claim(Path(args.plan), args.out, changed, not args.dry_run)
-    elif len(named) < 2 or args.out:
-        raise UserError("--out: belongs to --plan: leave it out" if named[1:] else "run: name --methods and --evals, or --plan FILE (see `harness run --help`)")
+        requests, keep = plugins.load("commands", "table")().claim(args, tuple(given))
+    elif not (args.methods and args.evals) or args.out:
+        raise UserError("--out: belongs to --plan: leave it out" if args.out else "run: name --methods and --evals, or --plan FILE (see `harness run --help`)")
     else:
-        requests = (Request(words(",".join(args.methods)), words(",".join(args.evals))),)
-    where = {"on_bad_image": args.on_bad_image, "precision": precision}
-    return tuple(replace(r, **given, **where, settings=(*r.settings, *args.set)) for r in requests), keep
+        requests, keep = (Request(words(",".join(args.methods)), words(",".join(args.evals))),), None
+    given |= {"on_bad_image": args.on_bad_image, "precision": precision}
+    return tuple(replace(r, **given, settings=(*r.settings, *args.set)) for r in requests), keep
 
 
 def names(kind: str, words: Sequence[str]) -> list[tuple[str, bool]]:

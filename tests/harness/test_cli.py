@@ -23,7 +23,7 @@ COMMANDS = {
         "--tuning", "--on-bad-image", "--dry-run", "--retry", "--force", "--cluster", "--wait", "--plan", "--out",
     },
     "list": {"what", "--protocol", "--runs"},
-    "status": {"run", "--runs"},
+    "status": {"run", "--runs", "--watch"},
     "doctor": {"--data", "--runs", "--evaluators"},
     "export": {"run", "--to", "--out", "--runs"},
     "cancel": {"run", "--runs"},

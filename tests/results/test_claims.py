@@ -16,8 +16,8 @@ import pytest
 from harness import cli, layout, plugins
 from harness.collect import Result, result_of
 from harness.data import folder_names
-from harness.plan import Planner
-from harness.request import Request, joined, requests_of
+from harness.plan import Planners
+from harness.request import Request, requests_of
 from harness.spec import Metric, UserError
 from results.beside import fill, paper_table
 from results.claims import Claim, claim, read_plan
@@ -59,7 +59,7 @@ def test_a_papers_plan_fills_the_rows_of_its_tables(name: str, everything: Path)
     """Each row that the docstring does not leave out gets a number of the same protocol, and the docstring says what is expected there."""
     path = ROOT / "results" / name / "plan.py"
     found, text = read_plan(path), path.read_text()
-    plan = joined([Planner(replace(r, data=str(everything), precision="bf16")).plan() for r in found.requests])
+    plan = Planners([replace(r, data=str(everything), precision="bf16") for r in found.requests]).plan()
     results = []
     for cell in plan.cells:
         assert cell.node is not None, cell.skipped
