@@ -19,8 +19,7 @@ from harness import __version__
 from harness.spec import UserError, suggest
 
 if TYPE_CHECKING:
-    from harness.plan import Planner
-    from harness.request import Plan
+    from harness.request import Keep, Plan
     from harness.store import Store
 
 LISTS = ("methods", "evals", "protocols", "backbones", "datasets", "runs")
@@ -56,12 +55,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
     run = commands.add_parser("run", help="pre-train, evaluate, print the table", description="Train what is missing, then print the table.")
-    run.add_argument("--methods", required=True, nargs="+", help="names by commas or spaces, or `all` (see `list methods`)")
-    run.add_argument("--evals", required=True, nargs="+", help="names by commas or spaces, or a group such as all, inat, places (see `list evals`)")
-    run.add_argument("--protocol", default="demo", help="scale and data (default: demo, minutes on a laptop)")
+    run.add_argument("--methods", nargs="+", help="names by commas or spaces, or `all` (see `list methods`)")
+    run.add_argument("--evals", nargs="+", help="names by commas or spaces, or a group such as all, inat, places (see `list evals`)")
+    run.add_argument("--plan", metavar="FILE", help="run what a plan says in place of --methods and --evals (results/*/plan.py); its tables are kept beside it")
+    run.add_argument("--out", metavar="DIR", help="with --plan: keep its tables and its report here instead")
+    run.add_argument("--protocol", help="scale and data (default: demo, minutes on a laptop)")
     run.add_argument("--backbone", help="a backbone of the protocol (see `list backbones`)")
-    run.add_argument("--seeds", default="0", help="pre-training seeds, by commas (default: 0)")
-    run.add_argument("--eval-seeds", default="0", help="fine-tuning seeds on each pre-training (default: 0)")
+    run.add_argument("--seeds", help="pre-training seeds, by commas (default: 0)")
+    run.add_argument("--eval-seeds", help="fine-tuning seeds on each pre-training (default: 0)")
     run.add_argument("--data", help="folder of data sets, or a TOML name -> folder (default: generated)")
     run.add_argument("--pretrain-data", help="pre-train on this folder of images instead, nested, no labels needed")
     run.add_argument("--runs", default="runs", help="folder for results (default: runs)")
@@ -87,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what is done, running, failed, missing, and why")
     status.add_argument("run", nargs="?", metavar="RUN", help="a node: its folder's name, a part of it that no other has, or the beginning of its key")
     status.add_argument("--runs", default="runs")
+    status.add_argument("--watch", action="store_true", help="again and again until nothing runs, or Ctrl-C")
     status.set_defaults(go=command_status)
 
     from harness.launch import add_flags
@@ -105,25 +107,22 @@ def command_run(args: argparse.Namespace, again: bool = False) -> int:
     """`harness run`. `again`: after the trials of a sweep."""
     from harness.display import Display
     from harness.launch import cores, make_launcher, write_job
-    from harness.plan import Planner
+    from harness.plan import Planners
     from harness.plugins import load
-    from harness.request import Request, integers, words
+    from harness.request import requests_of
     from harness.run import check_environment
     from harness.store import Store
 
     launcher = make_launcher(args)
-    request = Request(
-        methods=words(",".join(args.methods)), evals=words(",".join(args.evals)), protocol=args.protocol, backbone=args.backbone,
-        seeds=integers("--seeds", args.seeds), eval_seeds=integers("--eval-seeds", args.eval_seeds), data=args.data, pretrain_data=args.pretrain_data,
-        settings=tuple(args.set), tuning=args.tuning, on_bad_image=args.on_bad_image, on_oom=args.on_oom,
-        precision=getattr(launcher, "precision", None),
-    )
+    requests, keep = requests_of(args, getattr(launcher, "precision", None))
+    if args.sweep and args.plan:
+        raise UserError("--sweep: a plan has no values to choose among: leave --plan out")
     check_environment()
     store = Store(Path(args.runs))
     store.check_version()
 
     def make_planner() -> Any:
-        return load("options", "sweep")(request, args, store, again) if args.sweep else Planner(request)
+        return load("options", "sweep")(requests[0], args, store, again) if args.sweep else Planners(requests)
 
     planner = make_planner()
     plan = planner.plan()
@@ -162,11 +161,11 @@ def command_run(args: argparse.Namespace, again: bool = False) -> int:
         print("interrupted: run the same line again to go on", file=sys.stderr)
     if code == 3 and plan.later:
         print("--sweep: these are the trials; the same line goes on when they have ended, with --wait by itself", file=sys.stderr)
-    return code or (command_run(args, again=True) if plan.later else print_table(plan, store))
+    return code or (command_run(args, again=True) if plan.later else print_table(plan, store, keep))
 
 
-def print_table(plan: Plan, store: Store) -> int:
-    """The table of a plan on stdout; exit code 1 when a cell has no number and is not skipped."""
+def print_table(plan: Plan, store: Store, keep: Keep | None) -> int:
+    """The table of a plan on stdout, kept beside its file if it has one; exit code 1 when a cell has no number and is not skipped."""
     from dataclasses import replace
 
     from harness.plugins import load
@@ -176,10 +175,12 @@ def print_table(plan: Plan, store: Store) -> int:
     records = {n.key: r for n in plan.nodes if (r := read_record(store.folder(n))) is not None}
     results = [replace(r, status="failed") if r.status in ("interrupted", "missing") else r for r in plan.results(states, records)]
     print(load("commands", "table")().render(results, folders=(store.root,)))
+    if keep is not None:
+        print(keep(results, (store.root,)), file=sys.stderr)
     return 1 if any(r.status not in ("done", "skipped") for r in results) else 0
 
 
-def dry_run(plan: Plan, store: Store, planner: Planner, args: argparse.Namespace, launcher: Any) -> int:
+def dry_run(plan: Plan, store: Store, planner: Any, args: argparse.Namespace, launcher: Any) -> int:
     """The graph, what is cached, what it costs, and what the launcher would do."""
     from harness.plugins import load
 
@@ -211,7 +212,7 @@ def command_list(args: argparse.Namespace) -> int:
     from harness import plugins
 
     if args.what == "runs":
-        return command_status(argparse.Namespace(run=None, runs=args.runs))
+        return command_status(argparse.Namespace(run=None, runs=args.runs, watch=False))
     setting: Any = plugins.build("protocols", args.protocol) if args.what in ("backbones", "datasets") else None
     if args.what == "backbones":
         for name, vit in setting.backbones.items():
@@ -241,7 +242,6 @@ def source(plugin: Any) -> str:
 
 def command_status(args: argparse.Namespace) -> int:
     """`harness status`."""
-    from harness.jobs import read_job
     from harness.launch import queued
     from harness.plugins import load
     from harness.store import Store, read_json, read_record
@@ -250,21 +250,11 @@ def command_status(args: argparse.Namespace) -> int:
     if not store.root.is_dir():
         raise UserError(f"--runs {store.root}: no such folder: name the folder that `run` wrote to")
     store.check_version()
-    folders, away = store.folders(), queued(store)
     if args.run is None:
-        for folder in folders:
-            try:
-                state, job, record = store.explain(folder, away), read_job(folder / "job.json"), read_record(folder)
-            except UserError as error:
-                print(f"{'damaged':12} {folder.name}: {error}")
-                continue
-            about = job.get("about", {})
-            p = read_json(folder / "progress.json") if state.status == "running" else None
-            detail = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items()) if record else state.reason
-            if p:
-                detail = f"step {p['step']}/{p['steps']}, {p['images_per_s']:.0f} images/s, {p['seconds_left'] or 0:.0f} s left, {state.reason}"
-            print(f"{state.status:12} {job['key']} {about.get('title', job['name'])} seed {about.get('seed')}{': ' + detail if detail else ''}")
-        return 0
+        return int(load("commands", "table")().overview(lambda: (store, queued(store)), args.watch))
+    if args.watch:
+        raise UserError("--watch: shows all runs: leave RUN out")
+    folders, away = store.folders(), queued(store)
     found = [f for f in folders if f.name == Path(args.run).name or f.name.rsplit("-", 1)[-1].startswith(args.run)]
     found = found or [f for f in folders if args.run in f.name]
     if len(found) != 1:

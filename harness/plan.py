@@ -270,3 +270,22 @@ class Planner:
                 raise UserError(f"--set {key}: {name} has no recipe here, nothing of it is trained: leave it out")
             raise UserError(f"--set {key}: no such method or evaluator in this run: {suggest(name, known)}")
         return Plan(tuple(ordered(tops)), tuple(cells), self.setting)
+
+
+class Planners:
+    """The planners of several requests as one: equal nodes once."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.each = [Planner(r) for r in requests]
+
+    def plan(self) -> Plan:
+        """See `Planner.plan`; `pending` and `missing` are known after it."""
+        plans = [p.plan() for p in self.each]
+        self.pending, self.missing = {n for p in self.each for n in p.pending}, {k: v for p in self.each for k, v in p.missing.items()}
+        return Plan(tuple(ordered(n for p in plans for n in p.nodes)), tuple(c for p in plans for c in p.cells), plans[0].protocol)
+
+    def generate(self, workers: int) -> None:
+        """Make what is `pending`."""
+        for planner in self.each:
+            if planner.pending:
+                planner.generate(workers)

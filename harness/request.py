@@ -5,9 +5,11 @@ Names of plugins are looked up here, groups expanded; `harness.plan` does the re
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from harness import plugins
@@ -15,6 +17,8 @@ from harness.collect import Result, result_of
 from harness.jobs import Node
 from harness.spec import Protocol as Setting
 from harness.spec import UserError, suggest
+
+Keep = Callable[[Sequence[Result], Sequence[Path]], str]  # keeps the tables of a plan's results from these runs folders, and says so
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -82,6 +86,24 @@ class Plan:
                 state = states[cell.node.key]
                 out.append(result_of(cell.about, state.status, state.reason, records.get(cell.node.key), cell.node.key))
         return out
+
+
+def requests_of(args: argparse.Namespace, precision: str | None) -> tuple[tuple[Request, ...], Keep | None]:
+    """What the flags of `run` ask for, flags that are given taking the place of a --plan's own values; and what keeps that plan's tables.
+
+    Raises:
+        UserError: neither a plan nor --methods and --evals, or both; a plan that cannot be used.
+    """
+    given = {k: v for k in ("protocol", "backbone", "tuning", "data", "pretrain_data") if (v := getattr(args, k)) is not None}
+    given |= {k: integers(f"--{k.replace('_', '-')}", v) for k in ("seeds", "eval_seeds") if (v := getattr(args, k)) is not None}
+    if args.plan is not None:
+        requests, keep = plugins.load("commands", "table")().claim(args, tuple(given))
+    elif not (args.methods and args.evals) or args.out:
+        raise UserError("--out: belongs to --plan: leave it out" if args.out else "run: name --methods and --evals, or --plan FILE (see `harness run --help`)")
+    else:
+        requests, keep = (Request(words(",".join(args.methods)), words(",".join(args.evals))),), None
+    given |= {"on_bad_image": args.on_bad_image, "on_oom": args.on_oom, "precision": precision}
+    return tuple(replace(r, **given, settings=(*r.settings, *args.set)) for r in requests), keep
 
 
 def names(kind: str, words: Sequence[str]) -> list[tuple[str, bool]]:

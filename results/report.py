@@ -24,6 +24,7 @@ from harness.collect import Result
 from harness.spec import UserError
 from results import charts
 from results.ancestry import Archive, Step
+from results.attention import picture as attention_picture
 from results.audit import of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of
 from results.cells import Cell, Sheet, sheets
@@ -197,21 +198,25 @@ class Page:
         return found
 
     def pictures(self, sheet: Sheet) -> tuple[list[dict[str, str]], int]:
-        """PNG files of the first score of each method and evaluator and of what it was built from; and how many there was no room for."""
+        """PNG files of the first score of each method and evaluator and of what it was built from, attention maps of its pre-training; and how many there was
+        no room for."""
         shown, left_out = [], 0
         for cell in sheet.cells.values():
             for step in self.archive.steps(cell.results[0]) if cell.results else ():
-                for path in sorted([*step.folder.glob("samples/*.png"), *step.folder.glob("pictures.png")]) if step.folder else ():
-                    if path in self._shown:
-                        continue
-                    self._shown.add(path)
-                    if (size := path.stat().st_size * 4 // 3) > self._room["pictures"]:
+                if step.folder is None or step.folder in self._shown:
+                    continue
+                self._shown.add(step.folder)
+                files = sorted([*step.folder.glob("samples/*.png"), *step.folder.glob("pictures.png")])
+                found = {path.stem.replace("_", " "): path.read_bytes() for path in files}
+                if step.kind == "pretrain" and (maps := attention_picture(step.folder)) is not None:
+                    found["attention of the last block: image, and where the boxed patch looks"] = maps
+                where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
+                for title, content in found.items():
+                    if (size := len(content) * 4 // 3) > self._room["pictures"]:
                         left_out += 1
                         continue
                     self._room["pictures"] -= size
-                    where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
-                    data = base64.b64encode(path.read_bytes()).decode()
-                    shown.append({"title": f"{cell.method}, {where}: {path.stem.replace('_', ' ')}", "data": f"data:image/png;base64,{data}"})
+                    shown.append({"title": f"{cell.method}, {where}: {title}", "data": f"data:image/png;base64,{base64.b64encode(content).decode()}"})
         return shown, left_out
 
     def scores(self, sheet: Sheet) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from harness import plugins
 from harness.collect import Result, collect
+from harness.request import Keep, Request
 from harness.spec import UserError, suggest
+from harness.store import State, Store
 from results.ancestry import Archive
 from results.audit import VERDICTS, of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of, paper_table, rows_of
@@ -25,7 +27,7 @@ from results.standing import with_published
 
 
 class Table:
-    """The command plugin `table`. `harness run` calls `render` for the cells of its own plan, `harness status` calls `explain`."""
+    """The command plugin `table`. `harness run` calls `render` for its own cells, with --plan `claim`; `harness status` calls `overview`, `explain`."""
 
     name: ClassVar[str] = "table"
     help: ClassVar[str] = "print what the runs folders hold as a table"
@@ -71,6 +73,27 @@ class Table:
         from results.changes import explain
 
         return explain(folder)
+
+    @staticmethod
+    def claim(args: argparse.Namespace, given: Sequence[str]) -> tuple[tuple[Request, ...], Keep]:
+        """What `harness run --plan` does and keeps. `given`: fields of a request that flags replace."""
+        from results.claims import claim
+
+        if named := [f"--{k}" for k in ("methods", "evals") if getattr(args, k)]:
+            raise UserError(f"{named[0]}: --plan {args.plan} says which: leave one of them out")
+        changed = [f"--{name.replace('_', '-')}" for name in given] + ["--set"] * bool(args.set)
+        return claim(Path(args.plan), args.out, changed, not args.dry_run)
+
+    @staticmethod
+    def overview(look: Callable[[], tuple[Store, Mapping[str, State]]], again: bool) -> int:
+        """What `harness status` says of all jobs, once or until nothing runs."""
+        from results.watching import overview, watch
+
+        if again:
+            return watch(lambda: overview(*look()))
+        for _, line in overview(*look()):
+            print(line)
+        return 0
 
     @staticmethod
     def render_layout(name: str, results: Iterable[Result], format: str = "markdown") -> str:

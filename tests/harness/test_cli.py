@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli, data, request
+from harness import cli, data
+from harness import request as request_module
 from harness.spec import UserError
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -19,10 +20,10 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = {
     "run": {
         "--methods", "--evals", "--protocol", "--backbone", "--seeds", "--eval-seeds", "--data", "--pretrain-data", "--runs", "--launcher", "--set", "--sweep",
-        "--tuning", "--on-bad-image", "--on-oom", "--budget", "--dry-run", "--retry", "--force", "--cluster", "--wait",
+        "--tuning", "--on-bad-image", "--on-oom", "--budget", "--dry-run", "--retry", "--force", "--cluster", "--wait", "--plan", "--out",
     },
     "list": {"what", "--protocol", "--runs"},
-    "status": {"run", "--runs"},
+    "status": {"run", "--runs", "--watch"},
     "doctor": {"--data", "--runs", "--evaluators", "--cluster", "--drill"},
     "export": {"run", "--to", "--out", "--runs"},
     "cancel": {"run", "--runs"},
@@ -44,15 +45,15 @@ def test_commands_and_flags_are_frozen() -> None:
 
 def test_defaults_are_frozen() -> None:
     args = cli.parser().parse_args(["run", "--methods", "mae", "--evals", "ade20k"])
-    assert (args.protocol, args.seeds, args.eval_seeds, args.runs, args.launcher, args.tuning, args.on_bad_image) == (
-        "demo", "0", "0", "runs", "local", None, "fail",
-    )
+    assert (args.runs, args.launcher, args.on_bad_image) == ("runs", "local", "fail")
+    ((request,), keep) = request_module.requests_of(args, None)
+    assert (request.protocol, request.seeds, request.eval_seeds, request.tuning, request.on_bad_image, keep) == ("demo", (0,), (0,), None, "fail", None)
 
 
 def test_names_by_commas_or_by_spaces() -> None:
     """People type both."""
     for words in (["mae,beit"], ["mae", "beit"], ["mae,", "beit"]):
-        assert request.words(",".join(cli.parser().parse_args(["run", "--methods", *words, "--evals", "x"]).methods)) == ("mae", "beit")
+        assert request_module.words(",".join(cli.parser().parse_args(["run", "--methods", *words, "--evals", "x"]).methods)) == ("mae", "beit")
 
 
 def test_bare_call_prints_help(harness: Call) -> None:
@@ -80,10 +81,10 @@ def test_list_shows_plugins_of_others(harness: Call) -> None:
 
 @pytest.mark.parametrize("text", ["1,2", "0", "3,1,2"])
 def test_seeds(text: str) -> None:
-    assert request.integers("--seeds", text) == tuple(int(w) for w in text.split(","))
+    assert request_module.integers("--seeds", text) == tuple(int(w) for w in text.split(","))
 
 
 @pytest.mark.parametrize("text", ["a", "", "1,1", "-1", "1.0"])
 def test_seeds_refused(text: str) -> None:
     with pytest.raises(UserError, match="--seeds"):
-        request.integers("--seeds", text)
+        request_module.integers("--seeds", text)
