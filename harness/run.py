@@ -124,7 +124,7 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
     if objective is not None:
         assert images is not None and recipe is not None
         transform = plugin.transform(config, recipe)
-        facts = fit(objective, images, transform, recipe, session)
+        facts |= fit(objective, images, transform, recipe, session)
         if held_out is not None and hasattr(objective, "check"):
             usable = min(len(held_out), 512)
             samples = Samples(held_out, transform, session.seed, len(held_out), session.on_bad_image == "skip")
