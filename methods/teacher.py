@@ -38,22 +38,27 @@ def gathered(x: Tensor) -> tuple[Tensor, int]:
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)]), sum(int(n) for n in sizes[: rank()])
 
 
+def summed(x: Tensor) -> Tensor:
+    """The sum over all processes, on all of them alike; without gradients."""
+    total = x.detach()
+    if together():
+        total = total.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+    return total
+
+
 class Total(torch.autograd.Function):
     """Sum over all processes; so is the gradient, as each process has a part of the loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """The sum, on all processes alike."""
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return summed(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         """The sum of the gradients."""
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return summed(gradient)
 
 
 class BatchNorm(nn.BatchNorm1d):
