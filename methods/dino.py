@@ -91,8 +91,10 @@ class DINO:
         return {}
 
     def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
-        """cifar100, inat2018 and inat2019 under paper: DINO-repo issues #144 and #171, DeiT's code (recipes A11)."""
-        return Overrides(variant="dino" if protocol.family == "paper" and evaluator in ("cifar100", "inat2018", "inat2019") else "")
+        """Under paper its own: DINO-repo issues #144 and #171 (recipes A11), eval_linear.py (A14). What it fine-tunes on ImageNet with is not published."""
+        if protocol.family == "paper" and evaluator == "imagenet":
+            return Overrides(source="ours: FINETUNE.md's; DINO-paper Table 6 is DeiT's recipe, longer, with values that no source gives")
+        return Overrides(variant="dino" if protocol.family == "paper" and evaluator in ("cifar100", "inat2018", "inat2019", "linear") else "")
 
     def skip(self, vit: ViTConfig) -> str | None:
         wrong = self.local_crops and vit.relative_bias != "none"

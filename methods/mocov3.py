@@ -77,8 +77,8 @@ class MoCoV3:
         return replace(vit, positions="sincos-moco", heads=12 if vit.width == 384 else vit.heads) if published else vit
 
     def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
-        """cifar100 under paper: MoCo3-repo transfer/README.md, DeiT's code (recipes A11)."""
-        return Overrides(variant="mocov3" if protocol.family == "paper" and evaluator == "cifar100" else "")
+        """Under paper its own: MoCo3-paper Table 5 with DeiT's code, MoCo3-repo transfer/README.md (recipes A11, A13), main_lincls.py."""
+        return Overrides(variant="mocov3" if protocol.family == "paper" and evaluator in ("imagenet", "cifar100", "linear") else "")
 
     def skip(self, vit: ViTConfig) -> str | None:
         return None
@@ -101,7 +101,7 @@ class MoCoV3:
         sources = (("batch, lr, length, warmup, crop_scale", "ours, scaled down"), ("weight_decay, betas, jitter", "MoCo3-repo CONFIG.md (recipes A13)"))
         shared: dict[str, Any] = {"weight_decay": 0.1, "decay_vectors": True, "frozen": frozen, "augment": augment, "sources": sources}
         if protocol.family == "demo":
-            return Recipe(batch=64, lr=1.5e-3, iterations=600, warmup=60, **shared)
+            return Recipe(batch=64, lr=1.5e-3, iterations=500, warmup=50, **shared)
         if protocol.family == "smoke":
             return Recipe(batch=32, lr=1e-3, iterations=20, warmup=3, **shared)
         return None
