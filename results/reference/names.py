@@ -159,7 +159,7 @@ class Released:
             found.append(f"the released weights are pre-trained on {self.data}, published on {row.pretrain_data}")
         if row.epochs not in (None, self.epochs):
             found.append(f"the released weights are pre-trained for {self.epochs} epochs, published with {row.epochs} epochs")
-        if evaluator == "imagenet" and not self.tuned and self.method not in ("MAE", "DINO"):  # DINO's line of EVALUATORS says it
+        if evaluator == "imagenet" and not self.tuned and self.method not in ("MAE", "DINO", "MoCo-v3"):  # the latters' lines of EVALUATORS say it
             found.append("fine-tuned by MAE's recipe, as any checkpoint of unknown origin is, not by that of its method")
         return found
 
@@ -175,8 +175,11 @@ RELEASED: tuple[Released, ...] = (
     # BEiT-repo README: with LayerScale and relative bias, on ImageNet-22K alone (recipes A6)
     *(Released((f"beit_{size}_patch16_224_pt22k", f"beit-{size}-patch16-224-pt22k"), "BEiT", ("LayerScale+relpos", "official-code-rerun"), backbone,
                "IN22K+DALLE", 150) for size, backbone in SIZES[:2]),
+    # MoCo3-repo README
+    Released(("vit-b-300ep*",), "MoCo-v3", ("default", "repo-PT"), "ViT-B/16", "IN1K", 300),
+    Released(("vit-s-300ep*",), "MoCo-v3", ("repo-PT",), "ViT-S/16-12h", "IN1K", 300),
     # DINO-repo README
-    Released(("dino_vitbase16_pretrain", "vit_base_patch16_224.dino", "dino-vitb16"), "DINO", ("default",), "ViT-B/16", "IN1K", 400),
+    Released(("dino_vitbase16_pretrain*", "vit_base_patch16_224.dino", "dino-vitb16"), "DINO", ("default",), "ViT-B/16", "IN1K", 400),
     # DeiT-repo README: its own accuracy, and what was trained on from it
     Released(DEIT, "scratch", ("DeiT",), "ViT-B/16", "none", 300, tuned=True),
     Released(DEIT, "supervised", ("DeiT", "DeiT-weights"), "ViT-B/16", "IN1K-labels", 300),
