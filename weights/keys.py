@@ -1,8 +1,7 @@
 """The names under which others keep the weights of a ViT, and the contract for each: what is taken, what may be left out, what may be missing.
 
 Sources: facebookresearch/mae @ efb2a80 models_mae.py, models_vit.py; microsoft/unilm @ 768a3c8 beit/modeling_pretrain.py, modeling_finetune.py;
-facebookresearch/moco-v3
-@ c349e6e moco/builder.py, facebookresearch/dino @ 7c446df utils.py;
+facebookresearch/moco-v3 @ c349e6e moco/builder.py; facebookresearch/dino @ 7c446df main_dino.py, utils.py;
 timm 1.0.31 vision_transformer.py, beit.py; transformers 5.23 models vit, vit_mae, beit; open-mmlab/mmpretrain 1.2 vision_transformer.py, beit.py.
 """
 
