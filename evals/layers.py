@@ -1,4 +1,4 @@
-"""A linear probe on every block at once, as BEiT's run_linear_eval.py trains them (recipes A7). The block that counts is chosen on held-out training images."""
+"""Linear probes on several blocks: on every one, as BEiT's run_linear_eval.py trains them (recipes A7), and on the last ones together, as DINO's (A14)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from evals.scoring import labelled_images, score, top1
 from harness.augment import EvalTransform, Normalize, TrainTransform
-from harness.classifier import PROBE_STD, single
+from harness.classifier import PROBE_STD, Classifier, single
 from harness.randomness import seed_all
 from harness.train import fit
 
 if TYPE_CHECKING:
     from harness.checkpoint import Backbone
     from harness.plugins import EvalContext
-    from harness.spec import Outcome
+    from harness.spec import Augment, Outcome
     from harness.vit import ViT
 
 HELD = 0.02  # of the training images: 25,623 of ImageNet's
@@ -67,6 +67,29 @@ class LayerProbes(nn.Module):
         scores, label = self.logits(batch["image"]), batch["label"]
         losses = [F.cross_entropy(scores[:, i], label) for i in range(len(self.heads))]
         return {"loss": torch.stack(losses).sum(), "top1": (scores.argmax(-1) == label[:, None]).float().mean(0).max()}
+
+
+class LastBlocks(Classifier):
+    """A frozen ViT with DINO's read-out: a linear layer on the class tokens of the last `blocks` blocks, each after the final norm, side by side.
+
+    Args:
+        blocks: how many.
+        patches: the mean of the last block's patch tokens, after the norm, stands behind them.
+        others: see `harness.classifier.Classifier`.
+    """
+
+    def __init__(
+        self, vit: ViT, classes: tuple[str, ...], mean: Sequence[float], std: Sequence[float], augment: Augment, blocks: int, patches: bool
+    ) -> None:
+        super().__init__(vit, classes, mean=mean, std=std, augment=augment, pooling="cls", probe=True, batch_norm=False)
+        self.blocks, self.patches = blocks, patches
+        self.head = nn.Linear(vit.config.width * (blocks + patches), len(self.classes))
+        nn.init.normal_(self.head.weight, std=PROBE_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        last = [self.vit.norm(x) for x in self.vit.run_blocks(self.vit.place(self.vit.patches(images)))[-self.blocks :]]
+        return single(torch.cat([x[:, 0] for x in last] + [last[-1][:, 1:].mean(dim=1)] * self.patches, dim=1))
 
 
 def run(checkpoint: Backbone, context: EvalContext, holdout: float) -> Outcome:

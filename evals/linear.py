@@ -1,4 +1,4 @@
-"""Linear probe: the ViT is frozen, a linear layer on its features is trained, top-1 on ImageNet's val. By MAE's protocol, or by BEiT's."""
+"""Linear probe: the ViT is frozen, a linear layer on its features is trained, top-1 on ImageNet's val. By MAE's protocol, BEiT's, MoCo v3's or DINO's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from evals.probe_recipes import CENTRE, dino_blocks, rivals
 from harness.spec import Augment, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from harness.plugins import EvalContext, Session
 
 FROZEN = ("vit.*",)
-PLAIN = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
 MIDDLE = {"B/16": 9, "L/16": 14}  # the block whose output BEiT's probe reads, from 1 (BEiT-paper App. D; recipes A7)
 
 
@@ -27,6 +27,7 @@ class Linear:
 
     by "mae" (recipes A3): the class token after the final norm, a BatchNorm without affine parameters, LARS, 90 epochs. by "beit" (A7): the
     mean of the patch tokens after a middle block, without any norm, AdamW, 50 epochs. by "beit-repo": as BEiT's code does, on every block (`evals.layers`).
+    by "mocov3" (A13): the class token after the final norm, SGD, 90 epochs. by "dino" (A14): the last class tokens (`evals.probe_recipes`), SGD, 100 epochs.
     With the recipe's augmentation switched off (crop_scale and crop_ratio (1, 1), flip 0: the demo's choice) the features of the central
     crops are computed once and all epochs read them; else every epoch crops anew, by MAE's protocol with its sampler that does not retry.
 
@@ -37,23 +38,24 @@ class Linear:
     """
 
     holdout: float = 0.0
-    by: Literal["mae", "beit", "beit-repo"] = "mae"
+    by: Literal["mae", "beit", "beit-repo", "mocov3", "dino"] = "mae"
     layer: int | None = None
 
     version: ClassVar[int] = 1
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     summary: ClassVar[str] = "linear probe on ImageNet with a frozen ViT, top-1"
     source: ClassVar[str] = "MAE-repo main_linprobe.py; MAE-paper Table 10 (recipes A3)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"beit": {"by": "beit"}, "beit-repo": {"by": "beit-repo"}}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"by": name} for name in ("beit", "beit-repo", "mocov3", "dino")}
     variant_sources: ClassVar[Mapping[str, str]] = {
         "beit": "BEiT-paper App. D, Table 9", "beit-repo": "BEiT-repo run_linear_eval.py; the block is chosen on held-out training images",
+        "mocov3": "MoCo3-repo main_lincls.py", "dino": "DINO-repo eval_linear.py: 4 last class tokens of ViT-S, class token and mean of the patches of ViT-B",
     }
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout must be at least 0 and below 1, not {self.holdout}")
-        if self.by not in ("mae", "beit", "beit-repo"):
-            raise UserError(f"by must be mae, beit or beit-repo, not {self.by!r}")
+        if self.by != "mae" and self.by not in self.variants:
+            raise UserError(f"by must be mae, {', '.join(self.variants)}, not {self.by!r}")
         if self.layer is not None and (self.by != "beit" or self.layer < 1):
             raise UserError("layer counts blocks from 1 and belongs to BEiT's protocol: use linear@beit, or leave it out")
 
@@ -64,7 +66,7 @@ class Linear:
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """paper: MAE-paper Table 10 for ViT-B, L and H, or BEiT's for ViT-B and L. demo, smoke: the same optimiser, short (ours)."""
         if self.by != "mae":
-            return self.beits(protocol.family, vit)
+            return rivals(self.by, protocol.family, vit) if self.by in ("mocov3", "dino") else self.beits(protocol.family, vit)
         if protocol.family == "paper":
             if not vit.paper_size:
                 return None
@@ -77,7 +79,7 @@ class Linear:
         demo = protocol.family == "demo"
         return Recipe(
             batch=512 if demo else 64, lr=0.1, lr_batch=256 if demo else 64, epochs=90 if demo else 20, warmup=10 if demo else 2, optimizer="lars",
-            momentum=0.9, weight_decay=0.0, frozen=FROZEN, augment=PLAIN,
+            momentum=0.9, weight_decay=0.0, frozen=FROZEN, augment=CENTRE,
             sources=(
                 ("optimizer, lr, epochs, warmup, schedule, weight_decay", "MAE-paper Table 10 (recipes A3); smoke's length is ours"),
                 ("batch, augment", "ours: features of the central crops, computed once"),
@@ -97,7 +99,7 @@ class Linear:
         if family == "paper":
             return recipe
         sources = (*recipe.sources, ("batch, augment, layer", "ours: features of the central crops, computed once"), ("epochs", "smoke's length is ours"))
-        return dataclasses.replace(recipe, batch=512 if family == "demo" else 64, epochs=50 if family == "demo" else 20, augment=PLAIN, sources=sources)
+        return dataclasses.replace(recipe, batch=512 if family == "demo" else 64, epochs=50 if family == "demo" else 20, augment=CENTRE, sources=sources)
 
     def every_block(self, family: str) -> Recipe:
         """BEiT-repo run_linear_eval.py, its defaults (recipes A7): AdamW, lr 1e-3 x batch / 256, 100 epochs, all that is trained is decayed."""
@@ -113,7 +115,7 @@ class Linear:
             return recipe
         sources = (("batch, lr, length, augment", "ours: a budget of seconds, central crops"), *recipe.sources)
         length = 120 if family == "demo" else 20
-        return dataclasses.replace(recipe, batch=64, lr=4e-3, lr_batch=None, epochs=None, iterations=length, augment=PLAIN, sources=sources)
+        return dataclasses.replace(recipe, batch=64, lr=4e-3, lr_batch=None, epochs=None, iterations=length, augment=CENTRE, sources=sources)
 
     def skip(self, vit: ViTConfig) -> str | None:
         """A layer that the ViT does not have."""
@@ -122,8 +124,8 @@ class Linear:
     def on_features(self, recipe: Recipe | None) -> bool:
         """Whether images are not augmented, so that the ViT has to see each once only."""
         a = Augment() if recipe is None else recipe.augment
-        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix
-        return self.by != "beit-repo" and not drawn and (a.crop_scale, a.crop_ratio, a.flip) == (PLAIN.crop_scale, PLAIN.crop_ratio, PLAIN.flip)
+        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix or self.by == "beit-repo"
+        return not drawn and (a.crop_scale, a.crop_ratio, a.flip) == (CENTRE.crop_scale, CENTRE.crop_ratio, CENTRE.flip)
 
     def distributed(self, recipe: Recipe | None) -> bool:
         """Training on features is a matter of seconds, for one process."""
@@ -133,12 +135,15 @@ class Linear:
         """The frozen ViT, cut after the layer that is read, with its head. BEiT's head start is not published: MAE's is taken."""
         from harness.classifier import PROBE_STD, Classifier
 
+        if self.by == "dino":
+            from evals.layers import LastBlocks
+            return LastBlocks(checkpoint.build(), classes, checkpoint.mean, checkpoint.std, augment, *dino_blocks(checkpoint.config))
         vit, beit = checkpoint.build(), self.by == "beit"
         if beit:
             vit.blocks = vit.blocks[: self.layer or MIDDLE.get(vit.config.paper_size) or max(1, round(0.6 * vit.config.depth))]
         return Classifier(
             vit, classes, mean=checkpoint.mean, std=checkpoint.std, pooling="plain-mean" if beit else "cls", augment=augment, head_std=PROBE_STD,
-            probe=True, batch_norm=not beit,
+            probe=True, batch_norm=self.by == "mae",
         )
 
     def run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:

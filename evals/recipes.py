@@ -176,6 +176,15 @@ def cifar_beit(size: str) -> Recipe | None:
     )
 
 
+def mocov3(size: str) -> Recipe | None:
+    """MoCo3-paper Table 5, ViT-B 150 epochs, ViT-L 100 with drop path 0.5 (recipes A13), with DeiT's code: the rest is DeiT-paper Table 9."""
+    recipe, base = inat_dino("B/16"), size == "B/16"
+    if size not in ("B/16", "L/16") or recipe is None:
+        return None
+    told = (("epochs, drop_path", "MoCo3-paper Table 5 (recipes A13)"), ("all", "DeiT-paper Table 9 and DeiT's code (recipes A5)"))
+    return dataclasses.replace(recipe, lr=5e-4, epochs=150 if base else 100, drop_path=0.1 if base else 0.5, sources=(*told, CROP))
+
+
 def cifar_mocov3(size: str) -> Recipe | None:
     """MoCo3-repo transfer/README.md, CIFAR-100, ViT-B (recipes A11): DeiT's code, 100 epochs, mixup 0.5."""
     if size != "B/16":
@@ -235,5 +244,5 @@ PUBLISHED: Mapping[str, Published] = {
     "beit-repo": Published(beit_repo, "mean"), "beit-from-22k": Published(beit_from_22k, "mean"), "beit-384": Published(beit_384, "mean"),
     "deit-384": Published(deit_384, "cls"), "inat-deit": Published(inat_deit, "cls"), "inat-dino": Published(inat_dino, "cls"),
     "cifar-beit": Published(cifar_beit, "mean"),
-    "cifar-mocov3": Published(cifar_mocov3, "cls"), "cifar-dino": Published(cifar_dino, "cls"),
+    "mocov3": Published(mocov3, "cls"), "cifar-mocov3": Published(cifar_mocov3, "cls"), "cifar-dino": Published(cifar_dino, "cls"),
 }

@@ -115,11 +115,11 @@ class BatchNorm(nn.SyncBatchNorm):
         return nn.BatchNorm2d.forward(self, x)
 
     def _joined(self, x: Tensor) -> Tensor:
-        """Batch norm from the sums of all processes, in fp32; gradients go back through the sums."""
+        """Batch norm from the sums of all processes, in fp32 at least; gradients go back through the sums."""
         from torch.distributed.nn import functional
 
         all_reduce: Any = functional.all_reduce  # torch leaves it without types
-        wide, others = x.float(), [0, *range(2, x.ndim)]
+        wide, others = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
         shape = [1, -1, *(1 for _ in others[1:])]
         count, total = all_reduce(torch.cat([wide.new_full((1,), x.numel() / x.shape[1]), wide.sum(others)])).split([1, x.shape[1]])
         if not count:  # nothing in any process, e.g. no positive box: a mean would be none, for good

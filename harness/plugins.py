@@ -147,7 +147,7 @@ class Method(Trainable, Protocol):
     one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it. Optional are `architecture(vit, published)`
     -> ViTConfig (the ViT that it gets in place of a protocol's backbone; `published`: the protocol wants each method as published), and
     beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row). Also optional: notes(vit) -> footnotes
-    of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record, asked for once its objective is made, and for one that
+    of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record (crops_seen, where an image gives several), and for one that
     trains nothing classifier(context) -> the read-out that its weights come with; `leaves_classifier`: whether there is one (by default: where labels
     are needed)."""
 

@@ -119,7 +119,7 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
     if objective is not None:
         assert images is not None and recipe is not None
         transform = plugin.transform(config, recipe)
-        facts = fit(objective, images, transform, recipe, session)
+        facts |= fit(objective, images, transform, recipe, session)
         if own_rank():
             return {}  # what is left is rank 0's
         if held_out is not None and hasattr(objective, "check"):

@@ -51,6 +51,42 @@ def beit_pretraining(vit: ViTConfig, epochs: int) -> Recipe | None:
     )
 
 
+def mocov3_pretraining(vit: ViTConfig, epochs: int, frozen: tuple[str, ...]) -> Recipe | None:
+    """MoCo3-repo CONFIG.md and main_moco.py, ViT-S and ViT-B; MoCo3-paper 6.3 trains ViT-L alike (recipes A13). Everything is decayed, vectors too.
+
+    Lengths that the paper has: 300 (Table 4), 600 (6.2).
+    """
+    small = (vit.size, vit.patch, vit.width, vit.depth, vit.heads) == ((224, 224), 16, 384, 12, 12)
+    if vit.paper_size not in ("B/16", "L/16") and not small:
+        return None
+    return Recipe(
+        batch=4096, lr=1.5e-4, lr_batch=256, epochs=epochs, warmup=40, weight_decay=0.1, decay_vectors=True, frozen=frozen,
+        augment=Augment(crop_scale=(0.08, 1.0), color_jitter=(0.4, 0.4, 0.2)),
+        sources=(
+            ("all", "MoCo3-repo CONFIG.md, main_moco.py (recipes A13)"),
+            ("epochs", {300: "MoCo3-repo CONFIG.md", 600: "MoCo3-paper 6.2"}.get(epochs, "ours")),
+        ),
+    )
+
+
+def dino_pretraining(vit: ViTConfig, by: str, epochs: int, frozen: tuple[str, ...]) -> Recipe | None:
+    """DINO-repo main_dino.py (recipes A14): its defaults for ViT-S/16 and ViT-B/16 ("repo"), or what the released ViT-B/16 was trained with.
+
+    lr x batch / 256; weight decay rises in half a cosine; each tensor's gradient is clipped by itself; class token and positions are decayed.
+    """
+    small, released = (vit.size, vit.patch, vit.width, vit.depth, vit.heads) == ((224, 224), 16, 384, 12, 6), by == "vit-b16"
+    if vit.paper_size != "B/16" and (released or not small):
+        return None
+    told = (("lr, clip, augment.crop_scale", "DINO-repo, arguments of the released ViT-B/16, recalled and not verified (recipes A14)"),
+            ("epochs", "BEiT-paper Table 10, 400 epochs")) if released else ()
+    return Recipe(
+        batch=1024, lr=7.5e-4 if released else 5e-4, lr_batch=256, epochs=epochs, warmup=10, min_lr=1e-6, schedule="cosine-stepwise",
+        weight_decay=0.04, weight_decay_end=0.4, clip=0.3 if released else 3.0, clip_mode="tensor", drop_path=0.1, frozen=frozen,
+        augment=Augment(crop_scale=(0.25, 1.0) if released else (0.4, 1.0), color_jitter=(0.4, 0.4, 0.2)),
+        sources=(*told, ("all", "DINO-repo main_dino.py (recipes A14)")),
+    )
+
+
 def deit(vit: ViTConfig) -> Recipe | None:
     """DeiT-paper Table 9, DeiT-B (recipes A5): lr 5e-4 x batch / 512, erasing, repeated augmentation. Of the sizes here DeiT has ViT-B/16 alone.
 

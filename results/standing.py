@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.collect import Result
+from harness.plugins import importable
 from results.cells import Cell, Sheet
 from results.reference.names import AS_IT_IS, AS_READ, BACKBONES, EVALUATORS, FAMILY, METHODS, OWN, PROTOCOL, SCORED, checkpoint_name, counterpart, released
 from results.reference.published import METRICS, Published, published
@@ -79,7 +80,9 @@ def compare(cell: Cell, row: Published) -> Standing | None:
     if evaluation.get("family") != FAMILY or architecture(trained) != BACKBONES.get(row.backbone):
         return None
     differences = []
-    for name, line in ((cell.method, None if release else method), (AS_IT_IS.get(cell.eval, cell.eval), evaluator)):
+    ran = run_as(cell.eval, evaluation)
+    ran = ran if ran in evaluator.names or ran in evaluator.near else AS_IT_IS.get(cell.eval, cell.eval)
+    for name, line in ((cell.method, None if release else method), (ran, evaluator)):
         if line is None:  # a release is that method
             continue
         if name in line.near:
@@ -100,6 +103,12 @@ def compare(cell: Cell, row: Published) -> Standing | None:
     if release and cell.n_pretrain > 1:
         notes.append("one checkpoint: its seeds are those of what was trained on it, not of pre-training")
     return Standing(cell, row, tuple(barred), (*differences, *(f"deviates from the recipe: {d}" for d in deviations)), tuple(notes))
+
+
+def run_as(name: str, evaluation: Mapping[str, Any]) -> str:
+    """An evaluator's name with the variant that it was run as: what a method's paper sets is taken under the plain name (`Overrides.variant`)."""
+    taken, variants = (evaluation.get("plugin") or {}).get("by"), getattr(importable("evals").get(name), "variants", {})
+    return next((f"{name}@{variant}" for variant, fields in variants.items() if fields == {"by": taken}), name)
 
 
 def architecture(trained: list[Mapping[str, Any]]) -> tuple[int, ...] | None:

@@ -1,6 +1,7 @@
 """The names under which others keep the weights of a ViT, and the contract for each: what is taken, what may be left out, what may be missing.
 
 Sources: facebookresearch/mae @ efb2a80 models_mae.py, models_vit.py; microsoft/unilm @ 768a3c8 beit/modeling_pretrain.py, modeling_finetune.py;
+facebookresearch/moco-v3 @ c349e6e moco/builder.py; facebookresearch/dino @ 7c446df main_dino.py, utils.py;
 timm 1.0.31 vision_transformer.py, beit.py; transformers 5.23 models vit, vit_mae, beit; open-mmlab/mmpretrain 1.2 vision_transformer.py, beit.py.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from harness.spec import UserError
 
-WRAPPERS = ("model", "state_dict", "module")  # MAE and BEiT; mmpretrain; DeepSpeed
+WRAPPERS = ("model", "state_dict", "module", "teacher")  # MAE, BEiT and DeiT; mmpretrain and MoCo v3; DeepSpeed; DINO, whose result is the teacher
 SHOWN = 4
 
 TIMM = (
@@ -57,6 +58,7 @@ HF = (
     (_HF + r"encoder\.layer\.(\d+)\.attention\.attention\.relative_position_bias\.relative_position_bias_table", r"relative_bias.block.\1"),
     (_HF + r"layernorm\.(weight|bias)", r"norm.\1"), (r"beit\.pooler\.layernorm\.(weight|bias)|pooler\.layernorm\.(weight|bias)", r"fc_norm.\1\2"),
 )
+MOCO, DINO = (tuple((prefix + pattern, ours) for pattern, ours in TIMM) for prefix in (r"base_encoder\.", r"backbone\."))
 INDEX = r"(?:.*\.)?relative_position_index"  # computed, not learned
 
 
@@ -83,6 +85,8 @@ STYLES = {
     style.name: style for style in (
         Style("mae-pretrain", TIMM, ("mask_token", r"decoder_.*"), norm_optional=False),
         Style("vit", TIMM, (HEAD,), head="head"),
+        Style("mocov3", MOCO, (r"base_encoder\.head\..*", r"momentum_encoder\..*", r"predictor\..*"), norm_optional=False),
+        Style("dino", DINO, (r"head\.(?:mlp|last_layer)\..*",), norm_optional=False),
         Style("beit", BEIT, ("mask_token", INDEX, HEAD, r"lm_head\.(?:weight|bias)"), head="head"),
         Style("mmpretrain", MM, (r"(?:neck|head|target_generator|data_preprocessor)\..*", r"backbone\.mask_token", INDEX), head=r"head\.(?:layers\.head|fc)"),
         Style("hf-mae", HF, (r"decoder\..*",), norm_optional=False),
@@ -125,11 +129,14 @@ def detect(keys: Iterable[str], where: str) -> Style:
         return STYLES["hf-beit" if beit else "hf-mae" if mae else "hf-vit"]
     if "backbone.patch_embed.projection.weight" in names:
         return STYLES["mmpretrain"]
+    for name, prefix in (("mocov3", "base_encoder."), ("dino", "backbone.")):
+        if prefix + "patch_embed.proj.weight" in names:
+            return STYLES[name]
     if "patch_embed.proj.weight" in names and "blocks.0.attn.qkv.weight" in names:
         if "blocks.0.attn.q_bias" in names:
             return STYLES["beit"]
         return STYLES["mae-pretrain" if "decoder_embed.weight" in names else "vit"]
-    raise UserError(f"{where}: no ViT of a known kind (MAE, BEiT, timm, Hugging Face, mmpretrain): its keys are {listed(sorted(names))}")
+    raise UserError(f"{where}: no ViT of a known kind (MAE, BEiT, MoCo v3, DINO, timm, Hugging Face, mmpretrain): its keys are {listed(sorted(names))}")
 
 
 def rename(state: Mapping[str, Tensor], style: Style, where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -111,6 +111,8 @@ def convert(state: Mapping[str, Tensor], hints: Hints, where: str) -> Loaded:
     before = energy(v for k, v in state.items() if k not in left_out)
     if not torch.isfinite(before):
         raise UserError(f"{where}: holds values that are not finite: a training that diverged, or a damaged file")
+    if style.name == "mocov3" and hints.heads is None and len(ours.get("norm.weight", ())) == 384:
+        hints = replace(hints, heads=12, heads_from="MoCo v3's ViT-S")  # all other ViTs of this width have 6 (recipes A13)
     config, heads_from = architecture(ours, hints, where)
     ours = place_bias(ours)
     if abs(energy(ours.values()) - before) > 1e-6 * before:
@@ -224,5 +226,6 @@ def statistics_of(style: Style, hints: Hints, config: ViTConfig) -> tuple[tuple[
         return hints.statistics, ""
     if style.name in ("beit", "hf-beit", "hf-vit"):
         return (HALF, HALF), "0.5, the default of the code that made it"  # recipes A6, A7; transformers' ViT and BEiT processors
-    quiet = style.name in ("mae-pretrain", "hf-mae") or config.positions == "sincos-mae"  # MAE's code knows no other (recipes A1)
+    # the code of MAE, MoCo v3 and DINO knows no other (recipes A1, A13, A14)
+    quiet = style.name in ("mae-pretrain", "hf-mae", "mocov3", "dino") or config.positions.startswith("sincos")
     return (IMAGENET_MEAN, IMAGENET_STD), "" if quiet else "ImageNet's"

@@ -73,8 +73,8 @@ METHODS: tuple[Counterpart, ...] = (
     Counterpart(("supervised@deit",), method="supervised", variant="DeiT*"),
     *(Counterpart((), paper=paper, method="supervised", variant=v, near=dict.fromkeys(("supervised", "supervised@deit"), WHICH.format("supervised weights")))
       for paper, v in (("MAE", ""), ("BEiT", "IN1K"))),
-    Counterpart(("mocov3",), method="MoCo-v3", variant="default"),
-    Counterpart(("dino",), method="DINO", variant="default"),
+    *(Counterpart(("moco-v3", "moco-v3@600"), method="MoCo-v3", variant=v) for v in ("default", "repo-PT", "paper-TF", "1[05]0ep-ft*")),
+    Counterpart(("dino",), method="DINO", variant="default"), Counterpart(("dino@repo",), method="DINO", variant="vanilla-100ep"),
 )
 PROBED_OTHERWISE = "probed by MAE's protocol, the published value by another"
 EVALUATORS: tuple[Counterpart, ...] = (
@@ -87,6 +87,8 @@ EVALUATORS: tuple[Counterpart, ...] = (
                 near={"imagenet@mae": "fine-tuned by the released recipe, the published value by Table 9"}),
     Counterpart(("imagenet", "imagenet@beit"), eval="IN1K-ft-224", method="BEiT", near={
         "imagenet@beit-repo": "fine-tuned by the released commands, the published value by the paper's Table 13"}),
+    Counterpart(("imagenet@mocov3",), eval="IN1K-ft-224", method="MoCo-v3", near={"imagenet": "fine-tuned as by MAE, published as by MoCo v3"}),
+    Counterpart((), eval="IN1K-ft-224", method="DINO", near={"imagenet": "fine-tuned as by MAE, published with a longer recipe in DeiT's style"}),
     Counterpart(("imagenet",), eval="IN1K-ft-224"),
     Counterpart(("imagenet@deit-384",), eval="IN1K*-384", variant="DeiT*", near={"imagenet@384": "10 epochs at 384, as BEiT's; published with DeiT's 30"}),
     Counterpart(("imagenet@384",), eval="IN1K*-384"),
@@ -98,7 +100,8 @@ EVALUATORS: tuple[Counterpart, ...] = (
     *(Counterpart((name.lower(),), eval=f"{name}-ft") for name in TRANSFER_SETS),
     *(Counterpart((f"{name.lower()}@448",), eval=f"{name}-ft-448") for name in TRANSFER_SETS),
     Counterpart(("cifar100@dino",), eval="CIFAR100-ft-224", method="DINO"), Counterpart(("cifar100@dino",), eval="CIFAR100-ft-224", method="supervised"),
-    Counterpart(("cifar100@mocov3",), eval="CIFAR100-ft-224", method="MoCo-v3"), Counterpart(("cifar100",), eval="CIFAR100-ft-224"),
+    Counterpart(("cifar100@mocov3",), eval="CIFAR100-ft-224", method="MoCo-v3"),
+    Counterpart(("cifar100",), eval="CIFAR100-ft-224"),
     *(Counterpart((f"partial@{n}",), eval=f"IN1K-partial-{n}") for n in ("0", "0.5", "1", "2", "4", "6", "12", "18", "24")),
     # probes
     Counterpart(("linear@beit",), eval="IN1K-linear", paper="BEiT", method="BEiT", near={
@@ -156,7 +159,7 @@ class Released:
             found.append(f"the released weights are pre-trained on {self.data}, published on {row.pretrain_data}")
         if row.epochs not in (None, self.epochs):
             found.append(f"the released weights are pre-trained for {self.epochs} epochs, published with {row.epochs} epochs")
-        if evaluator == "imagenet" and not self.tuned and self.method != "MAE":
+        if evaluator == "imagenet" and not self.tuned and self.method not in ("MAE", "DINO", "MoCo-v3"):  # the latters' lines of EVALUATORS say it
             found.append("fine-tuned by MAE's recipe, as any checkpoint of unknown origin is, not by that of its method")
         return found
 
@@ -172,8 +175,11 @@ RELEASED: tuple[Released, ...] = (
     # BEiT-repo README: with LayerScale and relative bias, on ImageNet-22K alone (recipes A6)
     *(Released((f"beit_{size}_patch16_224_pt22k", f"beit-{size}-patch16-224-pt22k"), "BEiT", ("LayerScale+relpos", "official-code-rerun"), backbone,
                "IN22K+DALLE", 150) for size, backbone in SIZES[:2]),
+    # MoCo3-repo README
+    Released(("vit-b-300ep*",), "MoCo-v3", ("default", "repo-PT"), "ViT-B/16", "IN1K", 300),
+    Released(("vit-s-300ep*",), "MoCo-v3", ("repo-PT",), "ViT-S/16-12h", "IN1K", 300),
     # DINO-repo README
-    Released(("dino_vitbase16_pretrain", "vit_base_patch16_224.dino", "dino-vitb16"), "DINO", ("default",), "ViT-B/16", "IN1K", 400),
+    Released(("dino_vitbase16_pretrain*", "vit_base_patch16_224.dino", "dino-vitb16"), "DINO", ("default",), "ViT-B/16", "IN1K", 400),
     # DeiT-repo README: its own accuracy, and what was trained on from it
     Released(DEIT, "scratch", ("DeiT",), "ViT-B/16", "none", 300, tuned=True),
     Released(DEIT, "supervised", ("DeiT", "DeiT-weights"), "ViT-B/16", "IN1K-labels", 300),

@@ -183,7 +183,7 @@ def values(evaluator: str, size: str) -> tuple[object, ...] | None:
             recipe.batch, plugin.read_out(PAPER))
 
 
-FIGURES = [  # recipes A2, A5, A7, A11 of the facts, column by column
+FIGURES = [  # recipes A2, A5, A7, A11, A13 of the facts, column by column
     ("imagenet", "B/16", (2e-3, 100, 5, 0.65, 0.1, 0.25, 1, 0.05, 1024, "mean")),
     ("imagenet", "L/16", (4e-3, 50, 5, 0.75, 0.2, 0.25, 1, 0.05, 1024, "mean")),
     ("imagenet", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
@@ -203,6 +203,9 @@ FIGURES = [  # recipes A2, A5, A7, A11 of the facts, column by column
     ("imagenet@384", "L/16", (5e-6, 10, 5, None, 0.1, 0.25, 3, 1e-8, 512, "mean")),
     ("imagenet@384", "B/16", (5e-6, 10, 5, None, 0.1, 0.25, 3, 1e-8, 512, "mean")),
     ("imagenet@384", "H/14", None),
+    ("imagenet@mocov3", "B/16", (1e-3, 150, 5, None, 0.1, 0.25, 3, 0.05, 1024, "cls")),
+    ("imagenet@mocov3", "L/16", (1e-3, 100, 5, None, 0.5, 0.25, 3, 0.05, 1024, "cls")),
+    ("imagenet@mocov3", "H/14", None),
     ("imagenet@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
     ("inat2017", "H/14", (4e-3, 50, 5, 0.75, 0.2, 0.0, 1, 0.05, 1024, "cls")),
     ("places365@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evals.layers import LayerProbes
+from evals.layers import LastBlocks, LayerProbes
 from evals.linear import Linear, features, train_on_features
 from evals.scoring import labelled_images
 from harness.augment import EvalTransform
@@ -227,6 +227,39 @@ def test_recipe_of_beits_probe() -> None:
     assert recipe is not None and (recipe.peak_lr, recipe.epochs, recipe.weight_decay, recipe.batch, recipe.optimizer) == (4e-3, 50, 1e-4, 1024, "adamw")
     assert beit.recipe(paper, ViTConfig(patch=14, width=1280, depth=32, heads=16)) is None
     assert Linear().recipe(paper, ViTConfig(patch=14, width=1280, depth=32, heads=16)).peak_lr == pytest.approx(6.4)  # type: ignore[union-attr]
+
+
+def test_recipes_of_mocos_and_dinos_probes() -> None:
+    """SGD without decay: MoCo v3 lr 3 x batch / 256, 90 epochs; DINO 0.001 x batch / 256, 100 epochs; DINO trains no ViT-L."""
+    paper, sizes = dataclasses.replace(TINY, family="paper"), [ViTConfig(width=384, heads=6), ViTConfig(), ViTConfig(width=1024, depth=24, heads=16)]
+    for by, lr, epochs, has in (("mocov3", 12.0, 90, [True, True, True]), ("dino", 4e-3, 100, [True, True, False])):
+        found = [Linear(by=by).recipe(paper, vit) for vit in sizes]  # type: ignore[arg-type]
+        assert [r is not None for r in found] == has and found[1] is not None
+        assert (found[1].peak_lr, found[1].epochs, found[1].weight_decay, found[1].optimizer, found[1].warmup) == (pytest.approx(lr), epochs, 0, "sgd", 0)
+        assert Linear(by=by).recipe(paper, CONFIG) is None and Linear(by=by).recipe(TINY, CONFIG) is not None  # type: ignore[arg-type]
+
+
+def test_dinos_probe_reads_the_last_class_tokens_of_narrow_vits_and_the_mean_of_wide_ones() -> None:
+    """DINO-repo eval_linear.py: n = 4 for ViT-S; n = 1 and the mean of the patches for ViT-B; the final norm over each."""
+    images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for width, heads in ((32, 2), (448, 7)):
+        config = dataclasses.replace(CONFIG, width=width, heads=heads, depth=5)
+        checkpoint = Backbone(config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), ViT(config).state_dict())
+        probe = Linear(by="dino").probe(checkpoint, ("a", "b"), Augment())
+        assert isinstance(probe, LastBlocks) and isinstance(probe.batch_norm, torch.nn.Identity)
+        vit = probe.vit
+        with torch.no_grad():
+            x = vit.place(vit.patches(probe.normalize(images)))
+            each = [vit.norm(x := block(x)) for block in vit.blocks]
+            wanted = torch.cat([e[:, 0] for e in each[1:]], dim=1) if width == 32 else torch.cat([each[-1][:, 0], each[-1][:, 1:].mean(dim=1)], dim=1)
+            assert torch.allclose(probe.features(images), wanted, atol=1e-5) and probe.logits(images).shape == (3, 2)
+        assert all(p.requires_grad == name.startswith("head.") for name, p in probe.named_parameters())
+
+
+@pytest.mark.parametrize("by", ["mocov3", "dino"])
+def test_rivals_probes_learn_and_score(colors: Path, tmp_path: Path, by: str) -> None:
+    recipe = dataclasses.replace(CACHED, optimizer="sgd", lr=1.0)
+    assert Linear(by=by).run(backbone(), context(tmp_path / "job", colors, recipe)).metrics["top-1"] == 100.0  # type: ignore[arg-type]
 
 
 def test_recipes() -> None:

@@ -18,7 +18,7 @@ from protocols.paper import BACKBONES, paper
 
 B, L, H = (BACKBONES[n] for n in ("vit-b16", "vit-l16", "vit-h14"))
 
-# method, backbone -> values of its recipe as printed in the table named (facts: recipes A1, A5, A6, A7)
+# method, backbone -> values of its recipe as printed in the table named (facts: recipes A1, A5, A6, A7, A13, A14)
 ROWS = {
     ("mae", B): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 800, "warmup": 40, "betas": (0.9, 0.95), "weight_decay": 0.05, "drop_path": 0.0, "clip": None},
     ("mae@1600", H): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 1600, "min_lr": 0.0, "no_decay": (), "frozen": ("vit.pos_embed",)},
@@ -30,6 +30,12 @@ ROWS = {
     ("supervised", B): {"batch": 4096, "peak_lr": 1.6e-3, "epochs": 300, "warmup": 20, "weight_decay": 0.3, "drop_path": 0.1, "ema": 0.9999},
     ("supervised", H): {"peak_lr": 1.6e-3, "epochs": 200, "drop_path": 0.2, "betas": (0.9, 0.95)},
     ("supervised@deit", B): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "ema": None, "weight_decay": 0.05},
+    ("moco-v3", B): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 300, "warmup": 40, "min_lr": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.1,
+                     "decay_vectors": True, "no_decay": (), "frozen": ("vit.pos_embed", "vit.patch_embed.*"), "clip": None, "drop_path": 0.0},
+    ("moco-v3@600", L): {"peak_lr": 2.4e-3, "epochs": 600},
+    ("dino@repo", B): {"batch": 1024, "peak_lr": 2e-3, "epochs": 100, "warmup": 10, "min_lr": 1e-6, "weight_decay": 0.04, "weight_decay_end": 0.4,
+                       "clip": 3.0, "clip_mode": "tensor", "drop_path": 0.1, "no_decay": (), "frozen": ()},
+    ("dino", B): {"batch": 1024, "peak_lr": 3e-3, "epochs": 400, "clip": 0.3},
 }
 
 

@@ -79,11 +79,11 @@ def test_each_remark_concerns_some_row_and_the_two_beits_are_told_apart() -> Non
     assert "90.5" in remarks_on(suspect)[0]
 
 
-def test_names_of_our_side_are_plugins_or_known_to_be_awaited() -> None:
-    """A renamed plugin would silently lose its published numbers. Take a name from AWAITED when its plugin is there."""
+def test_names_of_our_side_are_plugins() -> None:
+    """A renamed plugin would silently lose its published numbers."""
     unknown = {name for kind, lines in (("methods", METHODS), ("evals", EVALUATORS)) for line in lines for name in (*line.names, *line.near)
                if not exists(kind, name)}
-    assert unknown - AWAITED == set()
+    assert unknown == set()
 
 
 def test_each_release_stands_for_a_row() -> None:
@@ -94,12 +94,6 @@ def test_each_release_stands_for_a_row() -> None:
         assert any(r.pretrain_data == release.data or "22K" in release.data for r in rows), release
         assert [r for r in RELEASED if r.tuned == release.tuned and set(r.names) & set(release.names)] == [release]
     assert all(exists("evals", name) for pair in AS_IT_IS.items() for name in pair)
-
-
-AWAITED = {name for line in (
-    # later issues
-    "dino mocov3 linear@dino linear@mocov3",
-) for name in line.split()}
 
 
 def exists(kind: str, name: str) -> bool:

@@ -242,6 +242,19 @@ def test_a_published_number_stands_beside_its_own_recipe() -> None:
     assert cls.differences == () and "mean of the patch tokens" in mean.differences[0]
 
 
+def test_a_rivals_own_recipe_under_the_plain_name_is_the_published_one() -> None:
+    """`linear` of DINO is probed as by DINO where each method is tuned as published, and as by MAE otherwise; the same of MoCo v3's fine-tuning."""
+    def differences(by: str, method: str, row: str, layout: str, column: str, evaluator: str, epochs: int) -> tuple[str, ...]:
+        (result,) = measured(78.0, method=method, evaluator=evaluator, epochs=epochs)
+        evaluation, *before = result.lineage
+        return standing((replace(result, lineage=({**evaluation, "plugin": {"by": by}}, *before)),), layout, row, column).differences
+
+    assert differences("dino", "dino", "DINO-B", "beit-table9", "ImageNet top-1", "linear", 400) == ()
+    assert "probed by MAE's protocol" in differences("mae", "dino", "DINO-B", "beit-table9", "ImageNet top-1", "linear", 400)[0]
+    assert differences("mocov3", "moco-v3", "MoCo v3", "mae-table3", "ViT-B", "imagenet", 300) == ()
+    assert "as by MAE" in differences("mae", "moco-v3", "MoCo v3", "mae-table3", "ViT-B", "imagenet", 300)[0]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_without_a_run_each_layout_prints_its_numbers_in_every_format(name: str) -> None:
     table = paper_table(name)

@@ -17,7 +17,8 @@ from folders import written
 
 from evals.finetune import ImageNet
 from evals.knn import KNN
-from evals.linear import PLAIN, Linear
+from evals.linear import Linear
+from evals.probe_recipes import CENTRE
 from harness.canonical import canonical
 from harness.jobs import Node
 from harness.launch import make_launcher, queued, write_job
@@ -293,7 +294,7 @@ def test_dry_run_shows_the_text_that_sbatch_gets(fake: FakeSlurm, store: Store, 
 def test_a_job_on_several_gpus_and_machines(fake: FakeSlurm, store: Store) -> None:
     """A process on each GPU of each machine; what one process has to do asks for its share only, and keeps nobody's GPUs idle."""
     pretrain = Node("pretrain", "mae", {"plugin": canonical(MAE()), "recipe": None}, {}, {"title": "pretrain mae", "seed": 0})
-    on_features = Recipe(batch=8, lr=1.0, epochs=1, augment=PLAIN)
+    on_features = Recipe(batch=8, lr=1.0, epochs=1, augment=CENTRE)
     scores = [
         Node("evaluate", name, {"plugin": canonical(plugin), "recipe": canonical(recipe)}, {"checkpoint": pretrain}, {"title": name, "seed": 0})
         for name, plugin, recipe in (("imagenet", ImageNet(), None), ("knn", KNN(), None), ("linear", Linear(), on_features))

@@ -1,0 +1,115 @@
+"""Checkpoints as MoCo v3, DINO and DeiT released them: names and what lies beside the weights as in their files, numbers of the recorded originals."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import HEADS, images, timm_vit
+from known_answers import config, golden, section
+from torch import Tensor
+
+from harness.positions import sincos_positions
+from harness.spec import IMAGENET_MEAN, UserError
+from harness.vit import ViT
+from weights.files import files_of
+from weights.loading import Loaded, read
+
+MOCO, DINO = golden("mocov3_loss"), golden("dino_loss")
+
+
+def loaded_vit(loaded: Loaded, heads: int) -> ViT:
+    vit = ViT(dataclasses.replace(loaded.config, heads=heads))
+    vit.load_state_dict(dict(loaded.state), strict=True)
+    return vit.eval()
+
+
+def moco_file(path: Path, **changes: Tensor) -> None:
+    """main_moco.py's save_checkpoint: everything below DistributedDataParallel's "module.", the optimiser beside it."""
+    state = {f"module.{k[6:]}": torch.from_numpy(v) for k, v in MOCO.items() if k.startswith("state/")}
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": {**state, **changes}, "optimizer": {"state": {}, "param_groups": [{"lr": 0.0}]},
+                "scaler": {"scale": 65536.0}}, path)
+
+
+def test_mocos_checkpoint_is_the_encoder_of_the_queries(tmp_path: Path) -> None:
+    """Not the momentum encoder's, whose tensors are there too, and neither head."""
+    file = tmp_path / "vit-b-300ep.pth.tar"
+    moco_file(file)
+    loaded = read(files_of(file))
+    base = {k.removeprefix("state/base_encoder."): v for k, v in MOCO.items() if k.startswith("state/base_encoder.") and ".head." not in k}
+    assert {k: v.tolist() for k, v in loaded.state.items()} == {k: v.tolist() for k, v in base.items()}
+    assert (loaded.style, loaded.mean, loaded.classifier) == ("mocov3", IMAGENET_MEAN, None) and not loaded.notes
+    assert any(k.startswith("momentum_encoder.") for k in loaded.left_out) and any(k.startswith("predictor.") for k in loaded.left_out)
+    with torch.no_grad():
+        q = loaded_vit(loaded, config(MOCO, "heads"))(torch.from_numpy(MOCO["x1"]))
+        for i in (0, 3, 6):  # the original's projector and predictor on our features give the recorded queries
+            q = norm(q @ torch.from_numpy(MOCO[f"state/base_encoder.head.{i}.weight"]).T, f"state/base_encoder.head.{i + 1}", relu=i < 6)
+        for i in (0, 3):
+            q = norm(q @ torch.from_numpy(MOCO[f"state/predictor.{i}.weight"]).T, f"state/predictor.{i + 1}", relu=i < 3)
+    np.testing.assert_allclose(q.numpy(), MOCO["model/q1"], rtol=0, atol=1e-4)
+
+
+def norm(x: Tensor, name: str, relu: bool) -> Tensor:
+    """Batch norm with the batch's statistics, as in training."""
+    weight, bias = (torch.from_numpy(MOCO[f"{name}.{k}"]) if f"{name}.{k}" in MOCO else None for k in ("weight", "bias"))
+    x = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+    return x.relu() if relu else x
+
+
+def test_mocos_small_vit_has_twelve_heads_and_its_positions_are_known(tmp_path: Path) -> None:
+    """As a DeiT-S it would give noise, and a position table taken for learned would be trained."""
+    state = {f"module.base_encoder.{k}": v for k, v in timm_vit(embed_dim=384, num_heads=12, depth=1).state_dict().items()}
+    state["module.base_encoder.pos_embed"] = sincos_positions(384, (4, 4), "sincos-moco")
+    torch.save({"state_dict": state, "arch": "vit_small"}, tmp_path / "vit-s-300ep.pth.tar")
+    loaded = read(files_of(tmp_path / "vit-s-300ep.pth.tar"))
+    assert (loaded.config.heads, loaded.heads_from, loaded.config.positions) == (12, "MoCo v3's ViT-S", "sincos-moco")
+
+
+def test_dinos_full_checkpoint_is_the_teacher(tmp_path: Path) -> None:
+    """main_dino.py's checkpoint.pth holds both; the released backbone alone is the teacher's."""
+    student, teacher = section(DINO, "student"), section(DINO, "teacher")
+    torch.save({"student": {f"module.{k}": v for k, v in student.items()}, "teacher": teacher, "epoch": 400, "optimizer": {"state": {}},
+                "args": Namespace(arch="vit_base", patch_size=16, lr=7.5e-4), "dino_loss": {"center": torch.zeros(1, 20)}}, tmp_path / "full.pth")
+    backbone = {k.removeprefix("backbone."): v for k, v in teacher.items() if k.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "dino_vitbase16_pretrain.pth")
+    full, alone = (read(files_of(tmp_path / name)) for name in ("full.pth", "dino_vitbase16_pretrain.pth"))
+    assert (full.style, full.mean, full.notes, alone.style) == ("dino", IMAGENET_MEAN, (), "vit")
+    for loaded in (full, alone):
+        assert set(loaded.state) == set(backbone) and all(torch.equal(loaded.state[k], v) for k, v in backbone.items())
+    with torch.no_grad():
+        features = loaded_vit(full, config(DINO, "heads"))(torch.from_numpy(DINO["crops/0"]))
+        x = features
+        for i in (0, 2, 4):
+            x = x @ teacher[f"head.mlp.{i}.weight"].T + teacher[f"head.mlp.{i}.bias"]
+            x = torch.nn.functional.gelu(x) if i < 4 else torch.nn.functional.normalize(x, dim=1)
+        x = x @ torch.nn.functional.normalize(teacher["head.last_layer.weight_v"], dim=1).T
+    np.testing.assert_allclose(x.numpy(), DINO["teacher_output"][: len(x)], rtol=1e-5, atol=2e-5)
+
+
+def test_deits_checkpoint_brings_its_classifier(tmp_path: Path) -> None:
+    """deit_base_patch16_224-b5f2ef4d.pth: {"model": ...} with a head; the distilled one has a second token, which our ViT has not."""
+    model = timm_vit(num_classes=7)
+    torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
+    loaded = read(files_of(tmp_path / "deit.pth"))
+    assert loaded.classifier is not None and loaded.classifier["pooling"] == "cls"
+    with torch.no_grad():
+        scores = loaded_vit(loaded, HEADS)(images()) @ loaded.classifier["state"]["head.weight"].T + loaded.classifier["state"]["head.bias"]
+        torch.testing.assert_close(scores, model(images()), atol=2e-5, rtol=1e-5)
+    torch.save({"model": {**model.state_dict(), "dist_token": torch.zeros(1, 1, 48), "head_dist.weight": torch.zeros(7, 48)}}, tmp_path / "distilled.pth")
+    with pytest.raises(UserError, match="dist_token"):
+        read(files_of(tmp_path / "distilled.pth"))
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"module.base_encoder.blocks.0.attn.q_norm.weight": torch.ones(3)}, "style mocov3 does not have: base_encoder.blocks.0.attn.q_norm.weight"),
+    ({"module.base_encoder.norm.weight": torch.full((32,), float("nan"))}, "not finite"), ({"module.queue": torch.ones(3)}, "does not have: queue"),
+])
+def test_nothing_but_an_exact_checkpoint_is_loaded(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    moco_file(tmp_path / "moco.pth.tar", **change)
+    with pytest.raises(UserError, match=says):
+        read(files_of(tmp_path / "moco.pth.tar"))
