@@ -44,6 +44,20 @@ def attention(vit: ViT, images: Tensor) -> Tensor:
         return logits.softmax(dim=-1).mean(dim=1)
 
 
+def own_images(folder: Path) -> list[Any]:
+    """Three images, as PIL RGB, that a node was trained on; fewer where it has fewer, none where it trains on none.
+
+    Raises:
+        UserError, JobFailed, OSError: they are gone, or cannot be read.
+    """
+    from harness.data import read_images
+
+    for name, root in (read_job(folder / "job.json")["where"].get("folders") or {}).items():
+        found = read_images(name.partition(":")[0], "train", Path(root))
+        return [found.load(i * len(found) // IMAGES) for i in range(min(IMAGES, len(found)))]
+    return []
+
+
 def picture(folder: Path) -> bytes | None:
     """A PNG for a pre-training's folder: per image the image, and for each reference patch (boxed) its attention to all patches, brightest at its highest.
 
@@ -55,18 +69,13 @@ def picture(folder: Path) -> bytes | None:
 
     from harness.augment import EvalTransform, Normalize
     from harness.checkpoint import Backbone
-    from harness.data import read_images
 
     path = folder / "checkpoint" / "backbone.pt"
     try:
-        folders = read_job(folder / "job.json")["where"].get("folders") or {}
-        if not path.is_file() or not folders:
+        if not path.is_file() or not (chosen := own_images(folder)):
             return None
-        name, root = next(iter(folders.items()))
-        found = read_images(name.partition(":")[0], "train", Path(root))
         checkpoint = Backbone.load(path)
         config, vit = checkpoint.config, checkpoint.build().eval()
-        chosen = [found.load(i * len(found) // IMAGES) for i in range(min(IMAGES, len(found)))]
     except (JobFailed, UserError, OSError):
         return None
     pixels = torch.stack([EvalTransform(config.size)(image)["image"] for image in chosen])

@@ -69,7 +69,8 @@ def latex(grids: Sequence[Grid], rows: Rows) -> str:
 
 
 def _latex(text: str) -> str:
-    escaped = "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
+    # pdflatex stops at a character that its fonts lack: beyond the Latin letters those are told by their number
+    escaped = "".join(_LATEX.get(c, c if ord(c) < 0x180 else f"{{[}}U+{ord(c):04X}{{]}}") for c in " ".join(text.split()))
     return re.sub("-(?=-)", "-{}", escaped)  # two hyphens of a flag would join into a dash
 
 

@@ -22,9 +22,8 @@ from harness import __version__
 from harness.checkpoint import write_atomically
 from harness.collect import Result
 from harness.spec import UserError
-from results import charts
+from results import attention, charts, masks
 from results.ancestry import Archive, Step
-from results.attention import picture as attention_picture
 from results.audit import of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of
 from results.cells import Cell, Sheet, sheets
@@ -41,6 +40,7 @@ from results.table import add_choice, choose
 
 PICTURES, RECORDS = 2_500_000, 1_000_000  # bytes of pictures and of records that a page takes in; the rest is linked
 SETTING = re.compile(r"[\w@:+-]+(\.\w+)+=\S+")  # a deviation that --set made; a plugin's own notes are sentences
+MADE = {"what is hidden (grey)": masks.picture, "attention of the last block: image, and where the boxed patch looks": attention.picture}  # of pre-trainings
 FILES = ("record.json", "log.txt", "job.json", "metrics.jsonl", "outcomes.npz", "checkpoint")
 NOISE = ("How far each score would move on other test images of the same kind, by a paired bootstrap over the stored outcomes (200 draws), checkpoints held "
          "fixed. It says nothing about another training, and decides nothing about methods: that is done by seeds, above. The reference is the best method.")
@@ -198,8 +198,8 @@ class Page:
         return found
 
     def pictures(self, sheet: Sheet) -> tuple[list[dict[str, str]], int]:
-        """PNG files of the first score of each method and evaluator and of what it was built from, attention maps of its pre-training; and how many there was
-        no room for."""
+        """PNG files of the first score of each method and evaluator and of what it was built from, masks and attention of its pre-training; and how many
+        there was no room for."""
         shown, left_out = [], 0
         for cell in sheet.cells.values():
             for step in self.archive.steps(cell.results[0]) if cell.results else ():
@@ -208,8 +208,8 @@ class Page:
                 self._shown.add(step.folder)
                 files = sorted([*step.folder.glob("samples/*.png"), *step.folder.glob("pictures.png")])
                 found = {path.stem.replace("_", " "): path.read_bytes() for path in files}
-                if step.kind == "pretrain" and (maps := attention_picture(step.folder)) is not None:
-                    found["attention of the last block: image, and where the boxed patch looks"] = maps
+                for title, made_of in MADE.items() if step.kind == "pretrain" else ():
+                    found |= {title: content} if (content := made_of(step.folder)) is not None else {}
                 where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
                 for title, content in found.items():
                     if (size := len(content) * 4 // 3) > self._room["pictures"]:

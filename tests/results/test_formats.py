@@ -6,6 +6,8 @@
 import io
 import json
 import os
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from harness.collect import Result
 from harness.spec import Metric
+from results.beside import LAYOUTS
 from results.formats import FORMATS
 from results.grid import Notes
 from results.table import Table
@@ -163,6 +166,11 @@ def test_latex_has_the_same_number_of_columns_in_each_row() -> None:
     assert len(lines) == 3 and all(line.count("&") == 2 for line in lines)
 
 
+def test_a_character_that_latex_has_no_glyph_for_is_told_by_its_number() -> None:
+    text = Table.render([cell("Zoë ☃", "e", 0, {"mIoU": 1.0})], "latex")
+    assert "Zoë {[}U+2603{]}" in text and "☃" not in text
+
+
 def test_footnote_marks_go_on_after_z() -> None:
     notes = Notes()
     marks = [notes.mark(str(i)) for i in range(30)]
@@ -173,3 +181,13 @@ def test_a_hundred_methods_and_no_results() -> None:
     text = Table.render([cell(f"m{i}", "e", 0, {"mIoU": float(i)}) for i in range(100)])
     assert sum(line.startswith("| m") for line in text.splitlines()) == 101
     assert json.loads(Table.render([], "json")) == []
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex with booktabs (texlive-latex-recommended)")
+def test_latex_compiles(tmp_path: Path) -> None:
+    others = [Table.render_layout(name, [], "latex") for name in LAYOUTS] + [Table.render([cell("Zoë ☃ 模型", "e", 0, {"mIoU": 1.0})], "latex")]
+    text = "\n\\clearpage\n".join([*(path.read_text() for path in sorted(SNAPSHOTS.glob("*.tex"))), *others])
+    (tmp_path / "t.tex").write_text("\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n" + text + "\\end{document}\n")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "t.pdf").stat().st_size > 1000
