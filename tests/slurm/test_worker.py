@@ -107,7 +107,7 @@ def test_a_node_lost_too_often_is_given_up(tmp_path: Path) -> None:
 def test_a_preempted_job_that_is_killed_while_it_saves_is_no_lost_node(tmp_path: Path) -> None:
     """KillWait may be shorter than its last save: however often that happens, it goes on."""
     bench = Bench(tmp_path, max_lost=0)
-    process = bench.start("trap '' TERM; echo > \"$node/started\"; while kill -0 $PPID 2> /dev/null; do sleep 0.1; done")
+    process = bench.start("trap '' TERM USR2; echo > \"$node/started\"; while kill -0 $PPID 2> /dev/null; do sleep 0.1; done")
     deadline = time.monotonic() + 30
     while not (bench.node / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
