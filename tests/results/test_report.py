@@ -1,6 +1,7 @@
 """The report: one page that needs nothing else, says what the records say, and works in a browser.
 
-screens/ shows how the three-seed demo's page looked in Chromium (800 and 400 pixels wide), for the next one who changes its style.
+screens/ shows how the three-seed demo's page looked in Chromium (800 and 400 pixels wide), and the pictures of a smoke run (400), for the next one who
+changes its style.
 """
 
 import argparse
