@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from evals.openmmlab.outcomes import save_outcomes
+from harness.spec import JobFailed
 
 COLUMNS = {"bbox": "AP_box", "segm": "AP_mask"}
 EVERYTHING = [0.0, 1e10]  # the area range "all" of COCO's AP, in pixels
@@ -31,6 +32,7 @@ class AveragePrecision(BaseMetric):  # type: ignore[misc]
     def __init__(self, path: Path, annotations: Path, image_ids: np.ndarray, category_ids: Sequence[int]) -> None:
         super().__init__()
         self.path, self.annotations, self.image_ids, self.category_ids = path, annotations, image_ids, list(category_ids)
+        check_truth(annotations, image_ids)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep each image's detections in COCO's result format."""
@@ -60,6 +62,23 @@ class AveragePrecision(BaseMetric):  # type: ignore[misc]
             outcomes |= {f"{kind}_{k}": v for k, v in matches(judge.evalImgs).items()}
         save_outcomes(self.path, images=self.image_ids, **outcomes)
         return scores
+
+
+def check_truth(annotations: Path, image_ids: np.ndarray) -> None:
+    """Read what will be scored as COCO's code will, before the training: the quick check of a data set does not look so closely at training images (holdout).
+
+    Raises:
+        JobFailed: an annotation that this code stops at.
+    """
+    name = "an annotation"
+    try:
+        truth = COCO(str(annotations))
+        for annotation in truth.loadAnns(truth.getAnnIds(imgIds=image_ids.tolist())):
+            name = f"annotation {annotation['id']}"
+            truth.annToRLE(annotation)
+            float(annotation["area"]), int(annotation["iscrowd"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise JobFailed(f"{annotations}: {name} cannot be scored ({type(error).__name__}: {error}): mend or remove it") from error
 
 
 def matches(images: Sequence[dict[str, Any] | None]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from harness.checkpoint import Backbone
 from harness.data import BadImage
 from harness.layout import check_layout
 from harness.plugins import EvalContext, Session
-from harness.spec import JobFailed, Outcome, Protocol, UserError, ViTConfig
+from harness.spec import JobFailed, Outcome, Protocol, Recipe, UserError, ViTConfig
 from harness.vit import ViT
 
 VIT = ViTConfig(size=(32, 32), patch=8, width=16, depth=1, heads=1)
@@ -174,6 +174,25 @@ def test_runs_that_cannot_be_decoded_are_a_failure_of_their_image(tmp_path: Path
     with pytest.raises(BadImage, match=r"000000000000.jpg: a mask of its annotations cannot be read"):
         [train_samples(root, False)[i] for i in range(2)]
     assert {Path(train_samples(root, True)[i]["bad"]).name for i in range(2)} == {"000000000000.jpg", ""}
+
+
+@pytest.mark.parametrize("change,said", [
+    (lambda body: body["annotations"][0].pop("id"), "an annotation cannot be scored .KeyError: 'id'"),
+    (lambda body: body["annotations"][0].pop("area"), "annotation 1 cannot be scored .KeyError: 'area'"),
+    (first(segmentation=[]), "annotation 1 cannot be scored .(Index|Value)Error"),
+])
+def test_held_out_images_that_cannot_be_scored_are_found_before_the_training(change: Any, said: str, tmp_path: Path) -> None:
+    """Training needs less of an annotation than scoring does."""
+    root = edit(make_coco(tmp_path / "coco", 2, 1), "train2017", change)
+    check_layout("coco", root)
+    (tmp_path / "job").mkdir()
+    lent = Session(tmp_path / "job", 5, torch.device("cpu"), torch.float32, {"coco": root})
+    evaluator = COCO(side=64, holdout=0.5)
+    recipe = dataclasses.replace(evaluator.recipe(SETTING, VIT) or Recipe(batch=1, lr=1.0), iterations=1, batch=1, warmup=0)
+    checkpoint = Backbone(VIT, (0.5,) * 3, (0.5,) * 3, ViT(VIT).state_dict())
+    with pytest.raises(JobFailed, match=rf"instances_train2017.json: {said}"):
+        evaluator.run(checkpoint, EvalContext(lent, SETTING, recipe))
+    assert not (tmp_path / "job" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
