@@ -1,4 +1,4 @@
-"""The papers' training recipes for ViT-B/16, L/16 and H/14 at 224 pixels, each with the table and row that it comes from; None where no source has one."""
+"""The papers' training recipes for ViT-S, B, L and H at 224 pixels, each with the table and row that it comes from; None where no source has one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ INFERRED_CROP = ("augment.crop_scale", "torchvision's and timm's default: no tab
 def fixed(vit: ViTConfig) -> tuple[str, ...]:
     """Parameters that are not trained: sine-cosine positions."""
     return ("vit.pos_embed",) if vit.positions.startswith("sincos") else ()
+
+
+def small(vit: ViTConfig, heads: int) -> bool:
+    """Whether this is ViT-S/16 at 224 pixels: DeiT's and DINO's has 6 heads, MoCo v3's 12 (recipes A13)."""
+    return (vit.size, vit.patch, vit.width, vit.depth, vit.heads) == ((224, 224), 16, 384, 12, heads)
 
 
 def mae_pretraining(vit: ViTConfig, epochs: int, jitter: bool = False) -> Recipe | None:
@@ -56,8 +61,7 @@ def mocov3_pretraining(vit: ViTConfig, epochs: int, frozen: tuple[str, ...]) -> 
 
     Lengths that the paper has: 300 (Table 4), 600 (6.2).
     """
-    small = (vit.size, vit.patch, vit.width, vit.depth, vit.heads) == ((224, 224), 16, 384, 12, 12)
-    if vit.paper_size not in ("B/16", "L/16") and not small:
+    if vit.paper_size not in ("B/16", "L/16") and not small(vit, heads=12):
         return None
     return Recipe(
         batch=4096, lr=1.5e-4, lr_batch=256, epochs=epochs, warmup=40, weight_decay=0.1, decay_vectors=True, frozen=frozen,
@@ -74,8 +78,8 @@ def dino_pretraining(vit: ViTConfig, by: str, epochs: int, frozen: tuple[str, ..
 
     lr x batch / 256; weight decay rises in half a cosine; each tensor's gradient is clipped by itself; class token and positions are decayed.
     """
-    small, released = (vit.size, vit.patch, vit.width, vit.depth, vit.heads) == ((224, 224), 16, 384, 12, 6), by == "vit-b16"
-    if vit.paper_size != "B/16" and (released or not small):
+    released = by == "vit-b16"
+    if vit.paper_size != "B/16" and (released or not small(vit, heads=6)):
         return None
     told = (("lr, clip, augment.crop_scale", "DINO-repo, arguments of the released ViT-B/16, recalled and not verified (recipes A14)"),
             ("epochs", "BEiT-paper Table 10, 400 epochs")) if released else ()

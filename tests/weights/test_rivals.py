@@ -40,7 +40,7 @@ def test_mocos_checkpoint_is_the_encoder_of_the_queries(tmp_path: Path) -> None:
     """Not the momentum encoder's, whose tensors are there too, and neither head."""
     file = tmp_path / "vit-b-300ep.pth.tar"
     moco_file(file)
-    loaded = read(files_of(file))
+    loaded = read(files_of(file), MOCO["x1"].shape[-2:])
     base = {k.removeprefix("state/base_encoder."): v for k, v in MOCO.items() if k.startswith("state/base_encoder.") and ".head." not in k}
     assert {k: v.tolist() for k, v in loaded.state.items()} == {k: v.tolist() for k, v in base.items()}
     assert (loaded.style, loaded.mean, loaded.classifier) == ("mocov3", IMAGENET_MEAN, None) and not loaded.notes
@@ -77,7 +77,7 @@ def test_dinos_full_checkpoint_is_the_teacher(tmp_path: Path) -> None:
                 "args": Namespace(arch="vit_base", patch_size=16, lr=7.5e-4), "dino_loss": {"center": torch.zeros(1, 20)}}, tmp_path / "full.pth")
     backbone = {k.removeprefix("backbone."): v for k, v in teacher.items() if k.startswith("backbone.")}
     torch.save(backbone, tmp_path / "dino_vitbase16_pretrain.pth")
-    full, alone = (read(files_of(tmp_path / name)) for name in ("full.pth", "dino_vitbase16_pretrain.pth"))
+    full, alone = (read(files_of(tmp_path / name), DINO["crops/0"].shape[-2:]) for name in ("full.pth", "dino_vitbase16_pretrain.pth"))
     assert (full.style, full.mean, full.notes, alone.style) == ("dino", IMAGENET_MEAN, (), "vit")
     for loaded in (full, alone):
         assert set(loaded.state) == set(backbone) and all(torch.equal(loaded.state[k], v) for k, v in backbone.items())
