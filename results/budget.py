@@ -85,7 +85,7 @@ class Budget:
         recipe: Any = restore(node.identity["recipe"])
         if recipe.iterations is not None and not like.once:
             return int(recipe.iterations * recipe.batch)
-        name, folder = next(iter(node.where["folders"].items()))
+        name, folder = next(iter(node.where["folders"].items()), ("", ""))
         if folder not in self._images:
             try:
                 self._images[folder] = len(read_images(name.partition(":")[0], "train", Path(folder)))
