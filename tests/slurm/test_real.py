@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("smoke_data", "conf"), 
 
 @pytest.fixture(scope="module")
 def conf(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Path]:
-    with cluster(tmp_path_factory.mktemp("cluster") / "c") as config:
+    with ExitStack() as stack:
+        try:
+            config = stack.enter_context(cluster(tmp_path_factory.mktemp("cluster") / "c"))
+        except (RuntimeError, OSError) as error:  # a machine that lets no daemons run is no fault of ours
+            pytest.skip(f"no SLURM can be started here: {error}")
         environment["SLURM_CONF"] = str(config)
         environment["HARNESS_CHECKPOINT_S"] = "1"
         yield config
