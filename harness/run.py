@@ -127,9 +127,12 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
             samples = Samples(held_out, transform, session.seed, len(held_out), session.on_bad_image == "skip")
             batches = [range(i, min(i + recipe.batch, usable)) for i in range(0, usable, recipe.batch)]
             metrics = objective.check({k: v.to(session.device) for k, v in b.items()} for b in loader(samples, batches, 0, False))
-            if hasattr(objective, "pictures"):
-                first = next(iter(loader(samples, batches[:1], 0, False)))
-                save_picture(folder / "pictures.png", objective.pictures({k: v.to(session.device) for k, v in first.items()}))
+        if hasattr(objective, "pictures"):
+            shown = images if held_out is None else held_out
+            samples = Samples(shown, transform, session.seed, len(shown), session.on_bad_image == "skip")
+            first = next(iter(loader(samples, [range(min(12, len(shown)))], 0, False)))
+            if (sheet := objective.pictures({k: v.to(session.device) for k, v in first.items()})) is not None:
+                save_picture(folder / "pictures.png", sheet)
     if vit is None:
         objective.cpu().save_asset(folder / "checkpoint" / "asset.pt")
     else:

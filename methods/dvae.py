@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -178,13 +178,18 @@ class DVAEObjective(nn.Module):
     def pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """Contact sheet, uint8 (2H, B*W, 3): originals over reconstructions of at most 12 images."""
         images = batch["image"][:12]
-        rows = torch.stack([images.float() / 255, self.reconstruct(images)[1]])  # (2, B, 3, H, W)
-        two, b, c, h, w = rows.shape
-        return (rows.permute(0, 3, 1, 4, 2).reshape(two * h, b * w, c) * 255).round().to(torch.uint8).cpu().numpy()
+        return contact_sheet([images.float() / 255, self.reconstruct(images)[1]])
 
     def save_asset(self, path: Path) -> None:
         """Write the tokenizer's file, the encoder only; `methods.dalle.load_tokenizer` reads it."""
         save_tokenizer(path, self.encoder, {"width": self.maker.width, "codes": self.maker.codes, "blocks": self.maker.blocks})
+
+
+def contact_sheet(rows: Sequence[Tensor]) -> np.ndarray:
+    """R rows of images (B, 3, H, W) with values 0..1 as one picture, uint8 (R*H, B*W, 3)."""
+    stacked = torch.stack(list(rows)).detach().float().clamp(0, 1)
+    r, b, c, h, w = stacked.shape
+    return (stacked.permute(0, 3, 1, 4, 2).reshape(r * h, b * w, c) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def perplexity(counts: Tensor) -> Tensor:

@@ -216,18 +216,12 @@ class MAEObjective(nn.Module):
         if not self.see_masks:
             x = torch.cat([x, self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] + 1 - x.shape[1], -1)], dim=1)
         table: Tensor = self.decoder_positions  # type: ignore[assignment]
-        positions = torch.cat([table[:, :1].expand(x.shape[0], -1, -1), table[0, 1:][order]], dim=1)
-        x = x + positions
+        x = x + torch.cat([table[:, :1].expand(x.shape[0], -1, -1), table[0, 1:][order]], dim=1)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         last: Any = self.decoder_blocks[-1]
         x = (x + last.attn(last.norm1(x)))[:, 1 + first :]
-        x = x + last.mlp(last.norm2(x))
-        return self.decoder_pred(self.decoder_norm(x))
-
-    def targets(self, images: Tensor, index: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What is to be predicted for the patches `index` (B, K) of normalised images: for pixels (B, K, P*P*3)."""
-        return self.target(batch or {}, images, index)
+        return self.decoder_pred(self.decoder_norm(x + last.mlp(last.norm2(x))))
 
     def prepare(self, batch: Mapping[str, Tensor]) -> None:
         """What is learned from images before the first step: the basis of PCA targets."""
@@ -241,10 +235,16 @@ class MAEObjective(nn.Module):
         prediction = self.decode(self.latent(images, order), order, first=0)
         return pick(prediction, restore), (restore >= self.kept).to(images.dtype)
 
+    @torch.no_grad()
+    def pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray | None:
+        """`Pixels.sheet` of a batch; None for targets that are no pixels."""
+        images = self.normalize(batch["image"])
+        return self.target.sheet(images, *self.predict(images, batch["noise"]), self.normalize) if isinstance(self.target, Pixels) else None
+
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
         """{"image": (B, 3, H, W) uint8 or float, "noise": (B, N)} -> {"loss": mean over the hidden patches, "weight": their number, ...}."""
         images = self.normalize(batch["image"])
         order = shuffle_by(batch["noise"])
         prediction = self.decode(self.latent(images, order), order, first=self.kept)
         hidden = order[:, self.kept :]
-        return self.target.loss(prediction, self.targets(images, hidden, batch), torch.ones_like(hidden, dtype=torch.bool))
+        return self.target.loss(prediction, self.target(batch, images, hidden), torch.ones_like(hidden, dtype=torch.bool))

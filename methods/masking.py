@@ -158,6 +158,12 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
+def images_of(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patch_pixels`: (B, N, P*P*3) of a grid of N patches -> (B, 3, H, W)."""
+    b, (h, w), patch = pixels.shape[0], grid, round((pixels.shape[2] / 3) ** 0.5)
+    return pixels.reshape(b, h, w, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).reshape(b, 3, h * patch, w * patch)
+
+
 def normalise_patches(pixels: Tensor) -> Tensor:
     """Each patch minus its mean, over its deviation, jointly over channels: unbiased variance, 1e-6 inside the root (recipes A1, norm_pix)."""
     mean, var = pixels.mean(dim=-1, keepdim=True), pixels.var(dim=-1, keepdim=True)

@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.augment import Normalize
 from harness.spec import Asset, ViTConfig
 from methods.dalle import Tokenizer, load_tokenizer
-from methods.dvae import for_grid
-from methods.masking import normalise_patches, patch_pixels, pick
+from methods.dvae import contact_sheet, for_grid
+from methods.masking import images_of, normalise_patches, patch_pixels, pick
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from harness.spec import Protocol
 
 
@@ -58,6 +61,21 @@ class Pixels:
     def loss(self, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Mean squared error over the valid places."""
         return mean_squared(prediction, target, valid)
+
+    def sheet(self, images: Tensor, prediction: Tensor, mask: Tensor, normalize: nn.Module) -> np.ndarray:
+        """Images above what the encoder sees of them, above their hidden patches as predicted; uint8 (3H, B*W, 3).
+
+        Args:
+            images: normalised (B, 3, H, W).
+            prediction: (B, N, P*P*3); a normalised patch gets back its own mean and deviation, which only the image knows.
+            mask: (B, N), 1 where hidden.
+        """
+        pixels, grid, hidden = patch_pixels(images, self.patch), (images.shape[2] // self.patch, images.shape[3] // self.patch), mask[:, :, None].bool()
+        if self.normalise:
+            prediction = prediction * (pixels.var(dim=-1, keepdim=True) + 1e-6).sqrt() + pixels.mean(dim=-1, keepdim=True)
+        assert isinstance(normalize, Normalize)
+        rows = (pixels, pixels.masked_fill(hidden, 0.0), torch.where(hidden, prediction, pixels))
+        return contact_sheet([(images_of(row, grid) / normalize.scale + normalize.shift) / 255 for row in rows])
 
 
 class Components(nn.Module):

@@ -40,6 +40,7 @@ from results.table import add_choice, choose
 
 PICTURES, RECORDS = 2_500_000, 1_000_000  # bytes of pictures and of records that a page takes in; the rest is linked
 SETTING = re.compile(r"[\w@:+-]+(\.\w+)+=\S+")  # a deviation that --set made; a plugin's own notes are sentences
+NAMES = {"pictures": "images, what is shown of them if that is less, and their reconstructions"}
 MADE = {"what is hidden (grey)": masks.picture, "attention of the last block: image, and where the boxed patch looks": attention.picture}  # of pre-trainings
 FILES = ("record.json", "log.txt", "job.json", "metrics.jsonl", "outcomes.npz", "checkpoint")
 NOISE = ("How far each score would move on other test images of the same kind, by a paired bootstrap over the stored outcomes (200 draws), checkpoints held "
@@ -207,7 +208,7 @@ class Page:
                     continue
                 self._shown.add(step.folder)
                 files = sorted([*step.folder.glob("samples/*.png"), *step.folder.glob("pictures.png")])
-                found = {path.stem.replace("_", " "): path.read_bytes() for path in files}
+                found = {NAMES.get(path.stem, path.stem.replace("_", " ")): path.read_bytes() for path in files}
                 for title, made_of in MADE.items() if step.kind == "pretrain" else ():
                     found |= {title: content} if (content := made_of(step.folder)) is not None else {}
                 where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role

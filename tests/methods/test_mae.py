@@ -29,9 +29,10 @@ from PIL import Image
 from protocols_for_tests import family
 from torch import Tensor, nn
 
+from harness.augment import Normalize
 from harness.optim import parameter_groups
 from harness.randomness import generator, seed_all
-from harness.spec import ViTConfig
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
 from harness.vit import ViT
 from methods.mae import MAE, MAEObjective
 
@@ -101,7 +102,7 @@ def test_mask_latent_and_prediction_are_the_originals(precision: torch.dtype) ->
 def test_targets_are_the_originals(run: str, key: str, precision: torch.dtype) -> None:
     """Order of pixels within a patch and the unbiased variance."""
     index = torch.arange(ARRAYS[key].shape[1]).expand(ARRAYS[key].shape[0], -1)
-    check_values(build(run, precision).targets(given(precision)["image"], index), ARRAYS, key)
+    check_values(build(run, precision).target({}, given(precision)["image"], index), ARRAYS, key)
 
 
 def test_position_tables_are_the_originals() -> None:
@@ -161,3 +162,18 @@ def test_decoder_follows_the_backbone_unless_set() -> None:
     assert MAE().decoder(ViTConfig(size=(64, 64), patch=8, width=192, depth=6, heads=3)) == (96, 2, 3)
     assert MAE(decoder_depth=1).decoder(ViTConfig()) == (512, 1, 16)
     assert MAE(mask_ratio=0.99).skip(ViTConfig(size=(64, 64), patch=8, width=192, heads=3)) is not None
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_pictures_show_the_images_what_is_visible_and_the_prediction(normalised: bool) -> None:
+    """A decoder that predicts the targets themselves paints the images: patches come back to their places, scales and colours."""
+    vit = ViTConfig(size=(32, 48), patch=8, width=24, depth=1, heads=2)
+    objective = MAEObjective(ViT(vit), 0.75, (16, 1, 2), normalised, Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    mask = torch.zeros(2, 24).index_fill(1, torch.arange(6, 24), 1.0)
+    objective.predict = lambda x, noise: (objective.target({}, x, torch.arange(24).expand(2, -1)), mask)  # type: ignore[method-assign]
+    sheet = torch.from_numpy(objective.pictures({"image": images, "noise": torch.rand(2, 24)})).permute(2, 0, 1)
+    shown = torch.cat(list(images), dim=2)
+    rows = sheet.split(32, dim=1)
+    assert (rows[0].int() - shown).abs().max() <= 1 and (rows[2].int() - shown).abs().max() <= 1
+    assert torch.equal(rows[1][:, :8], rows[0][:, :8]) and all(len(colour.unique()) == 1 for colour in rows[1][:, 8:])
