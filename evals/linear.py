@@ -214,10 +214,11 @@ def train_on_features(probe: Classifier, images: ImageList, transform: Any, reci
     import torch
     import torch.nn.functional as F
 
+    from harness.metrics import Metrics
     from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
     from harness.randomness import generator
     from harness.spec import JobFailed
-    from harness.train import Metrics, count_flops, steps_of
+    from harness.train import count_flops, steps_of
 
     x, label = (t.to(session.device) for t in features(probe, images, transform, session))
     per_epoch, total = steps_of(recipe, len(x))
@@ -240,8 +241,7 @@ def train_on_features(probe: Classifier, images: ImageList, transform: Any, reci
         if step % max(1, total // 50) == 0 or step == total - 1:
             metrics.add(step + 1, {"loss": float(loss.detach()), "lr": optimizer.param_groups[0]["lr"]})
     if not torch.isfinite(loss):
-        end = float(loss.detach())
-        raise JobFailed(f"linear probe: loss is {end} after {total} steps (lr {recipe.peak_lr:.3g}): lower lr with --set linear.recipe.lr=...")
+        raise JobFailed(f"linear probe: loss is {float(loss.detach())} after {total} steps (lr {recipe.peak_lr:.3g}): lower lr with --set linear.recipe.lr=...")
     one = torch.zeros(1, 3, *probe.vit.config.size, dtype=torch.uint8, device=session.device)
     counted: dict[str, Any] = {"flops_per_step": None}
     with torch.no_grad(), count_flops(counted):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FLAGS = {"protocols": "--protocol", "launchers": "--launcher"}  # others are called as their kind
-KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "commands", "checks", "options")  # checks: by flags of `doctor`; options: of `run`
+KINDS = ("methods", "evals", "datasets", "launchers", "protocols", "loggers", "commands", "checks", "options")  # checks: flags of `doctor`; options: of `run`
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.jobs import read_job
+from harness.metrics import loggers
 from harness.provenance import Usage, make_record
 from harness.ranks import BUSY, failure_name, join, log_name, number_from, own_rank, processes_here, spreads, supervise
 from harness.spec import Interrupted, JobFailed, UserError
@@ -80,6 +81,7 @@ def check_environment() -> None:
     for name, least in (("HARNESS_MICRO_BATCH", 1), ("HARNESS_THREADS", 1), ("HARNESS_WORKERS", 0), ("HARNESS_CHECKPOINT_S", 0)):
         number_from(name, least)
     processes_here()
+    loggers()
 
 
 def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:

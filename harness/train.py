@@ -6,13 +6,11 @@ and a step count. A job that is stopped or killed at any moment goes on from its
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from harness.batches import any_of, gathered, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
 from harness.data import BadImage, ImageList
+from harness.metrics import Metrics
 from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, lr_at, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import generator, seed_all
@@ -101,28 +100,6 @@ def steps_of(recipe: Recipe, images: int) -> tuple[int, int]:
     per_epoch = max(1, images // recipe.batch)
     total = recipe.iterations if recipe.iterations is not None else round((recipe.epochs or 0) * per_epoch)
     return per_epoch, max(1, total)
-
-
-class Metrics:
-    """metrics.jsonl: one line per log interval; lines after the step that a job resumes from are cut off."""
-
-    def __init__(self, path: Path, stage: str, step: int) -> None:
-        self.path, self.stage = path, stage
-        lines = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a killed job may be half written
-                if entry["stage"] != stage or entry["step"] <= step:
-                    lines.append(line)
-        path.write_text("".join(line + "\n" for line in lines))
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line."""
-        with open(self.path, "a") as stream:
-            stream.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
 
 
 @contextmanager

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from evals.openmmlab.samples import InOrder, batches
 from harness.batches import any_of, merge, parts_of, positions, processes, rank, together
 from harness.checkpoint import States
+from harness.metrics import Metrics
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
 from harness.spec import Interrupted, Recipe
-from harness.train import Metrics, check_finite, choose_attention, count_flops
+from harness.train import check_finite, choose_attention, count_flops
 
 LOG_EVERY_S = 1.0
 
