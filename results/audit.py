@@ -65,16 +65,31 @@ def trails(sheet: Sheet, archive: Archive) -> dict[str, dict[str, Trail]]:
     return {method: by_eval for method, by_eval in found.items() if by_eval}
 
 
-def audit(found: Mapping[str, Mapping[str, Trail]], trials: Mapping[str, str], seeds: Mapping[str, str]) -> tuple[Item, ...]:
-    """All items of a comparison. `found` is what `trails` gives, `trials` and `seeds` are method -> words."""
+def repeats(sheet: Sheet, archive: Archive) -> dict[str, list[Trail]]:
+    """Method -> the nodes behind one score of each of its pre-training seeds."""
+    found: dict[str, dict[int, Trail]] = {}
+    for cell in sheet.cells.values():
+        for result in cell.results:
+            if result.seed not in (by_seed := found.setdefault(cell.method, {})):
+                by_seed[result.seed] = archive.steps(result)
+    return {method: list(by_seed.values()) for method, by_seed in found.items()}
+
+
+def audit(
+    found: Mapping[str, Mapping[str, Trail]], trials: Mapping[str, str], seeds: Mapping[str, str], every: Mapping[str, Sequence[Trail]] | None = None
+) -> tuple[Item, ...]:
+    """All items of a comparison. `found` is what `trails` gives, `trials` and `seeds` are method -> words, `every` is what `repeats` gives:
+    what is measured is the mean over seeds, as in the cost columns (one seed's first minute on a busy machine would decide otherwise)."""
     before = {method: _before(next(iter(by_eval.values()))) for method, by_eval in found.items()}
+    of_seeds = {method: [_before(t) for t in every[method]] if every else [steps] for method, steps in before.items()}
 
     def of_training(say: Callable[[Sequence[Step]], str]) -> dict[str, str]:
         return {m: say(steps) if steps and all(s.record for s in steps) else UNKNOWN for m, steps in before.items()}
 
     def measured(name: str, field: str, unit: str) -> Item:
-        sums = {m: [(s.record or {}).get(field) for s in steps] for m, steps in before.items()}
-        known = {m: float(sum(v)) for m, v in sums.items() if v and None not in v and not any(s.foreign for s in before[m])}
+        values = {m: [(s.record or {}).get(field) for steps in runs for s in steps] for m, runs in of_seeds.items()}
+        known = {m: float(sum(v)) / len(of_seeds[m]) for m, v in values.items()
+                 if all(of_seeds[m]) and None not in v and not any(s.foreign for steps in of_seeds[m] for s in steps)}
         return Item(name, {m: (f"{known[m]:.3g}{unit}" if known[m] else NONE) if m in known else UNKNOWN for m in before}, known, TOLERANCE[name.split()[-1]])
 
     items = [
@@ -260,7 +275,7 @@ def of_sheet(sheet: Sheet, archive: Archive) -> tuple[Item, ...]:
     if len(found) < 2:
         return ()
     trials, seeds = trials_of(sheet, archive), seeds_of(sheet)
-    return audit(found, {m: tried(trials, m) for m in found}, {m: seeds[m] for m in found})
+    return audit(found, {m: tried(trials, m) for m in found}, {m: seeds[m] for m in found}, repeats(sheet, archive))
 
 
 def stamp(items: Sequence[Item]) -> str:

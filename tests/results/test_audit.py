@@ -54,6 +54,17 @@ def test_measured_items_have_a_tolerance() -> None:
     assert verdicts(a=trail(), b=trail(hours=1.25))["pre-training device-hours"] == "unequal"
 
 
+def test_measured_items_are_means_over_all_seeds() -> None:
+    # The last seed had the machine for itself in both rows; the first of b did not. The table's cost columns say 1 and 2 hours, and so does the audit.
+    methods, same = {"a": trail(), "b": trail()}, {"a": "2", "b": "2"}
+    every = {"a": [trail()["linear"], trail()["linear"]], "b": [trail(hours=3.0)["linear"], trail()["linear"]]}
+    item = next(i for i in audit(methods, same, same, every) if i.name == "pre-training device-hours")
+    assert item.measured == {"a": 1.0, "b": 2.0} and item.verdict == "unequal"
+    gone = Step("checkpoint", "checkpoint", None, None)
+    item = next(i for i in audit(methods, same, same, {**every, "a": [(every["a"][0][0], gone), every["a"][1]]}) if i.name == "pre-training FLOPs")
+    assert item.verdict == "not known"  # of one seed of a
+
+
 def test_what_is_not_known_is_not_called_equal() -> None:
     # A checkpoint of somebody else's: nobody knows its images or labels, and two such rows are not equal for that.
     found = verdicts(a=trail(files={"weights": "0" * 64}), b=trail(files={"weights": "1" * 64}))
