@@ -133,12 +133,13 @@ def command_run(args: argparse.Namespace, again: bool = False) -> int:
         return dry_run(plan, store, planner, args, launcher)
     if planner.missing:
         raise UserError(next(iter(planner.missing.values())))
-    store.prepare()
     if planner.pending:
         planner.generate(cores())
         plan = make_planner().plan()
     if args.budget is not None:
         load("options", "budget")(plan, store, args.force, launcher).check(args.budget)
+    getattr(launcher, "check", lambda *_: None)(plan.nodes, store, args.force)  # before --force and --retry touch what is there
+    store.prepare()
     for node in plan.nodes if args.force else ():
         if (state := store.state(store.folder(node))).status == "running":
             raise UserError(f"--force: {node.folder} is being worked on ({state.reason}): stop that process first")

@@ -30,8 +30,8 @@ POLL_S = 0.2
 class Launcher(Protocol):
     """Brings nodes to an end. Returns 0 when all have ended, 3 when they are submitted and not finished, 130 when it was interrupted.
 
-    Optional are `flags` (names of flags of `run` -> keywords of add_argument; what is given goes to the constructor), `precision` (what `auto` means where it
-    runs jobs), preview(nodes, store, force) -> what --dry-run adds, and a static queued(store) -> states of nodes elsewhere, by folder name, for `status`.
+    Optional are `flags` (flags of `run` -> keywords of add_argument; those given go to the constructor), `precision` (`auto` where it runs jobs), check(nodes,
+    store, force), to refuse by UserError before anything is written, preview(nodes, store, force) for --dry-run, static queued(store) -> {folder name: state}.
     """
 
     def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> int: ...

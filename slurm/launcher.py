@@ -96,9 +96,14 @@ class Slurm:
         for folder in folders_of(nodes):
             self.profile.check_shared("--data", folder)
 
+    def check(self, nodes: Sequence[Node], store: Store, force: bool) -> None:
+        """Raises UserError when there is something to submit and jobs could not see what they need, or SLURM cannot be asked."""
+        if force or any(store.state(store.folder(n)).status != "done" for n in nodes):
+            self.check_places(nodes, store)
+            jobs_of(store)
+
     def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> int:
         """See `harness.launch.Launcher`."""
-        self.check_places(nodes, store)
         out = self.submit(nodes, store)
         self.report(out)
         if self.wait:

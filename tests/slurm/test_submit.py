@@ -20,8 +20,11 @@ from evals.knn import KNN
 from evals.linear import Linear
 from evals.probe_recipes import CENTRE
 from harness.canonical import canonical
+from harness.cli import main
 from harness.jobs import Node
 from harness.launch import make_launcher, queued, write_job
+from harness.plan import Planner
+from harness.request import Request
 from harness.spec import Recipe, UserError
 from harness.store import Store, lock, write_json
 from methods.mae import MAE
@@ -337,6 +340,23 @@ def test_flags_of_another_launcher_are_refused(tmp_path: Path) -> None:
         make_launcher(argparse.Namespace(launcher="local", cluster="x.toml", wait=False))
     with pytest.raises(UserError, match="name your cluster's profile with --cluster"):
         make_launcher(argparse.Namespace(launcher="slurm", cluster=None, wait=False))
+
+
+@pytest.mark.parametrize(("profile", "said"), [('shared = ["/elsewhere"]', "--runs"), ("", "squeue: ")])
+def test_what_cannot_be_submitted_is_refused_before_force_moves_results(
+    fake: FakeSlurm, store: Store, smoke_data: Path, capsys: pytest.CaptureFixture[str], profile: str, said: str
+) -> None:
+    line = ["--methods", "scratch", "--evals", "knn", "--protocol", "smoke", "--data", str(smoke_data)]
+    line += ["--launcher", "slurm", "--cluster", str(slurm(store, profile).cluster)]
+    nodes = Planner(Request(("scratch",), ("knn",), "smoke", data=str(smoke_data))).plan().nodes
+    for node in nodes:
+        write_job(node, store)
+        finish(store, node)
+    (fake.folder / "down").touch()
+    before = sorted(store.root.rglob("*"))
+    assert main(["run", *line, "--force", "--runs", str(store.root)]) == 2 and said in capsys.readouterr().err
+    assert sorted(store.root.rglob("*")) == before and all(store.state(store.folder(n)).status == "done" for n in nodes)
+    assert main(["run", *line, "--runs", str(new := store.root.parent / "new")]) == 2 and not new.exists()
 
 
 def test_auto_precision_is_that_of_the_nodes(store: Store) -> None:
