@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +92,9 @@ class Table:
 
         if again:
             return watch(lambda: overview(*look()))
-        for _, line in overview(*look()):
+        if not (found := overview(*look())):
+            print(f"{look()[0].root}: no runs there yet: `run` with this --runs makes some", file=sys.stderr)
+        for _, line in found:
             print(line)
         return 0
 

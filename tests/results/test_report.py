@@ -35,6 +35,7 @@ def runs(tmp_path: Path) -> Path:
         for seed, value in enumerate(values):
             training = Node("pretrain", "m", {"seed": seed, "method": method, "recipe": None, "plugin": {}}, about={"labels": False})
             folder = written(root, training, 2.0, flops=1e12, images_seen=7200, peak_memory_bytes=2**30)
+            Image.new("RGB", (4, 4)).save(folder / "pictures.png")
             (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {3.0 / (i + 1)}}}\n' for i in range(200)) + "broken\n")
             for name, metric in (("linear", "top-1"), ("ade20k", "mIoU")):
                 plain = {"seed": seed, "eval": name, "data": {}, "plugin": {}, "recipe": None}
@@ -77,7 +78,7 @@ def test_the_page_says_what_the_records_say(runs: Path) -> None:
     headings = ["Scores", "Mean ranks", "Cost", "Score against cost", "Evaluation noise only",
                 "Training curves", "Pictures", "Is the comparison fair?", "Commands"]
     assert re.findall(r"<h3>(.*?)</h3>", page) == headings
-    assert "c0ffeec0ff" in page and "mae, linear: first image" in page
+    assert "c0ffeec0ff" in page and "mae, linear: first image" in page and "mae, pre-training: image, what is shown, what is made of it" in page
     command = "python -m harness run --methods mae --evals ade20k,linear --protocol demo --backbone tiny --tuning published --seeds 0,1,2"
     assert command in page
     assert "Evaluation noise only" not in made(runs, "--no-image-noise")

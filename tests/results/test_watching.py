@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from harness import cli
@@ -48,3 +50,9 @@ def test_it_shows_all_runs_only(tmp_path: object, capsys: pytest.CaptureFixture[
     assert cli.main(["status", "mae", "--watch", "--runs", str(tmp_path)]) == 2
     assert "--watch: shows all runs: leave RUN out" in capsys.readouterr().err
     assert cli.main(["status", "--watch", "--runs", str(tmp_path)]) == 0  # nothing there, nothing runs
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err == f"{tmp_path}: no runs there yet: `run` with this --runs makes some\n"
