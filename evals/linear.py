@@ -152,15 +152,14 @@ class Linear:
         Raises:
             JobFailed: data or images are broken; the loss is not finite.
         """
+        from evals.layers import run as probe_layers
         from evals.scoring import labelled_images, predict, top1
         from harness.augment import EvalTransform, TrainTransform
         from harness.randomness import seed_all
         from harness.train import fit
 
         if self.by == "beit-repo":
-            from evals.layers import run
-
-            return run(checkpoint, context, self.holdout)
+            return probe_layers(checkpoint, context, self.holdout)
         session, recipe, size = context.session, context.recipe, checkpoint.config.size
         assert recipe is not None
         train, val = labelled_images("imagenet", session, self.holdout)
@@ -217,8 +216,9 @@ def train_on_features(probe: Classifier, images: ImageList, transform: Any, reci
     from harness.metrics import Metrics
     from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
     from harness.randomness import generator
+    from harness.samples import steps_of
     from harness.spec import JobFailed
-    from harness.train import count_flops, steps_of
+    from harness.train import count_flops
 
     x, label = (t.to(session.device) for t in features(probe, images, transform, session))
     per_epoch, total = steps_of(recipe, len(x))

@@ -91,7 +91,8 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
     from harness.data import read_images
     from harness.plugins import TrainContext
     from harness.randomness import seed_all
-    from harness.train import Samples, fit, loader, steps_of
+    from harness.samples import Samples, loader, steps_of
+    from harness.train import fit
     from harness.vit import ViT
 
     identity = job["identity"]

@@ -25,8 +25,9 @@ from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
 from harness.plugins import EvalContext, Session, TrainContext
 from harness.randomness import generator, seed_all
+from harness.samples import Samples, stack
 from harness.spec import Interrupted, Recipe, ViTConfig
-from harness.train import Samples, fit, stack
+from harness.train import fit
 from harness.vit import ViT
 
 

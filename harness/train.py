@@ -9,97 +9,26 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from harness.batches import any_of, gathered, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
-from harness.data import BadImage, ImageList
+from harness.data import ImageList
 from harness.metrics import Metrics
 from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, lr_at, parameter_groups
 from harness.plugins import Progress, Session
-from harness.randomness import generator, seed_all
+from harness.randomness import seed_all
+from harness.samples import Samples, Transform, loader, stack, steps_of
 from harness.spec import Interrupted, JobFailed, Recipe
 
-Transform = Callable[[Any, np.random.Generator], dict[str, Tensor]]
 LOG_EVERY_S = 1.0
-MAX_BAD_IN_A_ROW = 100
 PREPARE_IMAGES = 256
 OUT_OF_MEMORY = re.compile("OutOfMemory|can't allocate memory|out of memory")
-
-
-class Samples(Dataset[dict[str, Tensor]]):
-    """Images in the order of training: item `position` is a place in the run, not a file, and brings its own randomness.
-
-    Within each epoch the files are permuted by (seed, epoch); an epoch has steps x batch positions, the rest is dropped as the
-    originals do (a set smaller than one batch is repeated to fill it). With `repeats` K each file takes K places in a row, every one with
-    crops of its own, so that an epoch is as long and sees 1/K of the files (repeated augmentation: DeiT-repo samplers.py).
-    """
-
-    def __init__(self, images: ImageList, transform: Transform, seed: int, per_epoch: int, skip_bad: bool, repeats: int = 1) -> None:
-        self.images, self.transform, self.seed, self.per_epoch, self.skip_bad = images, transform, seed, per_epoch, skip_bad
-        self.repeats = repeats
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def file_at(self, position: int) -> int:
-        """Index of the file at a position."""
-        epoch, place = divmod(position, self.per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, generator(self.seed, "order", epoch).permutation(len(self.images)))
-        return int(self._order[1][place // self.repeats % len(self.images)])
-
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        index = self.file_at(position)
-        bad = -1
-        for _ in range(MAX_BAD_IN_A_ROW):
-            try:
-                image = self.images.load(index)
-                break
-            except BadImage:
-                if not self.skip_bad:
-                    raise
-                bad = index  # the next file stands in, so that the batch keeps its size
-                index = (index + 1) % len(self.images)
-        else:
-            raise JobFailed(f"{self.images.root}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
-        epoch, place = divmod(position, self.per_epoch)
-        sample = self.transform(image, generator(self.seed, "sample", epoch, place))
-        if self.images.labels is not None:
-            sample["label"] = torch.tensor(int(self.images.labels[index]))
-        sample["bad"] = torch.tensor(bad)
-        return sample
-
-
-def stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch from samples; lists of crops of several sizes have a key each."""
-    return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
-
-
-def loader(samples: Dataset[dict[str, Tensor]], batches: Any, workers: int, pin: bool) -> Iterator[dict[str, Tensor]]:
-    """Batches of positions -> stacked tensors, in order."""
-    if workers == 0:
-        return (stack([samples[i] for i in batch]) for batch in batches)
-    return iter(DataLoader(
-        samples, batch_sampler=batches, num_workers=workers, collate_fn=stack, pin_memory=pin, worker_init_fn=_one_thread,
-        multiprocessing_context="fork",  # workers never touch CUDA, and a transform may be a closure
-    ))
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
-def steps_of(recipe: Recipe, images: int) -> tuple[int, int]:
-    """(steps per epoch, total steps) of a recipe on a number of images."""
-    per_epoch = max(1, images // recipe.batch)
-    total = recipe.iterations if recipe.iterations is not None else round((recipe.epochs or 0) * per_epoch)
-    return per_epoch, max(1, total)
 
 
 @contextmanager

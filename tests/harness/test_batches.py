@@ -20,8 +20,9 @@ from harness.batches import parts_of, positions
 from harness.data import ImageList
 from harness.plugins import Session
 from harness.ranks import number_from
+from harness.samples import Samples
 from harness.spec import JobFailed, UserError
-from harness.train import Samples, fit
+from harness.train import fit
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ from known_answers import cases, golden
 from PIL import Image
 from torch import Tensor, nn
 
-import harness.train
+import harness.samples
 from harness.data import ImageList
 from harness.plugins import Session
+from harness.samples import Samples, steps_of
 from harness.spec import Augment, Recipe
-from harness.train import Samples, fit, steps_of
+from harness.train import fit
 
 ARRAYS = golden("deit_ra_sampler")
 DEIT_BATCH = 256  # DeiT counts an epoch in whole batches of 256 images, whatever the batch is
@@ -50,7 +51,7 @@ def test_repeated_augmentation_is_deits(case: str, epoch: str, monkeypatch: pyte
     count, ranks, repeats = settings(case)
     recorded = ARRAYS[f"{case}/{epoch}/indices_by_rank"]
     permutation = ARRAYS.get(f"{case}/{epoch}/permutation", np.arange(count))
-    monkeypatch.setattr(harness.train, "generator", lambda *parts: Fixed(permutation))
+    monkeypatch.setattr(harness.samples, "generator", lambda *parts: Fixed(permutation))
     places = count // DEIT_BATCH * DEIT_BATCH  # none for fewer images: DeiT's epoch is empty then, ours repeats them to fill a batch
     assert steps_of(Recipe(batch=DEIT_BATCH, lr=1.0, epochs=1), count)[0] == max(1, places // DEIT_BATCH)
     samples = Samples(images_of(count), dict, 0, places, False, repeats)
