@@ -76,56 +76,86 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start_munge(folder: Path) -> subprocess.Popen[bytes]:
-    """A munged of our own, with its own key and socket."""
-    place = folder / "munge"
-    place.mkdir(mode=0o711)
-    (place / "key").write_bytes(os.urandom(128))
-    (place / "key").chmod(0o600)
-    options = [f"--socket={place / 'socket'}", f"--key-file={place / 'key'}", f"--pid-file={place / 'pid'}", f"--log-file={place / 'log'}",
-               f"--seed-file={place / 'seed'}"]
-    return subprocess.Popen(["munged", "--foreground", "--force", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+class Cluster:
+    """The daemons of a cluster by name: `munged`, `slurmctld`, and a node's name for its slurmd. Niced, and their jobs with them."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder, self.names, self.config, self._running = folder, names, folder / "slurm.conf", dict[str, subprocess.Popen[bytes]]()
+
+    def start(self, name: str) -> None:
+        """Start a daemon, again after `end`: slurmctld goes on with the queue that it left."""
+        place = self.folder / "munge"
+        munge = {"--socket": "socket", "--key-file": "key", "--pid-file": "pid", "--log-file": "log", "--seed-file": "seed"}
+        command = {
+            "munged": ["munged", "--foreground", "--force", *(f"{flag}={place / file}" for flag, file in munge.items())],
+            "slurmctld": ["slurmctld", "-D", "-f", str(self.config)],
+        }.get(name, ["slurmd", "-D", "-f", str(self.config), "-N", name])
+        with open(self.folder / f"{name}.out", "ab") as log:
+            self._running[name] = subprocess.Popen(["nice", "-n", str(NICE), *command], stdout=log, stderr=log)
+
+    def end(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
+        """End a daemon; what a slurmd has started lives on."""
+        process = self._running.pop(name)
+        process.send_signal(number)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def end_all(self) -> None:
+        """End what runs, the last started first."""
+        for name in reversed(list(self._running)):
+            self.end(name)
+
+    def wait_until_up(self) -> None:
+        """Wait for all nodes to be idle. Raises RuntimeError."""
+        deadline, last = time.monotonic() + 90, ""
+        while time.monotonic() < deadline:
+            try:
+                last = ask("sinfo", "-h", "-N", "-p", "low", "-o", "%N %t")
+                if [line.split() for line in sorted(last.splitlines())] == [[name, "idle"] for name in sorted(self.names)]:
+                    return
+            except UserError as error:
+                last = str(error)
+            if any(p.poll() is not None for p in self._running.values()):
+                break
+            time.sleep(0.5)
+        raise RuntimeError(f"the cluster does not come up: {last}")
 
 
 @contextmanager
-def cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Path]:
-    """A running cluster; yields the path of its slurm.conf, for SLURM_CONF. Its daemons and their jobs are niced.
+def cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
+    """A running cluster; `config` of what it yields is for SLURM_CONF.
 
     Raises:
-        RuntimeError: its nodes do not come up within a minute.
+        RuntimeError: its nodes do not come up within a minute and a half.
     """
-    for name in ("state", *(f"spool-n{i + 1}" for i in range(nodes))):
-        (folder / name).mkdir(parents=True)
     names, ports = [f"n{i + 1}" for i in range(nodes)], free_ports(nodes + 1)
+    for name in ("state", *(f"spool-{n}" for n in names)):
+        (folder / name).mkdir(parents=True)
+    (folder / "munge").mkdir(mode=0o711)
+    (folder / "munge" / "key").write_bytes(os.urandom(128))
+    (folder / "munge" / "key").chmod(0o600)
     hosts = Path("/etc/hosts")
     if not all(any(name in line.split() for line in hosts.read_text().splitlines()) for name in names):
         with open(hosts, "a") as stream:
             stream.write(f"127.0.0.1 {' '.join(names)}\n")
-    here = socket.gethostname()
+    here, found = socket.gethostname(), Cluster(folder, names)
     lines = [f"NodeName={n} NodeHostname={here} NodeAddr=127.0.0.1 Port={p} CPUs={cpus} State=UNKNOWN" for n, p in zip(names, ports[1:], strict=True)]
-    config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(host=here, port=ports[0], folder=folder, munge=folder / "munge" / "socket", nodes="\n".join(lines)))
-    before, os.environ["SLURM_CONF"] = os.environ.get("SLURM_CONF"), str(config)
-    started = [start_munge(folder)]
+    found.config.write_text(CONFIG.format(host=here, port=ports[0], folder=folder, munge=folder / "munge" / "socket", nodes="\n".join(lines)))
+    before, os.environ["SLURM_CONF"] = os.environ.get("SLURM_CONF"), str(found.config)
     try:
+        found.start("munged")
         time.sleep(1.0)
-        commands = [["slurmctld", "-D", "-f", str(config)], *(["slurmd", "-D", "-f", str(config), "-N", name] for name in names)]
-        for command in commands:
-            with open(folder / f"{command[0]}-{command[-1].rpartition('/')[2]}.out", "wb") as log:
-                started.append(subprocess.Popen(["nice", "-n", str(NICE), *command], stdout=log, stderr=log))
-        wait_until_up(names, started)
-        yield config
+        for name in ("slurmctld", *names):
+            found.start(name)
+        found.wait_until_up()
+        yield found
     finally:
         empty_queue()
-        for process in reversed(started):
-            process.send_signal(signal.SIGTERM)
-        for process in started:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for left in started_with(config):
+        found.end_all()
+        for left in started_with(found.config):
             os.kill(left, signal.SIGKILL)
         os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
 
@@ -149,22 +179,6 @@ def started_with(config: Path) -> list[int]:
     return found
 
 
-def wait_until_up(names: list[str], started: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for all nodes to be idle. Raises RuntimeError."""
-    deadline, last = time.monotonic() + 90, ""
-    while time.monotonic() < deadline:
-        try:
-            last = ask("sinfo", "-h", "-N", "-p", "low", "-o", "%N %t")
-            if [line.split() for line in sorted(last.splitlines())] == [[name, "idle"] for name in sorted(names)]:
-                return
-        except UserError as error:
-            last = str(error)
-        if any(p.poll() is not None for p in started):
-            break
-        time.sleep(0.5)
-    raise RuntimeError(f"the cluster does not come up: {last}")
-
-
 def main() -> int:
     """Run a cluster until Ctrl-C, or until it is told to end: its daemons end with it."""
     if len(sys.argv) != 2 or missing():
@@ -172,8 +186,8 @@ def main() -> int:
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what is in its background with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    with cluster(Path(sys.argv[1]).resolve()) as config:
-        print(f"export SLURM_CONF={config}", flush=True)
+    with cluster(Path(sys.argv[1]).resolve()) as running:
+        print(f"export SLURM_CONF={running.config}", flush=True)
         try:
             signal.pause()
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from slurm.local_cluster import cluster, missing
+from slurm.local_cluster import Cluster, cluster, missing
 from slurm.queue import ask
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -23,19 +23,19 @@ LINE = ("run", "--protocol", "smoke", "--methods", "rotation", "--evals", "neare
 PROFILE = 'cpus = 1\npartition = "low"\ntime = "30"\n'
 LONG = ("--set", "rotation.recipe.iterations=400")
 
-pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("smoke_data", "conf"), pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("smoke_data", "slurm"), pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
 @pytest.fixture(scope="module")
-def conf(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Path]:
+def slurm(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Cluster]:
     with ExitStack() as stack:
         try:
-            config = stack.enter_context(cluster(tmp_path_factory.mktemp("cluster") / "c"))
+            running = stack.enter_context(cluster(tmp_path_factory.mktemp("cluster") / "c"))
         except (RuntimeError, OSError) as error:  # a machine that lets no daemons run is no fault of ours
             pytest.skip(f"no SLURM can be started here: {error}")
-        environment["SLURM_CONF"] = str(config)
+        environment["SLURM_CONF"] = str(running.config)
         environment["HARNESS_CHECKPOINT_S"] = "1"
-        yield config
+        yield running
 
 
 @pytest.fixture
@@ -96,9 +96,9 @@ def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str
     assert harness(*line, "--runs", "here").stdout == done.stdout
 
 
-@pytest.mark.parametrize("how", ["requeued", "preempted"])
+@pytest.mark.parametrize("how", ["requeued", "signalled", "preempted"])
 def test_a_job_that_is_put_back_goes_on_to_the_same_number(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, how: str) -> None:
-    """By scontrol requeue, as an administrator does it, or by a job of a higher partition that wants the whole cluster."""
+    """By scontrol requeue, as an administrator does it, by the signal that announces a time limit, or by a job of a higher partition."""
     import torch
 
     line = (*LINE, *LONG)
@@ -107,6 +107,8 @@ def test_a_job_that_is_put_back_goes_on_to_the_same_number(harness: Call, on_slu
     pretrain = min(queue(), key=int)
     if how == "requeued":
         ask("scontrol", "requeue", pretrain)
+    elif how == "signalled":
+        ask("scancel", "--signal=USR2", "--batch", pretrain)
     else:
         ask("sbatch", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
     wait_for(lambda: pretrain in ask("squeue", "--me", "-h", "-t", "PENDING", "-o", "%i").split())
@@ -157,8 +159,8 @@ def test_a_failure_takes_down_what_depends_on_it(harness: Call, on_slurm: tuple[
     assert harness(*line, "--retry").returncode == 0
 
 
-def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
-    """All processes of the job die at once, without a word: SLURM starts it again, and it goes on from its last state."""
+def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, slurm: Cluster, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """A node dies: its slurmd and all processes of the job at once, without a word. SLURM starts it again elsewhere, from its last state."""
     line = (*LINE, *LONG)
     assert harness(*line, *on_slurm).returncode == 3
     wait_for(saved(tmp_path / "runs"))
@@ -166,13 +168,38 @@ def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, on_slurm: tuple[
     worker = int(Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[1])
     step = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     assert b"slurmstepd" in Path(f"/proc/{step}/cmdline").read_bytes()
+    dead = ask("squeue", "--me", "-h", "-t", "RUNNING", "-o", "%N").split()[0]
+    slurm.end(dead, signal.SIGKILL)
     for process in (step, worker, job):
         os.kill(process, signal.SIGKILL)
     done = harness(*line, *on_slurm, "--wait", timeout=600)
     attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
+    slurm.start(dead)
+    slurm.wait_until_up()
     assert done.returncode == 0, (done.stdout, done.stderr, attempts)
-    assert [a.get("how") for a in attempts] == [None, "done"]
+    assert [a.get("how") for a in attempts] == [None, "done"] and attempts[0]["host"] == dead != attempts[1]["host"]
     assert "going on from step" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
+
+
+def test_the_controller_is_restarted(
+    harness: Call, environment: dict[str, str], slurm: Cluster, on_slurm: tuple[str, ...], tmp_path: Path
+) -> None:
+    """While it is away the job goes on, and a launcher that follows waits for it; what is in the queue is there again when it is back."""
+    line = (*LINE, *LONG)
+    command = [sys.executable, "-m", "harness", *line, *on_slurm, "--wait"]
+    follower = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(saved(tmp_path / "runs"))
+    slurm.end("slurmctld", signal.SIGKILL)
+    scalars = next((tmp_path / "runs").glob("pretrain-*/metrics.jsonl"))
+    before, gone = scalars.stat().st_size, time.monotonic()
+    wait_for(lambda: scalars.stat().st_size > before and time.monotonic() - gone > 20)
+    slurm.start("slurmctld")
+    said, errors = follower.communicate(timeout=600)
+    assert follower.returncode == 0, errors
+    wait_for(lambda: not queue())
+    ends = [json.loads(p.read_text())["attempts"] for p in (tmp_path / "runs").glob("*/slurm.json")]
+    assert [[a["how"] for a in attempts] for attempts in ends] == [["done"]] * 2
+    assert harness(*line, "--runs", "whole").stdout == said
 
 
 def test_a_job_on_two_machines(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
