@@ -1,4 +1,4 @@
-"""Linear probe: the ViT is frozen, a linear layer on its features is trained, top-1 on ImageNet's val. By MAE's protocol, BEiT's, MoCo v3's or DINO's."""
+"""Linear probe: the ViT is frozen, a linear layer on its features is trained, top-1 on ImageNet's val. By the protocols of MAE, BEiT, MoCo v3, DINO, iGPT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from evals.probe_recipes import CENTRE, dino_blocks, rivals
+from evals.probe_recipes import CENTRE, EVERY_BLOCK, dino_blocks, rivals
 from harness.spec import Augment, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
 
 if TYPE_CHECKING:
@@ -25,29 +25,29 @@ MIDDLE = {"B/16": 9, "L/16": 14}  # the block whose output BEiT's probe reads, f
 class Linear:
     """A linear probe.
 
-    by "mae" (recipes A3): the class token after the final norm, a BatchNorm without affine parameters, LARS, 90 epochs. by "beit" (A7): the
-    mean of the patch tokens after a middle block, without any norm, AdamW, 50 epochs. by "beit-repo": as BEiT's code does, on every block (`evals.layers`).
-    by "mocov3" (A13): the class token after the final norm, SGD, 90 epochs. by "dino" (A14): the last class tokens (`evals.probe_recipes`), SGD, 100 epochs.
-    With the recipe's augmentation switched off (crop_scale and crop_ratio (1, 1), flip 0: the demo's choice) the features of the central
-    crops are computed once and all epochs read them; else every epoch crops anew, by MAE's protocol with its sampler that does not retry.
+    by "mae" (recipes A3): the class token after the final norm, a BatchNorm without affine parameters, LARS, 90 epochs. "beit" (A7): the mean of the patch
+    tokens after a middle block, without any norm, AdamW, 50 epochs. "mocov3" (A13): the class token after the final norm, SGD, 90 epochs. "dino" (A14): the
+    last class tokens, SGD, 100 epochs. "beit-repo", as BEiT's code does, "igpt" (A15) and "igpt-masked": on every block; one is chosen (`evals.layers`).
+    Where the recipe's augmentation is off (`CENTRE`, the demo's choice) the features of the central crops are computed once and all epochs read them; else
+    every epoch crops anew, by MAE's protocol with its sampler that does not retry.
 
     Attributes:
         holdout: fraction of train that is held out and scored instead of val, for tuning; 0 scores val.
-        by: whose protocol.
         layer: block whose output is read, from 1, in BEiT's protocol; None: 9 of ViT-B, 14 of ViT-L, three fifths of the depth elsewhere (ours).
     """
 
     holdout: float = 0.0
-    by: Literal["mae", "beit", "beit-repo", "mocov3", "dino"] = "mae"
+    by: Literal["mae", "beit", "beit-repo", "mocov3", "dino", "igpt", "igpt-masked"] = "mae"
     layer: int | None = None
 
     version: ClassVar[int] = 1
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     summary: ClassVar[str] = "linear probe on ImageNet with a frozen ViT, top-1"
     source: ClassVar[str] = "MAE-repo main_linprobe.py; MAE-paper Table 10 (recipes A3)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"by": name} for name in ("beit", "beit-repo", "mocov3", "dino")}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"by": name} for name in ("beit", "mocov3", "dino", *EVERY_BLOCK)}
     variant_sources: ClassVar[Mapping[str, str]] = {
         "beit": "BEiT-paper App. D, Table 9", "beit-repo": "BEiT-repo run_linear_eval.py; the block is chosen on held-out training images",
+        "igpt": "iGPT-paper 4; the block and the learning rate are chosen likewise; causal attention", "igpt-masked": "the same without the causal mask",
         "mocov3": "MoCo3-repo main_lincls.py", "dino": "DINO-repo eval_linear.py: 4 last class tokens of ViT-S, class token and mean of the patches of ViT-B",
     }
 
@@ -66,7 +66,7 @@ class Linear:
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """paper: MAE-paper Table 10 for ViT-B, L and H, or BEiT's for ViT-B and L. demo, smoke: the same optimiser, short (ours)."""
         if self.by != "mae":
-            return rivals(self.by, protocol.family, vit) if self.by in ("mocov3", "dino") else self.beits(protocol.family, vit)
+            return self.beits(protocol.family, vit) if self.by.startswith("beit") else rivals(self.by, protocol.family, vit)
         if protocol.family == "paper":
             if not vit.paper_size:
                 return None
@@ -124,7 +124,7 @@ class Linear:
     def on_features(self, recipe: Recipe | None) -> bool:
         """Whether images are not augmented, so that the ViT has to see each once only."""
         a = Augment() if recipe is None else recipe.augment
-        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix or self.by == "beit-repo"
+        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix or self.by in EVERY_BLOCK
         return not drawn and (a.crop_scale, a.crop_ratio, a.flip) == (CENTRE.crop_scale, CENTRE.crop_ratio, CENTRE.flip)
 
     def distributed(self, recipe: Recipe | None) -> bool:
@@ -158,8 +158,8 @@ class Linear:
         from harness.randomness import seed_all
         from harness.train import fit
 
-        if self.by == "beit-repo":
-            return probe_layers(checkpoint, context, self.holdout)
+        if self.by in EVERY_BLOCK:
+            return probe_layers(checkpoint, context, self.holdout, self.by)
         session, recipe, size = context.session, context.recipe, checkpoint.config.size
         assert recipe is not None
         train, val = labelled_images("imagenet", session, self.holdout)
