@@ -113,9 +113,8 @@ class Linear:
         )
         if family == "paper":
             return recipe
-        sources = (("batch, lr, length, augment", "ours: a budget of seconds, central crops"), *recipe.sources)
-        length = 120 if family == "demo" else 20
-        return dataclasses.replace(recipe, batch=64, lr=4e-3, lr_batch=None, epochs=None, iterations=length, augment=CENTRE, sources=sources)
+        return dataclasses.replace(recipe, batch=64, lr=4e-3, lr_batch=None, epochs=None, iterations=120 if family == "demo" else 20, augment=CENTRE,
+                                   sources=(("batch, lr, length, augment", "ours: a budget of seconds, central crops"), *recipe.sources))
 
     def skip(self, vit: ViTConfig) -> str | None:
         """A layer that the ViT does not have."""
@@ -124,7 +123,7 @@ class Linear:
     def on_features(self, recipe: Recipe | None) -> bool:
         """Whether images are not augmented, so that the ViT has to see each once only."""
         a = Augment() if recipe is None else recipe.augment
-        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix or self.by in EVERY_BLOCK
+        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix or self.by == "beit-repo"
         return not drawn and (a.crop_scale, a.crop_ratio, a.flip) == (CENTRE.crop_scale, CENTRE.crop_ratio, CENTRE.flip)
 
     def distributed(self, recipe: Recipe | None) -> bool:
@@ -159,7 +158,7 @@ class Linear:
         from harness.train import fit
 
         if self.by in EVERY_BLOCK:
-            return probe_layers(checkpoint, context, self.holdout, self.by)
+            return probe_layers(checkpoint, context, self.holdout, self.by, self.on_features(context.recipe))
         session, recipe, size = context.session, context.recipe, checkpoint.config.size
         assert recipe is not None
         train, val = labelled_images("imagenet", session, self.holdout)
@@ -173,18 +172,18 @@ class Linear:
         return top1(predict(probe, val, evaluate, session), val, session, facts)
 
 
-def collect(probe: Classifier, images: ImageList, transform: Any, session: Session, name: str = "features") -> Any:
-    """Features (n, D) and places (n,) of all images that can be read, computed once and kept in the job's checkpoint folder."""
+def collect(probe: Any, images: ImageList, transform: Any, session: Session, name: str = "features") -> Any:
+    """Features (n, D), or (n, blocks, D), and places (n,) of all images that can be read, computed once and kept in the job's checkpoint folder."""
     import torch
 
     from evals.scoring import image_batches
     from harness.checkpoint import write_atomically
 
     path = Path(session.dir) / "checkpoint" / f"{name}.pt"
+    probe.to(session.device).eval()
     if path.is_file():
         saved = torch.load(path, weights_only=True)
         return saved["features"], saved["places"]
-    probe.to(session.device).eval()
     rows, kept = [], []
     with torch.no_grad(), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
         for indices, batch in image_batches(images, transform, session, 64, name):
@@ -195,8 +194,8 @@ def collect(probe: Classifier, images: ImageList, transform: Any, session: Sessi
     return x, places
 
 
-def features(probe: Classifier, images: ImageList, transform: Any, session: Session) -> Any:
-    """Features (n, D) and labels (n,) of all images that can be read."""
+def features(probe: Any, images: ImageList, transform: Any, session: Session) -> Any:
+    """Features (see `collect`) and labels (n,) of all images that can be read."""
     import torch
 
     assert images.labels is not None
@@ -204,7 +203,7 @@ def features(probe: Classifier, images: ImageList, transform: Any, session: Sess
     return x, torch.from_numpy(images.labels)[places]
 
 
-def train_on_features(probe: Classifier, images: ImageList, transform: Any, recipe: Recipe, session: Session) -> dict[str, Any]:
+def train_on_features(probe: Any, images: ImageList, transform: Any, recipe: Recipe, session: Session) -> dict[str, Any]:
     """`harness.train.fit` for what has no augmentation: the ViT runs once over the images, the epochs over its features. Seconds; not saved midway.
 
     Raises:
@@ -232,8 +231,9 @@ def train_on_features(probe: Classifier, images: ImageList, transform: Any, reci
             order = torch.from_numpy(generator(session.seed, "order", epoch).permutation(len(x))).to(session.device)
         chosen = order[torch.arange(place * recipe.batch, (place + 1) * recipe.batch, device=session.device) % len(x)]
         apply_schedule(optimizer, recipe, step, total)
-        scores = probe.read(x[chosen])
-        loss = F.cross_entropy(scores, label[chosen], label_smoothing=recipe.augment.smoothing)
+        scores = probe.read(x[chosen])  # (B, classes), or (B, heads, classes): each head is trained as if alone
+        heads = scores[0].numel() // scores.shape[-1]
+        loss = heads * F.cross_entropy(scores.flatten(0, -2), label[chosen].repeat_interleave(heads), label_smoothing=recipe.augment.smoothing)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         clip_gradients(trained, recipe)

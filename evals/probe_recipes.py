@@ -42,7 +42,7 @@ def rivals(by: str, family: str, vit: ViTConfig) -> Recipe | None:
 def igpt(family: str, vit: ViTConfig) -> Recipe | None:
     """iGPT-paper (recipes A15): SGD with momentum, a million steps; `lr` is the highest of the learning rates of which one is chosen. All ViTs of the papers.
 
-    demo, smoke: the same optimiser on central crops, a budget of seconds (ours).
+    demo, smoke: the same optimiser on the features of central crops, seconds (ours).
     """
     if family not in ("paper", "demo", "smoke") or (family == "paper" and not vit.paper_size and not small(vit)):
         return None
@@ -53,8 +53,8 @@ def igpt(family: str, vit: ViTConfig) -> Recipe | None:
     recipe = Recipe(batch=128, lr=30.0, iterations=1_000_000, optimizer="sgd", weight_decay=0.0, frozen=("vit.*",), augment=CROPS, sources=sources)
     if family == "paper":
         return recipe
-    sources = (("batch, length, augment", "ours: a budget of seconds, central crops"), *sources)
-    return dataclasses.replace(recipe, batch=64, iterations=200 if family == "demo" else 20, augment=CENTRE, sources=sources)
+    sources = (("batch, length, augment", "ours: features of the central crops, computed once"), *sources)
+    return dataclasses.replace(recipe, batch=256 if family == "demo" else 64, iterations=1000 if family == "demo" else 60, augment=CENTRE, sources=sources)
 
 
 def dino_blocks(vit: ViTConfig) -> tuple[int, bool]:

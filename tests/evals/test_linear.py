@@ -161,11 +161,11 @@ def test_beits_code_gives_each_block_a_head_that_learns_as_if_alone() -> None:
     with torch.no_grad():
         tokens = vit.run_blocks(vit.place(vit.patches(model.normalize(images))))
     assert len(model.heads) == len(tokens) == 2
-    for found, expected in zip(model.features(images), tokens, strict=True):
+    for found, expected in zip(model.features(images).unbind(dim=1), tokens, strict=True):
         assert torch.allclose(found, torch.cat([expected[:, 0], expected[:, 1:].mean(1)], dim=1), atol=1e-6)
     batch = {"image": images, "label": torch.tensor([0, 1])}
     model(batch)["loss"].backward()
-    for head, feature in zip(model.heads, model.features(images), strict=True):
+    for head, feature in zip(model.heads, model.features(images).unbind(dim=1), strict=True):
         alone = torch.nn.functional.cross_entropy(head(feature), batch["label"])
         assert torch.allclose(torch.autograd.grad(alone, head.weight)[0], head.weight.grad, atol=1e-6)
     assert all(p.grad is None for p in model.vit.parameters())
@@ -287,7 +287,7 @@ def test_igpts_probe_reads_the_mean_of_the_patches_after_the_next_norm(by: str) 
         x = vit.place(vit.patches(probe.normalize(images)))
         for i, norm in enumerate((vit.blocks[1].norm1, vit.norm)):
             x = vit.blocks[i](x, is_causal=by == "igpt")
-            assert torch.allclose(probe.features(images)[i], norm(x)[:, 1:].mean(dim=1), atol=1e-5)
+            assert torch.allclose(probe.features(images)[:, i], norm(x)[:, 1:].mean(dim=1), atol=1e-5)
         assert probe.logits(images).shape == (3, 2 * len(RATES), 2)
 
 
@@ -328,22 +328,27 @@ def test_igpts_probe_chooses_block_and_learning_rate_on_images_that_it_was_not_t
     monkeypatch.setattr("evals.layers.fit", fit)
     monkeypatch.setattr("evals.layers.score", score)
     recipe = Linear(by="igpt").recipe(TINY, CONFIG)
-    outcome = Linear(by="igpt").run(backbone(), context(tmp_path / "job", colors, recipe))
+    assert recipe is not None
+    outcome = Linear(by="igpt").run(backbone(), context(tmp_path / "job", colors, dataclasses.replace(recipe, augment=Augment())))
     assert (outcome.facts["layer"], outcome.facts["lr"], outcome.metrics["top-1"]) == (2, pytest.approx(3.0), 0.0)
     assert outcome.facts["held_out_by_layer"] == [0.0, 100.0] and outcome.facts["top1_by_layer"] == [100.0, 0.0] and len(trained) == 22
 
 
-def test_igpts_probe_learns_and_resumes_to_the_same_number(colors: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("augment", [CACHED.augment, AUGMENTED.augment], ids=["cached", "augmented"])
+def test_igpts_probe_learns_and_resumes_to_the_same_number(colors: Path, tmp_path: Path, augment: Augment) -> None:
     recipe = Linear(by="igpt").recipe(TINY, CONFIG)
     assert recipe is not None
-    recipe = dataclasses.replace(recipe, batch=8, iterations=30)
+    recipe = dataclasses.replace(recipe, batch=8, iterations=30, augment=augment)
     whole = Linear(by="igpt").run(backbone(), context(tmp_path / "whole", colors, recipe))
-    assert whole.metrics["top-1"] >= 90
-    with pytest.raises(Interrupted):
-        Linear(by="igpt").run(backbone(), context(tmp_path / "parts", colors, recipe, 7))
-    resumed = Linear(by="igpt").run(backbone(), context(tmp_path / "parts", colors, recipe))
-    assert {k: v for k, v in resumed.facts.items() if k != "seconds"} == {k: v for k, v in whole.facts.items() if k != "seconds"}
-    assert resumed.metrics == whole.metrics
+    assert whole.metrics["top-1"] >= 90 and whole.facts["images_seen"] == (22 if augment == CACHED.augment else 240)
+    for stop in (1, 2, 7):  # the features of 22 images are one batch, of which one look is taken
+        try:
+            Linear(by="igpt").run(backbone(), context(tmp_path / f"parts{stop}", colors, recipe, stop))
+        except Interrupted:
+            assert not (tmp_path / f"parts{stop}" / "outcomes.npz").exists()
+        resumed = Linear(by="igpt").run(backbone(), context(tmp_path / f"parts{stop}", colors, recipe))
+        assert {k: v for k, v in resumed.facts.items() if k != "seconds"} == {k: v for k, v in whole.facts.items() if k != "seconds"}
+        assert resumed.metrics == whole.metrics
 
 
 def test_recipe_of_igpts_probe() -> None:
