@@ -87,8 +87,8 @@ class IGPT:
 
     def notes(self, vit: ViTConfig) -> tuple[str, ...]:
         """What is not iGPT's."""
-        causal = "; evaluated with attention to all patches but by linear, where it is causal as in pre-training" if self.prediction == "next" else ""
-        return (f"iGPT's objective on our ViT, {self.codes} x {self.codes} codes a patch{causal}. Published iGPT has a code a pixel at 32 to 64 pixels",)
+        causal = ", and attention is causal in pre-training and its own linear probe alone" if self.prediction == "next" else ""
+        return (f"iGPT's objective on our ViT: {self.codes} x {self.codes} codes a patch, where iGPT has a code a pixel at 32 to 64 pixels{causal}",)
 
     def skip(self, vit: ViTConfig) -> str | None:
         return f"{self.codes} codes a side do not fit into a patch of {vit.patch} pixels: set codes" if self.codes > vit.patch else None

@@ -35,8 +35,8 @@ CROPS = Augment(crop_scale=((224 / 384) ** 2, (224 / 256) ** 2), crop_ratio=(1.0
 class Palette:
     """Maker of a palette. iGPT clusters the (R, G, B) values of its training images into 512 colours (recipes A15); how many pixels it takes is not said.
 
-    Ours: k-means (scipy) on `pixels` pixels of each image of the first batch, then one step of mini-batch k-means for each batch of new images: a colour
-    goes part of the way to the mean of the pixels that are nearest to it. Pixels are those of the reduced crops that are coded, not of the whole images.
+    Ours: k-means (scipy) on `pixels` pixels of each image of the first batch, then Adam on the same error, a step for each batch of further images.
+    Pixels are those of the reduced crops that are coded, not of the whole images.
 
     Attributes:
         colours: how many.
@@ -56,7 +56,6 @@ class Palette:
 
     name: ClassVar[str] = "palette"
     version: ClassVar[int] = 1
-    distributed: ClassVar[bool] = False  # seconds, and a colour's step is made from a whole batch
     summary: ClassVar[str] = "colours of the training images by k-means: images to codes"
     source: ClassVar[str] = "iGPT-paper 3 (recipes A15); sample and algorithm ours"
 
@@ -64,13 +63,13 @@ class Palette:
         return ("imagenet",)
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """Ours throughout but for the crops: 51,456 images under paper, 5,120 in the demo (with repetition). `lr`: how far towards the mean a colour goes."""
-        lengths = {"paper": (256, 201), "demo": (256, 20), "smoke": (64, 5)}
+        """Ours throughout but for the crops: 51,200 images under paper, 5,120 in the demo, drawn with their crops anew. `lr` is in values of 0..255 a step."""
+        lengths = {"paper": (256, 200), "demo": (256, 20), "smoke": (64, 5)}
         if protocol.family not in lengths:
             return None
         batch, steps = lengths[protocol.family]
-        sources = (("all", "ours: k-means of 65,536 pixels, then of a batch at a time"), ("augment", "iGPT-paper (recipes A15), as areas of a square image"))
-        return Recipe(batch=batch, lr=0.5, iterations=steps, optimizer="sgd", momentum=0.0, weight_decay=0.0, precision="fp32", augment=CROPS, sources=sources)
+        sources = (("all", "ours: k-means of 65,536 pixels, refined on more"), ("augment", "iGPT-paper (recipes A15), as areas of a square image"))
+        return Recipe(batch=batch, lr=1.0, iterations=steps, weight_decay=0.0, precision="fp32", augment=CROPS, sources=sources)
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
         """-> {"pixels": float32 (P, 3), values 0..255} of a reduced crop."""
@@ -92,12 +91,7 @@ def for_grid(protocol: Protocol, vit: ViTConfig, side: int) -> Palette:
 
 
 class PaletteObjective(nn.Module):
-    """k-means as something that `harness.train.fit` trains: one step of SGD with rate r moves each colour the part r of the way to the mean of its pixels.
-
-    Until `prepare` the colours are random.
-    """
-
-    batch_coupled = True  # the mean of a colour's pixels is that over the batch
+    """The error that k-means lowers, as something that `harness.train.fit` goes on lowering. Until `prepare` the colours are random."""
 
     def __init__(self, maker: Palette) -> None:
         super().__init__()
@@ -118,12 +112,9 @@ class PaletteObjective(nn.Module):
         self.colours[: len(distinct)] = torch.from_numpy(distinct).to(self.colours)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
-        """{"pixels": (B, P, 3)} -> {"loss": half the mean squared distance of the pixels of a colour to it, summed over colours; "mse": per value}."""
-        pixels = batch["pixels"].flatten(0, 1)
-        nearest = closest(pixels, self.colours.detach())
-        squared = (pixels - self.colours[nearest]).pow(2).sum(dim=1)
-        share = torch.bincount(nearest, minlength=len(self.colours)).clamp(min=1)[nearest]
-        return {"loss": 0.5 * (squared / share).sum(), "mse": squared.detach().mean() / 3}
+        """{"pixels": (B, P, 3)} -> {"loss": mean squared error of the nearest colours, of values 0..255}."""
+        pixels = batch["pixels"]
+        return {"loss": (pixels - self.colours[closest(pixels, self.colours.detach())]).pow(2).mean()}
 
     @torch.no_grad()
     def check(self, loader: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:

@@ -14,8 +14,11 @@ from PIL import Image
 from protocols_for_tests import family
 from torch import Tensor, nn
 
+from harness.canonical import restore
+from harness.plan import Planner
 from harness.plugins import TrainContext, build
 from harness.randomness import seed_all
+from harness.request import Request
 from harness.spec import UserError, ViTConfig
 from harness.vit import ViT
 from methods.igpt import IGPT, IGPTObjective
@@ -160,3 +163,15 @@ def test_it_names_its_own_probe_under_every_protocol() -> None:
         assert [m.transfer("linear", setting, TINY).variant for m in (IGPT(), masked)] == ["igpt", "igpt-masked"]
     assert IGPT().transfer("imagenet", family("paper"), TINY).source.startswith("ours")
     assert "causal" in IGPT().notes(TINY)[0] and "causal" not in masked.notes(TINY)[0]
+
+
+def test_both_objectives_share_a_palette_and_each_is_probed_as_it_was_trained(tmp_path: Path) -> None:
+    """The column keeps its name; one k-means serves both rows."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "imagenet" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "imagenet" / split / name / "1.png")
+    plan = Planner(Request(("igpt", "igpt@masked"), ("linear",), protocol="paper", data=str(tmp_path))).plan()
+    assert sorted(n.kind for n in plan.nodes) == ["asset", "evaluate", "evaluate", "pretrain", "pretrain"]
+    found = [(cell.about["eval"], restore(cell.node.identity["plugin"]).by) for cell in plan.cells if cell.node is not None]
+    assert found == [("linear", "igpt"), ("linear", "igpt-masked")]
