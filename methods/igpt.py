@@ -78,7 +78,7 @@ class IGPT:
         return {"palette": Asset(maker=for_grid(protocol, vit, self.codes))}
 
     def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
-        """Its own linear probe under every protocol: its class token sees no image, and its best features are in the middle (iGPT-paper 4.1)."""
+        """Its own linear probe under every protocol: its class token sees no image, and its best features are in the middle (iGPT-paper 4)."""
         if evaluator == "linear":
             return Overrides(variant="igpt" if self.prediction == "next" else "igpt-masked")
         if protocol.family == "paper" and evaluator in ("imagenet", "cifar100"):
