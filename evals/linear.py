@@ -1,4 +1,4 @@
-"""Linear probe: the ViT is frozen, a linear layer on its features is trained, top-1 on ImageNet's val. By MAE's protocol, BEiT's, MoCo v3's or DINO's."""
+"""Linear probe: the ViT is frozen, a linear layer on its features is trained, top-1 on ImageNet's val. By the protocols of MAE, BEiT, MoCo v3, DINO, iGPT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from evals.probe_recipes import CENTRE, dino_blocks, rivals
+from evals.probe_recipes import CENTRE, EVERY_BLOCK, dino_blocks, rivals
 from harness.spec import Augment, Metric, Outcome, Protocol, Recipe, UserError, ViTConfig
 
 if TYPE_CHECKING:
@@ -25,29 +25,29 @@ MIDDLE = {"B/16": 9, "L/16": 14}  # the block whose output BEiT's probe reads, f
 class Linear:
     """A linear probe.
 
-    by "mae" (recipes A3): the class token after the final norm, a BatchNorm without affine parameters, LARS, 90 epochs. by "beit" (A7): the
-    mean of the patch tokens after a middle block, without any norm, AdamW, 50 epochs. by "beit-repo": as BEiT's code does, on every block (`evals.layers`).
-    by "mocov3" (A13): the class token after the final norm, SGD, 90 epochs. by "dino" (A14): the last class tokens (`evals.probe_recipes`), SGD, 100 epochs.
-    With the recipe's augmentation switched off (crop_scale and crop_ratio (1, 1), flip 0: the demo's choice) the features of the central
-    crops are computed once and all epochs read them; else every epoch crops anew, by MAE's protocol with its sampler that does not retry.
+    by "mae" (recipes A3): the class token after the final norm, a BatchNorm without affine parameters, LARS, 90 epochs. "beit" (A7): the mean of the patch
+    tokens after a middle block, without any norm, AdamW, 50 epochs. "mocov3" (A13): the class token after the final norm, SGD, 90 epochs. "dino" (A14): the
+    last class tokens, SGD, 100 epochs. "beit-repo", as BEiT's code does, "igpt" (A15) and "igpt-masked": on every block; one is chosen (`evals.layers`).
+    Where the recipe's augmentation is off (`CENTRE`, the demo's choice) the features of the central crops are computed once and all epochs read them; else
+    every epoch crops anew, by MAE's protocol with its sampler that does not retry.
 
     Attributes:
         holdout: fraction of train that is held out and scored instead of val, for tuning; 0 scores val.
-        by: whose protocol.
         layer: block whose output is read, from 1, in BEiT's protocol; None: 9 of ViT-B, 14 of ViT-L, three fifths of the depth elsewhere (ours).
     """
 
     holdout: float = 0.0
-    by: Literal["mae", "beit", "beit-repo", "mocov3", "dino"] = "mae"
+    by: Literal["mae", "beit", "beit-repo", "mocov3", "dino", "igpt", "igpt-masked"] = "mae"
     layer: int | None = None
 
     version: ClassVar[int] = 1
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     summary: ClassVar[str] = "linear probe on ImageNet with a frozen ViT, top-1"
     source: ClassVar[str] = "MAE-repo main_linprobe.py; MAE-paper Table 10 (recipes A3)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"by": name} for name in ("beit", "beit-repo", "mocov3", "dino")}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"by": name} for name in ("beit", "mocov3", "dino", *EVERY_BLOCK)}
     variant_sources: ClassVar[Mapping[str, str]] = {
         "beit": "BEiT-paper App. D, Table 9", "beit-repo": "BEiT-repo run_linear_eval.py; the block is chosen on held-out training images",
+        "igpt": "iGPT-paper 4; the block and the learning rate are chosen likewise; causal attention", "igpt-masked": "the same without the causal mask",
         "mocov3": "MoCo3-repo main_lincls.py", "dino": "DINO-repo eval_linear.py: 4 last class tokens of ViT-S, class token and mean of the patches of ViT-B",
     }
 
@@ -66,7 +66,7 @@ class Linear:
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """paper: MAE-paper Table 10 for ViT-B, L and H, or BEiT's for ViT-B and L. demo, smoke: the same optimiser, short (ours)."""
         if self.by != "mae":
-            return rivals(self.by, protocol.family, vit) if self.by in ("mocov3", "dino") else self.beits(protocol.family, vit)
+            return self.beits(protocol.family, vit) if self.by.startswith("beit") else rivals(self.by, protocol.family, vit)
         if protocol.family == "paper":
             if not vit.paper_size:
                 return None
@@ -113,9 +113,8 @@ class Linear:
         )
         if family == "paper":
             return recipe
-        sources = (("batch, lr, length, augment", "ours: a budget of seconds, central crops"), *recipe.sources)
-        length = 120 if family == "demo" else 20
-        return dataclasses.replace(recipe, batch=64, lr=4e-3, lr_batch=None, epochs=None, iterations=length, augment=CENTRE, sources=sources)
+        return dataclasses.replace(recipe, batch=64, lr=4e-3, lr_batch=None, epochs=None, iterations=120 if family == "demo" else 20, augment=CENTRE,
+                                   sources=(("batch, lr, length, augment", "ours: a budget of seconds, central crops"), *recipe.sources))
 
     def skip(self, vit: ViTConfig) -> str | None:
         """A layer that the ViT does not have."""
@@ -158,8 +157,8 @@ class Linear:
         from harness.randomness import seed_all
         from harness.train import fit
 
-        if self.by == "beit-repo":
-            return probe_layers(checkpoint, context, self.holdout)
+        if self.by in EVERY_BLOCK:
+            return probe_layers(checkpoint, context, self.holdout, self.by, self.on_features(context.recipe))
         session, recipe, size = context.session, context.recipe, checkpoint.config.size
         assert recipe is not None
         train, val = labelled_images("imagenet", session, self.holdout)
@@ -173,18 +172,18 @@ class Linear:
         return top1(predict(probe, val, evaluate, session), val, session, facts)
 
 
-def collect(probe: Classifier, images: ImageList, transform: Any, session: Session, name: str = "features") -> Any:
-    """Features (n, D) and places (n,) of all images that can be read, computed once and kept in the job's checkpoint folder."""
+def collect(probe: Any, images: ImageList, transform: Any, session: Session, name: str = "features") -> Any:
+    """Features (n, D), or (n, blocks, D), and places (n,) of all images that can be read, computed once and kept in the job's checkpoint folder."""
     import torch
 
     from evals.scoring import image_batches
     from harness.checkpoint import write_atomically
 
     path = Path(session.dir) / "checkpoint" / f"{name}.pt"
+    probe.to(session.device).eval()
     if path.is_file():
         saved = torch.load(path, weights_only=True)
         return saved["features"], saved["places"]
-    probe.to(session.device).eval()
     rows, kept = [], []
     with torch.no_grad(), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
         for indices, batch in image_batches(images, transform, session, 64, name):
@@ -195,8 +194,8 @@ def collect(probe: Classifier, images: ImageList, transform: Any, session: Sessi
     return x, places
 
 
-def features(probe: Classifier, images: ImageList, transform: Any, session: Session) -> Any:
-    """Features (n, D) and labels (n,) of all images that can be read."""
+def features(probe: Any, images: ImageList, transform: Any, session: Session) -> Any:
+    """Features (see `collect`) and labels (n,) of all images that can be read."""
     import torch
 
     assert images.labels is not None
@@ -204,7 +203,7 @@ def features(probe: Classifier, images: ImageList, transform: Any, session: Sess
     return x, torch.from_numpy(images.labels)[places]
 
 
-def train_on_features(probe: Classifier, images: ImageList, transform: Any, recipe: Recipe, session: Session) -> dict[str, Any]:
+def train_on_features(probe: Any, images: ImageList, transform: Any, recipe: Recipe, session: Session) -> dict[str, Any]:
     """`harness.train.fit` for what has no augmentation: the ViT runs once over the images, the epochs over its features. Seconds; not saved midway.
 
     Raises:
@@ -232,8 +231,9 @@ def train_on_features(probe: Classifier, images: ImageList, transform: Any, reci
             order = torch.from_numpy(generator(session.seed, "order", epoch).permutation(len(x))).to(session.device)
         chosen = order[torch.arange(place * recipe.batch, (place + 1) * recipe.batch, device=session.device) % len(x)]
         apply_schedule(optimizer, recipe, step, total)
-        scores = probe.read(x[chosen])
-        loss = F.cross_entropy(scores, label[chosen], label_smoothing=recipe.augment.smoothing)
+        scores = probe.read(x[chosen])  # (B, classes), or (B, heads, classes): each head is trained as if alone
+        heads = scores[0].numel() // scores.shape[-1]
+        loss = heads * F.cross_entropy(scores.flatten(0, -2), label[chosen].repeat_interleave(heads), label_smoothing=recipe.augment.smoothing)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         clip_gradients(trained, recipe)

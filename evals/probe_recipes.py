@@ -1,4 +1,4 @@
-"""Recipes of MoCo v3's and DINO's own linear probes (recipes A13, A14), and which of a ViT's outputs DINO's reads."""
+"""Recipes of MoCo v3's, DINO's and iGPT's own linear probes (recipes A13 to A15), and which of a ViT's outputs DINO's reads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from harness.spec import Augment, Recipe, ViTConfig
 
 CROPS, CENTRE = Augment(crop_scale=(0.08, 1.0)), Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+EVERY_BLOCK = ("beit-repo", "igpt", "igpt-masked")  # protocols that probe every block and choose one (`evals.layers`)
 
 
 def small(vit: ViTConfig) -> bool:
@@ -15,10 +16,12 @@ def small(vit: ViTConfig) -> bool:
 
 
 def rivals(by: str, family: str, vit: ViTConfig) -> Recipe | None:
-    """MoCo3-repo main_lincls.py (ViT-S, B, L) or DINO-repo eval_linear.py (ViT-S, B): SGD with momentum, a cosine without warm-up, no decay.
+    """MoCo3-repo main_lincls.py (ViT-S, B, L) or DINO-repo eval_linear.py (ViT-S, B): SGD with momentum, a cosine without warm-up, no decay. For iGPT: `igpt`.
 
     demo, smoke: the same optimiser on the features of central crops, shorter in smoke (ours).
     """
+    if by.startswith("igpt"):
+        return igpt(family, vit)
     sizes = ("B/16", "L/16") if by == "mocov3" else ("B/16",)
     if family not in ("paper", "demo", "smoke") or (family == "paper" and vit.paper_size not in sizes and not small(vit)):
         return None
@@ -34,6 +37,24 @@ def rivals(by: str, family: str, vit: ViTConfig) -> Recipe | None:
         return recipe
     sources = (*sources, ("batch, augment", "ours: features of the central crops, computed once"), ("epochs", "smoke's length is ours"))
     return dataclasses.replace(recipe, batch=512 if family == "demo" else 64, epochs=recipe.epochs if family == "demo" else 20, augment=CENTRE, sources=sources)
+
+
+def igpt(family: str, vit: ViTConfig) -> Recipe | None:
+    """iGPT-paper (recipes A15): SGD with momentum, a million steps; `lr` is the highest of the learning rates of which one is chosen. All ViTs of the papers.
+
+    demo, smoke: the same optimiser on the features of central crops, seconds (ours).
+    """
+    if family not in ("paper", "demo", "smoke") or (family == "paper" and not vit.paper_size and not small(vit)):
+        return None
+    sources: tuple[tuple[str, str], ...] = (
+        ("lr, optimizer, momentum, length", "iGPT-paper (recipes A15)"), ("batch, schedule, weight_decay, augment", "ours: not in A15; plain crops and flips"),
+        ("all", "iGPT-paper (recipes A15), the block and the learning rate chosen on held-out training images"),
+    )
+    recipe = Recipe(batch=128, lr=30.0, iterations=1_000_000, optimizer="sgd", weight_decay=0.0, frozen=("vit.*",), augment=CROPS, sources=sources)
+    if family == "paper":
+        return recipe
+    sources = (("batch, length, augment", "ours: features of the central crops, computed once"), *sources)
+    return dataclasses.replace(recipe, batch=256 if family == "demo" else 64, iterations=1000 if family == "demo" else 60, augment=CENTRE, sources=sources)
 
 
 def dino_blocks(vit: ViTConfig) -> tuple[int, bool]:

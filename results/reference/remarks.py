@@ -55,6 +55,8 @@ REMARKS: tuple[Remark, ...] = (
     Remark("the paper does not say of how many epochs; 76.7 is the 600-epoch value of MoCo v3's paper", "BEiT", "9", "MoCo-v3", backbone="ViT-B/16"),
     Remark("from DINO's own Table 6, a long recipe in DeiT's style: fine-tuned otherwise than its neighbours", "[BM]*", "*", "DINO", eval="IN1K-ft-224"),
     Remark("400 epochs: stated by BEiT's Table 10", "BEiT", "*", "DINO", eval="IN1K-linear"),
+    Remark("another architecture at another resolution: 76 million (S) to 6.8 billion (XL) parameters, a token for each pixel of an image of 32 to 64 pixels "
+           "(MR); the method igpt is its objective on our ViT, and is not compared with it", method="iGPT", variant="*MR*"),
     Remark("iGPT-L on the input of a VQVAE; on pixels its own paper has 65.2 (48x48) and 60.3 (32x32)", "MAE", "12", "iGPT", backbone="iGPT-L"),
     # MAE: which MAE
     Remark("unnormalised pixels, 800 epochs, unless the row says otherwise; the released weights (normalised pixels, 1600 epochs) have 85.9", "MAE",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evals.layers import LastBlocks, LayerProbes
+from evals.layers import PROBES, RATES, LastBlocks, LayerProbes
 from evals.linear import Linear, features, train_on_features
 from evals.scoring import labelled_images
 from harness.augment import EvalTransform
@@ -161,11 +161,11 @@ def test_beits_code_gives_each_block_a_head_that_learns_as_if_alone() -> None:
     with torch.no_grad():
         tokens = vit.run_blocks(vit.place(vit.patches(model.normalize(images))))
     assert len(model.heads) == len(tokens) == 2
-    for found, expected in zip(model.features(images), tokens, strict=True):
+    for found, expected in zip(model.features(images).unbind(dim=1), tokens, strict=True):
         assert torch.allclose(found, torch.cat([expected[:, 0], expected[:, 1:].mean(1)], dim=1), atol=1e-6)
     batch = {"image": images, "label": torch.tensor([0, 1])}
     model(batch)["loss"].backward()
-    for head, feature in zip(model.heads, model.features(images), strict=True):
+    for head, feature in zip(model.heads, model.features(images).unbind(dim=1), strict=True):
         alone = torch.nn.functional.cross_entropy(head(feature), batch["label"])
         assert torch.allclose(torch.autograd.grad(alone, head.weight)[0], head.weight.grad, atol=1e-6)
     assert all(p.grad is None for p in model.vit.parameters())
@@ -274,3 +274,88 @@ def test_recipes() -> None:
         assert restore(json.loads(json.dumps(canonical(recipe)))) == recipe
     with pytest.raises(UserError, match="holdout"):
         Linear(holdout=1.5)
+
+
+@pytest.mark.parametrize("by", ["igpt", "igpt-masked"])
+def test_igpts_probe_reads_the_mean_of_the_patches_after_the_next_norm(by: str) -> None:
+    """Causal where it was pre-trained so: there a later patch changes nothing of the one before it, but the mean still sees all of them."""
+    checkpoint = backbone()
+    probe = PROBES[by](checkpoint.build(), 2, checkpoint.mean, checkpoint.std).eval()
+    images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    vit = probe.vit
+    with torch.no_grad():
+        x = vit.place(vit.patches(probe.normalize(images)))
+        for i, norm in enumerate((vit.blocks[1].norm1, vit.norm)):
+            x = vit.blocks[i](x, is_causal=by == "igpt")
+            assert torch.allclose(probe.features(images)[:, i], norm(x)[:, 1:].mean(dim=1), atol=1e-5)
+        assert probe.logits(images).shape == (3, 2 * len(RATES), 2)
+
+
+def test_a_head_of_a_rate_learns_as_with_that_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of rate 0.1 at a learning rate of 2 scores as one of rate 1 at 0.2; without that, one learning rate would be tried six times."""
+    batch = {"image": torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8), "label": torch.arange(8) % 3}
+    scores = []
+    for rate, lr in ((0.1, 2.0), (1.0, 0.2)):
+        monkeypatch.setattr(PROBES["igpt"], "rates", (rate,))
+        probe = PROBES["igpt"](backbone().build(), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        for head in probe.heads:
+            torch.nn.init.zeros_(head.weight)
+        optimizer = torch.optim.SGD(probe.heads.parameters(), lr=lr, momentum=0.9)
+        for _ in range(10):
+            optimizer.zero_grad()
+            probe(batch)["loss"].backward()
+            optimizer.step()
+        scores.append(probe.logits(batch["image"]).detach())
+    assert torch.allclose(scores[0], scores[1], atol=1e-4) and scores[0].std() > 0.1
+
+
+def test_igpts_probe_chooses_block_and_learning_rate_on_images_that_it_was_not_trained_on(
+    colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of few images is held out; the chosen head is scored on val, whatever val says of the others."""
+    trained: list[object] = []
+
+    def fit(model: LayerProbes, images: ImageList, *rest: object) -> dict[str, object]:
+        trained.extend(images.files)
+        return {}
+
+    def score(model: LayerProbes, images: ImageList, transform: object, session: Session, stage: str, **more: object) -> tuple[np.ndarray, np.ndarray]:
+        assert stage == "predict" or (not set(images.files) & set(trained) and len(images) == 2)
+        rows = np.stack([1 - images.labels] * 2 * len(RATES), axis=1)  # all wrong but for
+        rows[:, len(RATES) + 2 if stage == "choose" else 0] = images.labels
+        return np.arange(len(images)), rows
+
+    monkeypatch.setattr("evals.layers.fit", fit)
+    monkeypatch.setattr("evals.layers.score", score)
+    recipe = Linear(by="igpt").recipe(TINY, CONFIG)
+    assert recipe is not None
+    outcome = Linear(by="igpt").run(backbone(), context(tmp_path / "job", colors, dataclasses.replace(recipe, augment=Augment())))
+    assert (outcome.facts["layer"], outcome.facts["lr"], outcome.metrics["top-1"]) == (2, pytest.approx(3.0), 0.0)
+    assert outcome.facts["held_out_by_layer"] == [0.0, 100.0] and outcome.facts["top1_by_layer"] == [100.0, 0.0] and len(trained) == 22
+
+
+@pytest.mark.parametrize("augment", [CACHED.augment, AUGMENTED.augment], ids=["cached", "augmented"])
+def test_igpts_probe_learns_and_resumes_to_the_same_number(colors: Path, tmp_path: Path, augment: Augment) -> None:
+    recipe = Linear(by="igpt").recipe(TINY, CONFIG)
+    assert recipe is not None
+    recipe = dataclasses.replace(recipe, batch=8, iterations=30, augment=augment)
+    whole = Linear(by="igpt").run(backbone(), context(tmp_path / "whole", colors, recipe))
+    assert whole.metrics["top-1"] >= 90 and whole.facts["images_seen"] == (22 if augment == CACHED.augment else 240)
+    for stop in (1, 2, 7):  # the features of 22 images are one batch, of which one look is taken
+        try:
+            Linear(by="igpt").run(backbone(), context(tmp_path / f"parts{stop}", colors, recipe, stop))
+        except Interrupted:
+            assert not (tmp_path / f"parts{stop}" / "outcomes.npz").exists()
+        resumed = Linear(by="igpt").run(backbone(), context(tmp_path / f"parts{stop}", colors, recipe))
+        assert {k: v for k, v in resumed.facts.items() if k != "seconds"} == {k: v for k, v in whole.facts.items() if k != "seconds"}
+        assert resumed.metrics == whole.metrics
+
+
+def test_recipe_of_igpts_probe() -> None:
+    """recipes A15: SGD with momentum 0.9, 1M iterations, learning rates 30, 10, 3, ...; what A15 does not have is marked as ours."""
+    recipe = Linear(by="igpt").recipe(dataclasses.replace(TINY, family="paper"), ViTConfig())
+    assert recipe is not None and (recipe.optimizer, recipe.momentum, recipe.iterations, recipe.weight_decay) == ("sgd", 0.9, 1_000_000, 0.0)
+    assert [round(recipe.peak_lr * rate, 4) for rate in RATES] == [30, 10, 3, 1, 0.3, 0.1]
+    assert {words for words, source in recipe.sources if source.startswith("ours")} == {"batch, schedule, weight_decay, augment"}
+    assert Linear(by="igpt").recipe(dataclasses.replace(TINY, family="paper"), CONFIG) is None
+    assert Linear(by="igpt").recipe(TINY, CONFIG) == Linear(by="igpt-masked").recipe(TINY, CONFIG)
