@@ -5,7 +5,8 @@
 DIR holds imagenet and dall-e/encoder.pkl. One seed, as in the paper; --seeds 0,1,2 gives a verdict.
 
 Expected: DeiT-B 81.8, DeiT384-B 83.1; BEiT-B 83.2, BEiT384-B 84.6; BEiT-L 85.2, BEiT384-L 86.3.
-Not run: ViT384 (its recipe is not in the paper, ImageNet-22K and JFT-300M are no data sets here), iGPT, MoCo v3, DINO (issue 8).
+Not run: ViT384 (its recipe is not in the paper, ImageNet-22K and JFT-300M are no data sets here), iGPT (another architecture; `igpt` is
+its objective on our ViT), MoCo v3, DINO.
 
 Cost: 6.4e20 FLOPs of pre-training, counted on one step of each recipe (forward and backward, tokenizer included, multiply and add = 2). Fine-tuning and
 device-hours: not measured.
