@@ -15,10 +15,11 @@ from known_answers import config, golden, section
 from torch import Tensor
 
 from harness.positions import sincos_positions
-from harness.spec import IMAGENET_MEAN, UserError
+from harness.spec import IMAGENET_MEAN, UserError, ViTConfig
 from harness.vit import ViT
 from weights.files import files_of
 from weights.loading import Loaded, read
+from weights.method import Weights
 
 MOCO, DINO = golden("mocov3_loss"), golden("dino_loss")
 
@@ -68,6 +69,11 @@ def test_mocos_small_vit_has_twelve_heads_and_its_positions_are_known(tmp_path: 
     torch.save({"state_dict": state, "arch": "vit_small"}, tmp_path / "vit-s-300ep.pth.tar")
     loaded = read(files_of(tmp_path / "vit-s-300ep.pth.tar"))
     assert (loaded.config.heads, loaded.heads_from, loaded.config.positions) == (12, "MoCo v3's ViT-S", "sincos-moco")
+    method, small = Weights.from_argument(str(tmp_path / "vit-s-300ep.pth.tar")), ViTConfig(size=(64, 64), width=384, depth=1, heads=6)
+    lent = method.architecture(small, published=True)
+    assert (lent.heads, lent.positions) == (12, "sincos-moco") and method.skip(dataclasses.replace(lent, patch=8, size=(32, 32))) is None
+    with pytest.raises(UserError, match="heads 12, the backbone has 6"):  # one ViT for all: another number of heads is another ViT
+        method.skip(dataclasses.replace(method.architecture(small, published=False), patch=8, size=(32, 32)))
 
 
 def test_dinos_full_checkpoint_is_the_teacher(tmp_path: Path) -> None:
