@@ -164,6 +164,27 @@ def rename(state: Mapping[str, Tensor], style: Style, where: str) -> tuple[dict[
     return found, tuple(left)
 
 
+def split_second_token(state: Mapping[str, Tensor], where: str) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+    """(a ViT with a class token alone, the rest of it) of DeiT's distilled ViT, whose second token, between class token and patches, has a position and a head.
+
+    The rest is what `methods.deit` keeps of its own: "distillation" (2, 1, D), token and position, "teacher_head.weight" and "teacher_head.bias". It is empty
+    for any other state dict, which comes back as it is.
+
+    Raises:
+        UserError: a part of the second token is missing, or of another shape.
+    """
+    if "dist_token" not in state:
+        return state, {}
+    parts = {k: state[k].detach().float() for k in ("pos_embed", "dist_token", "head_dist.weight", "head_dist.bias") if k in state}
+    table, token = (parts.get(k, torch.empty(0)) for k in ("pos_embed", "dist_token"))
+    heads = [k for k in parts if k.startswith("head_dist.")]
+    if len(heads) == 1 or table.ndim != 3 or table.shape[1] < 3 or token.shape != (1, 1, table.shape[2]):
+        raise UserError(f"{where}: dist_token {tuple(token.shape)} with {listed([*heads, 'pos_embed'])} {tuple(table.shape)}: no whole distilled ViT of DeiT's")
+    second = {"distillation": torch.cat([token[0], table[0, 1:2]])[:, None], **{f"teacher_head.{k.rpartition('.')[2]}": parts[k] for k in heads}}
+    rest = {k: v for k, v in state.items() if k not in ("dist_token", *heads)}
+    return {**rest, "pos_embed": torch.cat([table[:, :1], table[:, 2:]], dim=1)}, second
+
+
 def join(found: dict[str, Tensor], place: str, where: str) -> None:
     """Separate q, k, v of one attention become the fused qkv, in place."""
     for kind in ("weight", "bias"):
