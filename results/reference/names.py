@@ -63,6 +63,7 @@ METHODS: tuple[Counterpart, ...] = (
         ("random", "random-mask"), ("pixels", "pixel-target"), ("pixels-random", "pixel-target+random-mask"), ("all", "recover-100pct"),
         ("unmasked", "no-mask+recover-100pct"), ("intermediate", "plain-ViT+interm-IN1K-ft"), ("layer-scale", "LayerScale"))),
     *(Counterpart(("beit@plus", "beit@plus-300"), method="BEiT", variant=v) for v in ("LayerScale+relpos", "official-code-rerun")),
+    Counterpart(("beit-dino",), method="BEiT", variant="BEiT+DINO-multitask"),
     Counterpart((), paper="MAE", method="BEiT", variant="MAE-authors-protocol", near={"beit": WHICH.format("BEiT"), "beit@plus": WHICH.format("BEiT")}),
     Counterpart(("mae", "mae@1600"), method="ViTDet", variant="MAE-1600"),
     # labels
