@@ -206,7 +206,8 @@ class ConvNet:
         """demo, smoke: ours. None for others: at the papers' scale the teacher is a file."""
         length = {"demo": 400, "smoke": 20}.get(protocol.family)
         return None if length is None else Recipe(
-            batch=32, lr=2e-3, iterations=length, warmup=length // 20, augment=Augment(crop_scale=(0.35, 1.0), smoothing=0.1), sources=(("all", "ours"),),
+            batch=32, lr=2e-3, iterations=length, warmup=length // 20, augment=Augment(crop_scale=(0.35, 1.0), smoothing=0.1),
+            sources=(("all", "ours, not tuned"),),
         )
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:

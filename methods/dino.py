@@ -119,13 +119,14 @@ class DINO:
         if protocol.family == "paper":
             return published.dino_pretraining(vit, self.by, self.epochs, frozen)
         augment = Augment(crop_scale=(0.4, 1.0), color_jitter=(0.4, 0.4, 0.2))
-        sources = (("batch, lr, length, warmup", "ours, scaled down"), ("weight_decay, clip, min_lr, augment", "DINO-repo main_dino.py (recipes A14)"))
+        sources = (("batch, lr, length, warmup", "ours, scaled down, not tuned: as long as mae and beit together"),
+                   ("weight_decay, clip, min_lr, augment", "DINO-repo main_dino.py (recipes A14)"))
         shared: dict[str, Any] = {
             "min_lr": 1e-6, "schedule": "cosine-stepwise", "weight_decay": 0.04, "weight_decay_end": 0.4, "clip": 3.0, "clip_mode": "tensor",
             "frozen": frozen, "augment": augment, "sources": sources,
         }
         if protocol.family == "demo":
-            return Recipe(batch=32, lr=1e-3, iterations=500, warmup=50, **shared)
+            return Recipe(batch=32, lr=1e-3, iterations=800, warmup=80, **shared)
         if protocol.family == "smoke":
             return Recipe(batch=16, lr=1e-3, iterations=16, warmup=2, **shared)
         return None
