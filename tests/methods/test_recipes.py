@@ -38,7 +38,7 @@ ROWS = {
     ("dino", B): {"batch": 1024, "peak_lr": 3e-3, "epochs": 400, "clip": 0.3},
     ("supervised@deit", S): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "drop_path": 0.1, "weight_decay": 0.05},
     ("moco-v3", S): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 300, "frozen": ("vit.pos_embed", "vit.patch_embed.*")},
-    ("dino@repo", S): {"peak_lr": 2e-3, "epochs": 100, "clip": 3.0},
+    ("dino@repo", S): {"peak_lr": 2e-3, "epochs": 100, "clip": 3.0}, ("dino@boosted", S): {"peak_lr": 2e-3, "epochs": 300, "clip": 3.0},
 }
 
 
@@ -104,11 +104,12 @@ def test_small_vits_are_tuned_and_probed_where_a_source_says_how(photos: Path) -
     assert own.node is not None and own.node.identity["use_head"] and own.node.identity["recipe"] is None
     (probe,) = planner(photos, "dino@repo", "linear", backbone="vit-s16").plan().cells
     assert probe.node is not None and restore(probe.node.identity["plugin"]).by == "dino"
-    with pytest.raises(UserError, match=r"imagenet has no recipe for protocol paper with backbone vit-s16: no source gives one"):
-        planner(photos, "dino@repo", backbone="vit-s16").plan()
+    with pytest.raises(UserError, match=r"cifar100 has no recipe for protocol paper with backbone vit-s16: no source gives one"):
+        planner(photos, "dino@repo", "cifar100", backbone="vit-s16").plan()
     cells = planner(photos, "dino@repo", "all", backbone="vit-s16").plan().cells
     told = {c.about["eval"]: c.skipped for c in cells}
-    assert "no source gives one" in told["imagenet"] and "no source gives one" in told["cifar100"] and not told["knn"] and not told["linear"]
+    assert "no source gives one" in told["ade20k"] and "no source gives one" in told["cifar100"]
+    assert not (told["knn"] or told["linear"] or told["imagenet"])
     with pytest.raises(UserError, match=r"dino@repo has no recipe .* vit-s16-12h: no source gives one; there is one for vit-s16, vit-b16$"):
         planner(photos, "dino@repo", "knn", backbone="vit-s16-12h").plan()
 
