@@ -3,7 +3,8 @@
 The rival is `supervised`: one view of each image, forward and backward. A step is what `harness.train.fit` does: forward, backward, clipping, optimiser and
 what the method does after it; targets and teachers are part of it, with assets as their makers start them. Rounds of all methods are interleaved in one
 process; on a CPU it has one thread and processor time is measured, so that other processes count less, and memory is that of a process that does nothing
-else, above what it had after its imports. Images are noise. Prints the table and, with a folder as argument, writes a dated JSON there.
+else, above what it had after its imports. Images are noise. Prints the table and, with a folder as argument, writes a dated JSON there. What it does on a GPU
+(clock time after a synchronisation, the device's peak memory) has never been run.
 
     .venv/bin/python benchmarks/every_method.py [benchmarks/results]
     .venv/bin/python benchmarks/every_method.py --device cuda --protocol paper --backbone vit-b16 --batch 64 --data DIR benchmarks/results

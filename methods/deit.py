@@ -70,9 +70,9 @@ class DeiTDistilled(Supervised):
             load_teacher, name=self.teacher))}
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
-        """That of `supervised@deit`; DeiT's code exempts the second token from weight decay as it does the class token."""
+        """That of `supervised@deit`. Of the second token DeiT's code decays the token, whose name timm's list of exceptions did not have, not its position."""
         recipe = super().recipe(protocol, vit)
-        return recipe if recipe is None or not recipe.no_decay else replace(recipe, no_decay=(*recipe.no_decay, "distillation"))
+        return recipe if recipe is None or not recipe.no_decay else replace(recipe, no_decay=(*recipe.no_decay, "token_position"))
 
     def read_out(self, vit: ViT, context: TrainContext) -> DistilledClassifier:
         """Both heads and the teacher. Raises UserError when that knows other classes."""
@@ -98,10 +98,10 @@ class DistilledClassifier(Classifier):
 
     def __init__(self, vit: ViT, classes: Any, **read_out: Any) -> None:
         super().__init__(vit, classes, **{**read_out, "pooling": "cls"})
-        # the token and its position, drawn and trained as two as in the original: AdamW moves their sum twice as fast as one
-        self.distillation = nn.Parameter(torch.empty(2, 1, vit.config.width))
+        # drawn and trained as two, as in the original: AdamW moves their sum twice as fast as one
+        self.token, self.token_position = (nn.Parameter(torch.empty(1, 1, vit.config.width)) for _ in range(2))
         self.teacher_head = nn.Linear(vit.config.width, len(self.classes))
-        for weight in (self.distillation, self.teacher_head.weight):
+        for weight in (self.token, self.token_position, self.teacher_head.weight):
             nn.init.trunc_normal_(weight, std=0.02)
         nn.init.zeros_(self.teacher_head.bias)
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple it is no part of the module: neither trained nor saved with it
@@ -118,7 +118,7 @@ class DistilledClassifier(Classifier):
         """Class and distillation token after the final norm, (B, 2, D), of normalised images."""
         grid = (images.shape[-2] // self.vit.config.patch, images.shape[-1] // self.vit.config.patch)
         x = self.vit.place(self.vit.patches(images), grid=grid)
-        x = torch.cat([x[:, :1], self.distillation.sum(0).expand(len(x), 1, -1).to(x.dtype), x[:, 1:]], dim=1)
+        x = torch.cat([x[:, :1], (self.token + self.token_position).expand(len(x), -1, -1).to(x.dtype), x[:, 1:]], dim=1)
         return single(self.vit.norm(self.vit.run_blocks(x, grid=grid)[-1][:, :2]))
 
     def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The names under which others keep the weights of a ViT, and the contract for each: what is taken, what may be left out, what may be missing.
 
 Sources: facebookresearch/mae @ efb2a80 models_mae.py, models_vit.py; microsoft/unilm @ 768a3c8 beit/modeling_pretrain.py, modeling_finetune.py;
-facebookresearch/moco-v3 @ c349e6e moco/builder.py; facebookresearch/dino @ 7c446df main_dino.py, utils.py;
+facebookresearch/moco-v3 @ c349e6e moco/builder.py; facebookresearch/dino @ 7c446df main_dino.py, utils.py; facebookresearch/deit @ 7e160fe models.py;
 timm 1.0.31 vision_transformer.py, beit.py; transformers 5.23 models vit, vit_mae, beit; open-mmlab/mmpretrain 1.2 vision_transformer.py, beit.py.
 """
 
@@ -167,8 +167,8 @@ def rename(state: Mapping[str, Tensor], style: Style, where: str) -> tuple[dict[
 def split_second_token(state: Mapping[str, Tensor], where: str) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
     """(a ViT with a class token alone, the rest of it) of DeiT's distilled ViT, whose second token, between class token and patches, has a position and a head.
 
-    The rest is what `methods.deit` keeps of its own: "distillation" (2, 1, D), token and position, "teacher_head.weight" and "teacher_head.bias". It is empty
-    for any other state dict, which comes back as it is.
+    The rest is what `methods.deit` keeps of its own: "token" and "token_position" (1, 1, D), "teacher_head.weight" and "teacher_head.bias". It is empty for
+    any other state dict, which comes back as it is.
 
     Raises:
         UserError: a part of the second token is missing, or of another shape.
@@ -180,7 +180,7 @@ def split_second_token(state: Mapping[str, Tensor], where: str) -> tuple[Mapping
     heads = [k for k in parts if k.startswith("head_dist.")]
     if len(heads) == 1 or table.ndim != 3 or table.shape[1] < 3 or token.shape != (1, 1, table.shape[2]):
         raise UserError(f"{where}: dist_token {tuple(token.shape)} with {listed([*heads, 'pos_embed'])} {tuple(table.shape)}: no whole distilled ViT of DeiT's")
-    second = {"distillation": torch.cat([token[0], table[0, 1:2]])[:, None], **{f"teacher_head.{k.rpartition('.')[2]}": parts[k] for k in heads}}
+    second = {"token": token, "token_position": table[:, 1:2].clone(), **{f"teacher_head.{k.rpartition('.')[2]}": parts[k] for k in heads}}
     rest = {k: v for k, v in state.items() if k not in ("dist_token", *heads)}
     return {**rest, "pos_embed": torch.cat([table[:, :1], table[:, 2:]], dim=1)}, second
 

@@ -54,7 +54,7 @@ def test_the_model_is_timms_distilled_vit() -> None:
     theirs: Any = VisionTransformerDistilled(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=5)
     theirs.distilled_training = True
     state = {k: v for k, v in ours.vit.state_dict().items() if k != "pos_embed"}
-    table, token, position = ours.vit.pos_embed, *ours.distillation[:, None]
+    table, token, position = ours.vit.pos_embed, ours.token, ours.token_position
     state |= {"pos_embed": torch.cat([table[:, :1], position, table[:, 1:]], dim=1), "dist_token": token}
     state |= {f"{t}.{k}": getattr(m, k) for t, m in (("head", ours.head), ("head_dist", ours.teacher_head)) for k in ("weight", "bias")}
     theirs.load_state_dict(state)
@@ -85,7 +85,7 @@ def test_half_the_loss_is_the_teachers_label_of_what_the_student_sees(mixup: flo
     expected = (-(target * first.log_softmax(1)).sum(1).mean() - second.log_softmax(1)[:, 3].mean()) / 2
     torch.testing.assert_close(out["loss"], expected)
     out["loss"].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (student.distillation, student.teacher_head.weight, student.head.weight))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (student.token, student.token_position, student.teacher_head.weight, student.head.weight))
 
 
 def test_the_read_out_comes_back_with_its_token_and_without_the_teacher() -> None:
@@ -93,7 +93,7 @@ def test_the_read_out_comes_back_with_its_token_and_without_the_teacher() -> Non
     student = model().eval()
     student.learn_from(Told(), 0.5)
     saved = student.classifier()
-    assert set(saved["state"]) == {"distillation", *(f"{h}.{k}" for h in ("head", "teacher_head") for k in ("weight", "bias"))}
+    assert set(saved["state"]) == {"token", "token_position", *(f"{h}.{k}" for h in ("head", "teacher_head") for k in ("weight", "bias"))}
     back = Classifier.restore(student.vit, saved, **STATISTICS)
     assert isinstance(back, DistilledClassifier) and torch.equal(back.eval().logits(images()), student.logits(images()))
     back.train()({"image": images(), "label": torch.tensor([0, 1, 2, 4])})["loss"].backward()  # fine-tuned on: both heads by the true labels
@@ -147,7 +147,7 @@ def test_where_the_teacher_comes_from_is_known_when_planning(tmp_path: Path) -> 
 
 def test_recipe_is_deits() -> None:
     plain, distilled = (plugins.build("methods", n).recipe(paper, BACKBONES["vit-b16"]) for n in ("supervised@deit", "deit-distilled"))
-    assert distilled == dataclasses.replace(plain, no_decay=(*plain.no_decay, "distillation")) and plain.epochs == 300
+    assert distilled == dataclasses.replace(plain, no_decay=(*plain.no_decay, "token_position")) and plain.epochs == 300
     assert DeiTDistilled().skip(dataclasses.replace(TINY, relative_bias="shared")) and not DeiTDistilled().skip(TINY)
     with pytest.raises(UserError, match="pooling must be cls"):
         DeiTDistilled(pooling="mean")
