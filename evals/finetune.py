@@ -151,12 +151,12 @@ class ImageNet(FineTuning):
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mae": {"by": "mae"}, "mae-table9": {"by": "mae-table9"}, "beit": {"by": "beit"}, "beit-repo": {"by": "beit-repo"},
         "beit-from-22k": {"by": "beit-from-22k"}, "scratch": {"by": "scratch"}, "384": {"by": "beit-384", "size": 384},
-        "deit-384": {"by": "deit-384", "size": 384}, "448": {"by": "mae-448", "size": 448}, "mocov3": {"by": "mocov3"},
+        "deit-384": {"by": "deit-384", "size": 384}, "448": {"by": "mae-448", "size": 448}, "mocov3": {"by": "mocov3"}, "dino": {"by": "dino"},
     }
     variant_sources: ClassVar[Mapping[str, str]] = {
-        "mocov3": "MoCo3-paper Table 5, DeiT's code", "mae": "MAE-repo FINETUNE.md", "mae-table9": "MAE-paper Table 9", "beit": "BEiT-paper Table 13",
-        "beit-repo": "BEiT-repo README", "beit-from-22k": "BEiT-repo README, from pt22k_ft22k", "scratch": "MAE-paper Table 11: no fine-tuning",
-        "384": "BEiT-paper Table 1, DeiT-repo README_deit.md", "deit-384": "DeiT-repo README_deit.md", "448": "MAE-paper Table 3; the recipe is ours",
+        "beit-repo": "BEiT-repo README", "384": "BEiT-paper Table 1, DeiT-repo README_deit.md", "beit-from-22k": "BEiT-repo README, from pt22k_ft22k",
+        "dino": "DINO-repo issue #31", "mae": "MAE-repo FINETUNE.md", "scratch": "MAE-paper Table 11: no fine-tuning", "448": "MAE-paper Table 3; recipe ours",
+        "mae-table9": "MAE-paper Table 9", "beit": "BEiT-paper Table 13", "deit-384": "DeiT-repo README_deit.md", "mocov3": "MoCo3-paper Table 5, DeiT's code",
     }
 
 

@@ -68,7 +68,7 @@ class Linear:
         if self.by != "mae":
             return self.beits(protocol.family, vit) if self.by.startswith("beit") else rivals(self.by, protocol.family, vit)
         if protocol.family == "paper":
-            if not vit.paper_size:
+            if vit.paper_size not in ("B/16", "L/16", "H/14"):
                 return None
             return Recipe(
                 batch=16384, lr=0.1, lr_batch=256, epochs=90, warmup=10, optimizer="lars", momentum=0.9, weight_decay=0.0, frozen=FROZEN,

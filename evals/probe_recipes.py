@@ -10,11 +10,6 @@ CROPS, CENTRE = Augment(crop_scale=(0.08, 1.0)), Augment(crop_scale=(1.0, 1.0), 
 EVERY_BLOCK = ("beit-repo", "igpt", "igpt-masked")  # protocols that probe every block and choose one (`evals.layers`)
 
 
-def small(vit: ViTConfig) -> bool:
-    """ViT-S/16 at 224 pixels, with however many heads: MoCo v3's has 12, DINO's 6."""
-    return (vit.size, vit.patch, vit.width, vit.depth) == ((224, 224), 16, 384, 12)
-
-
 def rivals(by: str, family: str, vit: ViTConfig) -> Recipe | None:
     """MoCo3-repo main_lincls.py (ViT-S, B, L) or DINO-repo eval_linear.py (ViT-S, B): SGD with momentum, a cosine without warm-up, no decay. For iGPT: `igpt`.
 
@@ -22,8 +17,8 @@ def rivals(by: str, family: str, vit: ViTConfig) -> Recipe | None:
     """
     if by.startswith("igpt"):
         return igpt(family, vit)
-    sizes = ("B/16", "L/16") if by == "mocov3" else ("B/16",)
-    if family not in ("paper", "demo", "smoke") or (family == "paper" and vit.paper_size not in sizes and not small(vit)):
+    sizes = ("S/16", "S/16-12h", "B/16", *(("L/16",) if by == "mocov3" else ()))  # a probe is no matter of heads
+    if family not in ("paper", "demo", "smoke") or (family == "paper" and vit.paper_size not in sizes):
         return None
     moco = by == "mocov3"
     sources: tuple[tuple[str, str], ...] = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
+import pkgutil
 import types
 import typing
 from collections.abc import Mapping
@@ -50,10 +50,7 @@ def digest(value: Any) -> str:
 def restore(data: Any) -> Any:
     """The inverse of `canonical` for dataclasses: looks the class up by its path and restores nested values by their types."""
     if isinstance(data, Mapping) and "class" in data:
-        module, _, name = str(data["class"]).partition(":")
-        cls: Any = importlib.import_module(module)
-        for part in name.split("."):
-            cls = getattr(cls, part)
+        cls: Any = pkgutil.resolve_name(str(data["class"]))
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(data) - known - {"class"}:

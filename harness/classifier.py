@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -131,7 +132,7 @@ class Classifier(nn.Module):
         return torch.cat([first, images[even:]]), torch.cat([target, plain])
 
     def classifier(self) -> dict[str, Any]:
-        """The read-out as tensors and plain values, kept beside the ViT's weights; `restore` is the inverse."""
+        """The read-out as tensors and plain values, kept beside the ViT's weights; `restore` is the inverse. A subclass adds "class", its "module:Name"."""
         state = {k: v.detach().cpu().clone() for k, v in self.state_dict().items() if not k.startswith("vit.")}
         return {"classes": list(self.classes), "pooling": self.pooling, "probe": self.probe, "state": state}
 
@@ -143,9 +144,10 @@ class Classifier(nn.Module):
             JobFailed: the saved read-out does not fit the ViT, or is none of this class.
         """
         try:
-            model = cls(vit, saved["classes"], mean=mean, std=std, pooling=saved["pooling"], probe=saved["probe"], augment=augment)
+            kind: type[Classifier] = pkgutil.resolve_name(saved["class"]) if "class" in saved else cls
+            model = kind(vit, saved["classes"], mean=mean, std=std, pooling=saved["pooling"], probe=saved["probe"], augment=augment)
             missing, unexpected = model.load_state_dict(dict(saved["state"]), strict=False)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, ImportError, KeyError, RuntimeError, ValueError) as error:
             raise JobFailed(f"the checkpoint's classifier cannot be used ({' '.join(str(error).split())[:120]})") from error
         if unexpected or any(not k.startswith("vit.") for k in missing):
             raise JobFailed("the checkpoint's classifier has other parameters than a read-out of this version")

@@ -190,10 +190,10 @@ class Planner:
             ground, about["deviations"] = [stage["ground"]], stage["deviations"]
         recipe: Recipe | None = None
         notes: tuple[str, ...] = ()
-        if getattr(evaluator, "trains", True):
+        if getattr(evaluator, "trains", True) and not overrides.use_head:
             recipe, notes = self.recipe(overrides.on(self.recipe_of(name, evaluator, vit)), name)
-        if recipe is None or overrides.use_head:  # nothing is trained: neither recipe nor fine-tuning seed can change the number
-            recipe, notes, eval_seed = None, (), parent.identity.get("eval_seed", 0)
+        if recipe is None:  # nothing is trained: the fine-tuning seed cannot change the number
+            eval_seed = parent.identity.get("eval_seed", 0)
         identity = {
             "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(recipe), "use_head": overrides.use_head,
             "seed": about["seed"], "eval_seed": eval_seed,

@@ -72,8 +72,8 @@ class ViTConfig:
 
     @property
     def paper_size(self) -> str:
-        """"B/16", "L/16" or "H/14" at 224 pixels, the sizes that recipes are published for; "" for any other."""
-        sizes = {(16, 768, 12, 12): "B/16", (16, 1024, 24, 16): "L/16", (14, 1280, 32, 16): "H/14"}
+        """"S/16", "S/16-12h" (MoCo v3's, with 12 heads), "B/16", "L/16" or "H/14" at 224 pixels, the sizes that recipes are published for; "" for others."""
+        sizes = {(16, 384, 12, 6): "S/16", (16, 384, 12, 12): "S/16-12h", (16, 768, 12, 12): "B/16", (16, 1024, 24, 16): "L/16", (14, 1280, 32, 16): "H/14"}
         return sizes.get((self.patch, self.width, self.depth, self.heads), "") if self.size == (224, 224) else ""
 
 

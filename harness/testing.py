@@ -119,21 +119,21 @@ class Trial:
         name = self.method.datasets(self.setting)[0]
         self.images = data.read_images(name, "train", made(self.setting, name)).subset(range(32))
         self.transform = self.method.transform(self.config, self.recipe)
+        self.classes = self.images.classes if self.images.labels is not None else ()
         self.assets = {role: self.make_asset(a.maker, tmp / role) for role, a in self.method.assets(self.setting, self.config).items() if a.maker}
 
     def make_asset(self, maker: Any, path: Path) -> Path:
         """An untrained asset: the file's format is what counts here."""
         seed_all(7, "asset")
         recipe = shortened(maker.recipe(self.setting, self.config), 4, 8)
-        maker.objective(None, TrainContext(self.config, recipe, 4)).save_asset(path)
+        maker.objective(None, TrainContext(self.config, recipe, 4, classes=self.classes)).save_asset(path)
         return path
 
     def objective(self) -> Any:
         """A fresh objective, the same each time."""
         seed_all(7, "init")
-        classes = self.images.classes if self.images.labels is not None else ()
         vit = ViT(self.config, self.recipe.drop_path)
-        return self.method.objective(vit, TrainContext(self.config, self.recipe, 4, self.assets, classes))
+        return self.method.objective(vit, TrainContext(self.config, self.recipe, 4, self.assets, self.classes))
 
     def batch(self) -> dict[str, Tensor]:
         """Eight samples."""

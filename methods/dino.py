@@ -41,6 +41,7 @@ class DINO:
         momentum: of the teacher at the start; it rises to 1 in half a cosine.
         centre_momentum: of the mean of the teacher's outputs that is taken from them.
         freeze_last: epochs in which the last layer of the student's head is not trained.
+        train_gains: whether the lengths of that layer's directions are trained (`--norm_last_layer false`); they stay at 1 otherwise.
         hidden, bottleneck, prototypes: widths of the head; None: 2048, 256, 65536 for ViTs of the papers' size (recipes A14), 2 x the ViT's, 64 and
             1024 for narrower ones (ours).
         epochs: length under the paper protocols; the other protocols set their own.
@@ -57,6 +58,7 @@ class DINO:
     momentum: float = 0.996
     centre_momentum: float = 0.9
     freeze_last: int = 3
+    train_gains: bool = False
     hidden: int | None = None
     bottleneck: int | None = None
     prototypes: int | None = None
@@ -76,9 +78,14 @@ class DINO:
         "repo": {
             "by": "repo", "local_crops": 8, "local_scale": (0.05, 0.4), "temperature": 0.04, "temperature_warmup": 0, "freeze_last": 1, "epochs": 100,
         },
+        "boosted": {
+            "by": "repo", "local_crops": 8, "local_scale": (0.05, 0.4), "temperature_warmup": 30, "freeze_last": 1, "train_gains": True, "epochs": 300,
+        },
         "two-crops": {"local_crops": 0},
     }
-    variant_sources: ClassVar[Mapping[str, str]] = {"repo": "DINO-repo main_dino.py, its defaults", "two-crops": "ours: the global crops alone"}
+    variant_sources: ClassVar[Mapping[str, str]] = {
+        "repo": "DINO-repo main_dino.py, its defaults", "boosted": "DINO-repo README, boosting, for ViT-S", "two-crops": "ours: the global crops alone",
+    }
 
     @property
     def parent(self) -> None:
@@ -91,10 +98,9 @@ class DINO:
         return {}
 
     def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:
-        """Under paper its own: DINO-repo issues #144 and #171 (recipes A11), eval_linear.py (A14). What it fine-tunes on ImageNet with is not published."""
-        if protocol.family == "paper" and evaluator == "imagenet":
-            return Overrides(source="ours: FINETUNE.md's; DINO-paper Table 6 is DeiT's recipe, longer, with values that no source gives")
-        return Overrides(variant="dino" if protocol.family == "paper" and evaluator in ("cifar100", "inat2018", "inat2019", "linear") else "")
+        """Under paper its own: DINO-repo issues #31, #144 and #171 (recipes A11), eval_linear.py (A14)."""
+        known = ("imagenet", "cifar100", "inat2018", "inat2019", "linear")
+        return Overrides(variant="dino" if protocol.family == "paper" and evaluator in known else "")
 
     def skip(self, vit: ViTConfig) -> str | None:
         wrong = self.local_crops and vit.relative_bias != "none"
@@ -119,13 +125,14 @@ class DINO:
         if protocol.family == "paper":
             return published.dino_pretraining(vit, self.by, self.epochs, frozen)
         augment = Augment(crop_scale=(0.4, 1.0), color_jitter=(0.4, 0.4, 0.2))
-        sources = (("batch, lr, length, warmup", "ours, scaled down"), ("weight_decay, clip, min_lr, augment", "DINO-repo main_dino.py (recipes A14)"))
+        sources = (("batch, lr, length, warmup", "ours, scaled down, not tuned: as long as mae and beit together"),
+                   ("weight_decay, clip, min_lr, augment", "DINO-repo main_dino.py (recipes A14)"))
         shared: dict[str, Any] = {
             "min_lr": 1e-6, "schedule": "cosine-stepwise", "weight_decay": 0.04, "weight_decay_end": 0.4, "clip": 3.0, "clip_mode": "tensor",
             "frozen": frozen, "augment": augment, "sources": sources,
         }
         if protocol.family == "demo":
-            return Recipe(batch=32, lr=1e-3, iterations=500, warmup=50, **shared)
+            return Recipe(batch=32, lr=1e-3, iterations=800, warmup=80, **shared)
         if protocol.family == "smoke":
             return Recipe(batch=16, lr=1e-3, iterations=16, warmup=2, **shared)
         return None
@@ -165,7 +172,7 @@ class DINOObjective(nn.Module):
         super().__init__()
         nn.init.trunc_normal_(vit.cls_token, std=0.02)
         self.vit, self.method, self.steps, self.epochs, self.normalize = vit, method, steps, epochs, normalize
-        self.head = Head(vit.config.width, *method.widths(vit.config))
+        self.head = Head(vit.config.width, *method.widths(vit.config), gains=method.train_gains)
         teacher = ViT(vit.config)  # without the student's dropped paths
         teacher.load_state_dict(vit.state_dict())
         self.teacher = nn.ModuleDict({"vit": teacher, "head": copy.deepcopy(self.head)}).requires_grad_(False)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """Three layers with GELU, unit length, then the cosine to each of `prototypes` directions: a weight-normed layer whose gains stay at 1."""
+    """Three layers with GELU, unit length, then the cosine to each of `prototypes` directions: a weight-normed layer whose gains stay at 1, or are trained."""
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, gains: bool = False) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
         for layer in self.mlp:
@@ -18,10 +18,12 @@ class Head(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.last_layer = nn.Parameter(nn.Linear(bottleneck, prototypes, bias=False).weight.detach())
+        self.last_gains = nn.Parameter(torch.ones(prototypes, 1)) if gains else None
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """(n, D) -> (n, K). With `frozen` the last layer gets no gradient, so that the optimiser passes it over, weight decay included."""
         directions = F.normalize(self.last_layer, dim=1)
+        directions = directions if self.last_gains is None else self.last_gains * directions
         return F.linear(F.normalize(self.mlp(x), dim=1), directions.detach() if frozen else directions)
 
 

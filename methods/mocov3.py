@@ -99,10 +99,11 @@ class MoCoV3:
         if protocol.family == "paper":
             return published.mocov3_pretraining(vit, self.epochs, frozen)
         augment = Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.2))
-        sources = (("batch, lr, length, warmup, crop_scale", "ours, scaled down"), ("weight_decay, betas, jitter", "MoCo3-repo CONFIG.md (recipes A13)"))
+        sources = (("batch, lr, length, warmup, crop_scale", "ours, scaled down, not tuned: as long as mae and beit together"),
+                   ("weight_decay, betas, jitter", "MoCo3-repo CONFIG.md (recipes A13)"))
         shared: dict[str, Any] = {"weight_decay": 0.1, "decay_vectors": True, "frozen": frozen, "augment": augment, "sources": sources}
         if protocol.family == "demo":
-            return Recipe(batch=64, lr=1.5e-3, iterations=500, warmup=50, **shared)
+            return Recipe(batch=64, lr=1.5e-3, iterations=700, warmup=70, **shared)
         if protocol.family == "smoke":
             return Recipe(batch=32, lr=1e-3, iterations=20, warmup=3, **shared)
         return None

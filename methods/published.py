@@ -14,17 +14,12 @@ def fixed(vit: ViTConfig) -> tuple[str, ...]:
     return ("vit.pos_embed",) if vit.positions.startswith("sincos") else ()
 
 
-def small(vit: ViTConfig, heads: int) -> bool:
-    """Whether this is ViT-S/16 at 224 pixels: DeiT's and DINO's has 6 heads, MoCo v3's 12 (recipes A13)."""
-    return (vit.size, vit.patch, vit.width, vit.depth, vit.heads) == ((224, 224), 16, 384, 12, heads)
-
-
 def mae_pretraining(vit: ViTConfig, epochs: int, jitter: bool = False) -> Recipe | None:
     """MAE-paper Table 8, all rows, B/16, L/16, H/14 (recipes A1): lr 1.5e-4 x batch / 256, class and mask token decayed, no clipping, no drop path.
 
     Lengths that the paper has: 800 (4.1, ablations), 1600 (Tables 3 to 7), 100, 200, 400 (Figure 7).
     """
-    if not vit.paper_size:
+    if vit.paper_size not in ("B/16", "L/16", "H/14"):
         return None
     lengths = {800: "MAE-paper 4.1, ablations", 1600: "MAE-paper Tables 3 to 7"} | dict.fromkeys((100, 200, 400), "MAE-paper Figure 7")
     return Recipe(
@@ -61,7 +56,7 @@ def mocov3_pretraining(vit: ViTConfig, epochs: int, frozen: tuple[str, ...]) -> 
 
     Lengths that the paper has: 300 (Table 4), 600 (6.2).
     """
-    if vit.paper_size not in ("B/16", "L/16") and not small(vit, heads=12):
+    if vit.paper_size not in ("S/16-12h", "B/16", "L/16"):
         return None
     return Recipe(
         batch=4096, lr=1.5e-4, lr_batch=256, epochs=epochs, warmup=40, weight_decay=0.1, decay_vectors=True, frozen=frozen,
@@ -79,7 +74,7 @@ def dino_pretraining(vit: ViTConfig, by: str, epochs: int, frozen: tuple[str, ..
     lr x batch / 256; weight decay rises in half a cosine; each tensor's gradient is clipped by itself; class token and positions are decayed.
     """
     released = by == "vit-b16"
-    if vit.paper_size != "B/16" and (released or not small(vit, heads=6)):
+    if vit.paper_size != "B/16" and (released or vit.paper_size != "S/16"):
         return None
     told = (("lr, clip, augment.crop_scale", "DINO-repo, arguments of the released ViT-B/16, recalled and not verified (recipes A14)"),
             ("epochs", "BEiT-paper Table 10, 400 epochs")) if released else ()
@@ -92,19 +87,21 @@ def dino_pretraining(vit: ViTConfig, by: str, epochs: int, frozen: tuple[str, ..
 
 
 def deit(vit: ViTConfig) -> Recipe | None:
-    """DeiT-paper Table 9, DeiT-B (recipes A5): lr 5e-4 x batch / 512, erasing, repeated augmentation. Of the sizes here DeiT has ViT-B/16 alone.
+    """DeiT-paper Table 9, DeiT-B (recipes A5), and by DeiT-repo README_deit.md DeiT-S alike: lr 5e-4 x batch / 512, erasing, repeated augmentation.
 
     The reported accuracy is the raw model's, so there is no EMA here. timm's scheduler moves once an epoch and its cosine runs from epoch 0; ours moves each
     step and runs from the end of the warm-up.
     """
-    if vit.paper_size != "B/16":
+    if vit.paper_size not in ("S/16", "B/16"):
         return None
+    small = vit.paper_size == "S/16"
+    told = "DeiT-repo README_deit.md, DeiT-small: main.py's defaults" if small else "DeiT-paper Table 9, DeiT-B; DeiT-repo main.py (recipes A5)"
     return Recipe(
         batch=1024, lr=5e-4, lr_batch=512, epochs=300, warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, no_decay=NO_DECAY, frozen=fixed(vit),
         drop_path=0.1,
         augment=Augment(crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, repeats=3),
         sources=(
-            ("all", "DeiT-paper Table 9, DeiT-B; DeiT-repo main.py (recipes A5)"), ("schedule", "ours: per step, cosine after the warm-up"), INFERRED_CROP,
+            ("all", told), ("schedule", "ours: per step, cosine after the warm-up"), INFERRED_CROP,
         ),
     )
 

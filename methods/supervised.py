@@ -84,7 +84,7 @@ class Supervised:
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
         return TrainTransform(vit.size, recipe.augment)
 
-    def objective(self, vit: ViT | None, context: TrainContext) -> nn.Module:
+    def objective(self, vit: ViT | None, context: TrainContext) -> Classifier:
         """The classifier over the classes of the training images.
 
         Raises:
@@ -97,6 +97,10 @@ class Supervised:
             init_mae(vit)
         else:
             nn.init.trunc_normal_(vit.cls_token, std=0.02)  # the rest is as the ViT was built: timm's
+        return self.read_out(vit, context)
+
+    def read_out(self, vit: ViT, context: TrainContext) -> Classifier:
+        """The initialised ViT with what is trained on it."""
         return Classifier(vit, context.classes, pooling=self.pooling, augment=context.recipe.augment, mean=self.mean, std=self.std)
 
     def transfer(self, evaluator: str, protocol: Protocol, vit: ViTConfig) -> Overrides:

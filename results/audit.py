@@ -196,8 +196,8 @@ def tokenizer(steps: Sequence[Step]) -> str:
     """What made the targets besides the images themselves: a node of the graph with its data, or a file."""
     made = [f"{s.role} trained on {data(s)}, {seen(s)} images" for s in steps if s.role not in ("checkpoint", "parent")]
     for step in _trained(steps):
-        made += [f"{role} from a file, sha256 {str(digest)[:8]}: trained elsewhere (DALL-E's on 250 million images)" for role, digest in
-                 (step.identity.get("files") or {}).items() if role != "weights"]
+        made += [f"{role} from a file, sha256 {str(digest)[:8]}: trained elsewhere" + " (DALL-E's on 250 million images)" * (role == "tokenizer")
+                 for role, digest in (step.identity.get("files") or {}).items() if role != "weights"]
     return "; ".join(made) or NONE
 
 

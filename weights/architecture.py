@@ -84,6 +84,7 @@ def from_timm_model(model: nn.Module, cfg: Mapping[str, Any], where: str) -> Hin
         UserError: it is neither timm's VisionTransformer nor its Beit, or one with parts that ours has not.
     """
     from timm.models.beit import Beit
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(model, (VisionTransformer, Beit)):
@@ -94,7 +95,8 @@ def from_timm_model(model: nn.Module, cfg: Mapping[str, Any], where: str) -> Hin
         raise UserError(f"{where}: activation {type(block.mlp.act).__name__}: the shared ViT has GELU only")
     if block.norm1.eps != EPS[1]:
         raise UserError(f"{where}: {type(block.norm1).__name__} with eps {block.norm1.eps:g}: the shared ViT has LayerNorm with 1e-6")
-    if getattr(parts, "num_prefix_tokens", 1) != 1 or getattr(parts, "no_embed_class", False) or not getattr(block, "attn", None):
+    tokens = 2 if isinstance(model, VisionTransformerDistilled) else 1  # the second is taken apart (`weights.keys.split_second_token`)
+    if getattr(parts, "num_prefix_tokens", 1) != tokens or getattr(parts, "no_embed_class", False) or not getattr(block, "attn", None):
         raise UserError(f"{where}: a ViT without exactly one class token with a position of its own: the shared ViT has that")
     mean, std = cfg.get("mean"), cfg.get("std")
     heads, size = int(block.attn.num_heads), pair(parts.patch_embed.img_size)

@@ -1,7 +1,7 @@
 """The names under which others keep the weights of a ViT, and the contract for each: what is taken, what may be left out, what may be missing.
 
 Sources: facebookresearch/mae @ efb2a80 models_mae.py, models_vit.py; microsoft/unilm @ 768a3c8 beit/modeling_pretrain.py, modeling_finetune.py;
-facebookresearch/moco-v3 @ c349e6e moco/builder.py; facebookresearch/dino @ 7c446df main_dino.py, utils.py;
+facebookresearch/moco-v3 @ c349e6e moco/builder.py; facebookresearch/dino @ 7c446df main_dino.py, utils.py; facebookresearch/deit @ 7e160fe models.py;
 timm 1.0.31 vision_transformer.py, beit.py; transformers 5.23 models vit, vit_mae, beit; open-mmlab/mmpretrain 1.2 vision_transformer.py, beit.py.
 """
 
@@ -162,6 +162,27 @@ def rename(state: Mapping[str, Tensor], style: Style, where: str) -> tuple[dict[
     for block in sorted({int(k.split(".")[1]) for k in found if k.startswith("blocks.")}):
         join(found, f"blocks.{block}.attn", where)
     return found, tuple(left)
+
+
+def split_second_token(state: Mapping[str, Tensor], where: str) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+    """(a ViT with a class token alone, the rest of it) of DeiT's distilled ViT, whose second token, between class token and patches, has a position and a head.
+
+    The rest is what `methods.deit` keeps of its own: "token" and "token_position" (1, 1, D), "teacher_head.weight" and "teacher_head.bias". It is empty for
+    any other state dict, which comes back as it is.
+
+    Raises:
+        UserError: a part of the second token is missing, or of another shape.
+    """
+    if "dist_token" not in state:
+        return state, {}
+    parts = {k: state[k].detach().float() for k in ("pos_embed", "dist_token", "head_dist.weight", "head_dist.bias") if k in state}
+    table, token = (parts.get(k, torch.empty(0)) for k in ("pos_embed", "dist_token"))
+    heads = [k for k in parts if k.startswith("head_dist.")]
+    if len(heads) == 1 or table.ndim != 3 or table.shape[1] < 3 or token.shape != (1, 1, table.shape[2]):
+        raise UserError(f"{where}: dist_token {tuple(token.shape)} with {listed([*heads, 'pos_embed'])} {tuple(table.shape)}: no whole distilled ViT of DeiT's")
+    second = {"token": token, "token_position": table[:, 1:2].clone(), **{f"teacher_head.{k.rpartition('.')[2]}": parts[k] for k in heads}}
+    rest = {k: v for k, v in state.items() if k not in ("dist_token", *heads)}
+    return {**rest, "pos_embed": torch.cat([table[:, :1], table[:, 2:]], dim=1)}, second
 
 
 def join(found: dict[str, Tensor], place: str, where: str) -> None:

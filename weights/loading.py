@@ -17,9 +17,10 @@ from harness.spec import IMAGENET_MEAN, IMAGENET_STD, UserError, ViTConfig
 from harness.vit import ViT, sincos_positions
 from weights.architecture import Hints, from_json
 from weights.files import BESIDE, read_config, read_state
-from weights.keys import Style, detect, listed, read_out, rename
+from weights.keys import Style, detect, listed, read_out, rename, split_second_token
 
 HALF = (0.5, 0.5, 0.5)
+DISTILLED = "methods.deit:DistilledClassifier"  # whose read-out DeiT's distilled files bring: the rooms know one another by name only
 PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # DeiT Ti, S; ViT-B, L, H of the ViT and MAE papers
 
 
@@ -106,10 +107,12 @@ def convert(state: Mapping[str, Tensor], hints: Hints, where: str) -> Loaded:
     Raises:
         UserError: keys, shapes or values are not exactly those of a ViT that this harness has.
     """
+    whole, (state, second) = state, split_second_token(state, where)
     style = detect(state, where)
     ours, left_out = rename(state, style, where)
+    left_out += tuple(k for k in whole if k not in state)
     before = energy(v for k, v in state.items() if k not in left_out)
-    if not torch.isfinite(before):
+    if not torch.isfinite(before + energy(second.values())):
         raise UserError(f"{where}: holds values that are not finite: a training that diverged, or a damaged file")
     if style.name == "mocov3" and hints.heads is None and len(ours.get("norm.weight", ())) == 384:
         hints = replace(hints, heads=12, heads_from="MoCo v3's ViT-S")  # all other ViTs of this width have 6 (recipes A13)
@@ -120,6 +123,9 @@ def convert(state: Mapping[str, Tensor], hints: Hints, where: str) -> Loaded:
     notes = []
     fc_norm = {k: ours.pop(k) for k in ("fc_norm.weight", "fc_norm.bias") if k in ours}
     classifier = classifier_of({**read_out(state, style), **fc_norm}, "norm.weight" in ours, hints.pooling, config.width)
+    if second:
+        notes.append("distillation token left out, but where its own classifier is scored")
+        classifier = classifier and {**classifier, "class": DISTILLED, "state": {**classifier["state"], **second}}
     if fc_norm and style.norm_optional and not {"norm.weight", "norm.bias"} & set(ours):
         ours |= {"norm.weight": torch.ones(config.width), "norm.bias": torch.zeros(config.width)}
         notes.append("fine-tuned with mean pooling, no norm for single tokens in the file: final norm without scale and shift")

@@ -143,14 +143,16 @@ class Weights:
         return tuple(notes)
 
     def architecture(self, vit: ViTConfig, published: bool) -> ViTConfig:
-        """The backbone of a protocol where each method has its ViT as published: with the checkpoint's positions, biases and LayerScale. Its image size is the
-        backbone's, for which there are recipes, unless `size` is set."""
+        """The backbone of a protocol where each method has its ViT as published: with the checkpoint's positions, biases and LayerScale, and MoCo v3's heads.
+        Its image size is the backbone's, for which there are recipes, unless `size` is set."""
         if self.size is not None:
             vit = replace(vit, size=(self.size, self.size))
         if not published:
             return vit
-        found = self.loaded().config
-        return replace(vit, positions=found.positions, relative_bias=found.relative_bias, layer_scale=found.layer_scale, key_bias=found.key_bias)
+        loaded = self.loaded()
+        found = loaded.config
+        heads = found.heads if loaded.style == "mocov3" and found.width == vit.width else vit.heads  # its ViT-S differs from all others' (recipes A13)
+        return replace(vit, heads=heads, positions=found.positions, relative_bias=found.relative_bias, layer_scale=found.layer_scale, key_bias=found.key_bias)
 
     def fitted(self, loaded: Loaded, vit: ViTConfig) -> ViTConfig:
         """The checkpoint's architecture, with the number of heads from the file, from the user, or from the backbone."""

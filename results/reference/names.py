@@ -63,6 +63,7 @@ METHODS: tuple[Counterpart, ...] = (
         ("random", "random-mask"), ("pixels", "pixel-target"), ("pixels-random", "pixel-target+random-mask"), ("all", "recover-100pct"),
         ("unmasked", "no-mask+recover-100pct"), ("intermediate", "plain-ViT+interm-IN1K-ft"), ("layer-scale", "LayerScale"))),
     *(Counterpart(("beit@plus", "beit@plus-300"), method="BEiT", variant=v) for v in ("LayerScale+relpos", "official-code-rerun")),
+    Counterpart(("beit-dino",), method="BEiT", variant="BEiT+DINO-multitask"),
     Counterpart((), paper="MAE", method="BEiT", variant="MAE-authors-protocol", near={"beit": WHICH.format("BEiT"), "beit@plus": WHICH.format("BEiT")}),
     Counterpart(("mae", "mae@1600"), method="ViTDet", variant="MAE-1600"),
     # labels
@@ -75,6 +76,7 @@ METHODS: tuple[Counterpart, ...] = (
       for paper, v in (("MAE", ""), ("BEiT", "IN1K"))),
     *(Counterpart(("moco-v3", "moco-v3@600"), method="MoCo-v3", variant=v) for v in ("default", "repo-PT", "paper-TF", "1[05]0ep-ft*")),
     Counterpart(("dino",), method="DINO", variant="default"), Counterpart(("dino@repo",), method="DINO", variant="vanilla-100ep"),
+    Counterpart(("dino@boosted",), method="DINO", variant="boosted-300ep"),
 )
 PROBED_OTHERWISE = "probed by MAE's protocol, the published value by another"
 EVALUATORS: tuple[Counterpart, ...] = (
@@ -88,7 +90,7 @@ EVALUATORS: tuple[Counterpart, ...] = (
     Counterpart(("imagenet", "imagenet@beit"), eval="IN1K-ft-224", method="BEiT", near={
         "imagenet@beit-repo": "fine-tuned by the released commands, the published value by the paper's Table 13"}),
     Counterpart(("imagenet@mocov3",), eval="IN1K-ft-224", method="MoCo-v3", near={"imagenet": "fine-tuned as by MAE, published as by MoCo v3"}),
-    Counterpart((), eval="IN1K-ft-224", method="DINO", near={"imagenet": "fine-tuned as by MAE, published with a longer recipe in DeiT's style"}),
+    Counterpart(("imagenet@dino",), eval="IN1K-ft-224", method="DINO", near={"imagenet": "fine-tuned as by MAE, published as by DINO"}),
     Counterpart(("imagenet",), eval="IN1K-ft-224"),
     Counterpart(("imagenet@deit-384",), eval="IN1K*-384", variant="DeiT*", near={"imagenet@384": "10 epochs at 384, as BEiT's; published with DeiT's 30"}),
     Counterpart(("imagenet@384",), eval="IN1K*-384"),
@@ -167,6 +169,7 @@ class Released:
 NORMALISED = ("norm-pix*", "*pixel-norm")
 SIZES = (("base", "ViT-B/16"), ("large", "ViT-L/16"), ("huge", "ViT-H/14"))
 DEIT = ("deit_base_patch16_224-b5f2ef4d", "deit_base_patch16_224.fb_in1k")
+DEIT_S = ("deit_small_patch16_224-cd65a155", "deit_small_patch16_224.fb_in1k")
 RELEASED: tuple[Released, ...] = (
     # MAE-repo README: the checkpoints of the paper, brought over from TensorFlow; FINETUNE.md: those fine-tuned from them
     *(Released((f"mae_pretrain_vit_{size}", f"vit_{size}_patch1[46]_224.mae", f"vit-mae-{size}"), "MAE", NORMALISED, backbone, "IN1K", 1600)
@@ -181,7 +184,7 @@ RELEASED: tuple[Released, ...] = (
     # DINO-repo README
     Released(("dino_vitbase16_pretrain*", "vit_base_patch16_224.dino", "dino-vitb16"), "DINO", ("default",), "ViT-B/16", "IN1K", 400),
     # DeiT-repo README: its own accuracy, and what was trained on from it
-    Released(DEIT, "scratch", ("DeiT",), "ViT-B/16", "none", 300, tuned=True),
+    Released(DEIT, "scratch", ("DeiT",), "ViT-B/16", "none", 300, tuned=True), Released(DEIT_S, "scratch", ("DeiT",), "ViT-S/16", "none", 300, tuned=True),
     Released(DEIT, "supervised", ("DeiT", "DeiT-weights"), "ViT-B/16", "IN1K-labels", 300),
 )
 # patch side, width, blocks, heads of the backbones; others (iGPT, ViT-L/7) have no counterpart

@@ -167,7 +167,10 @@ def test_folder_is_where_and_not_what(colors: Path, tmp_path: Path) -> None:
             ImageFolder.from_argument(wrong)
 
 
-SIZES = {"B/16": ViTConfig(), "L/16": ViTConfig(width=1024, depth=24, heads=16), "H/14": ViTConfig(patch=14, width=1280, depth=32, heads=16)}
+SIZES = {
+    "S/16": ViTConfig(width=384, heads=6), "S/16-12h": ViTConfig(width=384), "B/16": ViTConfig(), "L/16": ViTConfig(width=1024, depth=24, heads=16),
+    "H/14": ViTConfig(patch=14, width=1280, depth=32, heads=16),
+}
 PAPER = dataclasses.replace(TINY, family="paper")
 
 
@@ -206,6 +209,11 @@ FIGURES = [  # recipes A2, A5, A7, A11, A13 of the facts, column by column
     ("imagenet@mocov3", "B/16", (1e-3, 150, 5, None, 0.1, 0.25, 3, 0.05, 1024, "cls")),
     ("imagenet@mocov3", "L/16", (1e-3, 100, 5, None, 0.5, 0.25, 3, 0.05, 1024, "cls")),
     ("imagenet@mocov3", "H/14", None),
+    ("imagenet@mocov3", "S/16-12h", (1e-3, 300, 5, None, 0.1, 0.25, 3, 0.05, 1024, "cls")),
+    ("imagenet@mocov3", "S/16", None),
+    ("imagenet@dino", "S/16", (1e-3, 300, 5, None, 0.1, 0.25, 3, 0.05, 1024, "cls")),
+    ("imagenet@dino", "B/16", (1e-3, 300, 5, None, 0.1, 0.25, 3, 0.05, 1024, "cls")),
+    ("imagenet@dino", "L/16", None),
     ("imagenet@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),
     ("inat2017", "H/14", (4e-3, 50, 5, 0.75, 0.2, 0.0, 1, 0.05, 1024, "cls")),
     ("places365@448", "H/14", (4e-3, 50, 5, 0.75, 0.3, 0.25, 1, 0.05, 1024, "mean")),

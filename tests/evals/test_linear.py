@@ -231,7 +231,7 @@ def test_recipe_of_beits_probe() -> None:
 
 def test_recipes_of_mocos_and_dinos_probes() -> None:
     """SGD without decay: MoCo v3 lr 3 x batch / 256, 90 epochs; DINO 0.001 x batch / 256, 100 epochs; DINO trains no ViT-L."""
-    paper, sizes = dataclasses.replace(TINY, family="paper"), [ViTConfig(width=384, heads=6), ViTConfig(), ViTConfig(width=1024, depth=24, heads=16)]
+    paper, sizes = dataclasses.replace(TINY, family="paper"), [ViTConfig(width=384), ViTConfig(), ViTConfig(width=1024, depth=24, heads=16)]
     for by, lr, epochs, has in (("mocov3", 12.0, 90, [True, True, True]), ("dino", 4e-3, 100, [True, True, False])):
         found = [Linear(by=by).recipe(paper, vit) for vit in sizes]  # type: ignore[arg-type]
         assert [r is not None for r in found] == has and found[1] is not None

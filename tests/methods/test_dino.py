@@ -32,6 +32,7 @@ from PIL import Image
 from protocols_for_tests import family
 from torch import Tensor, nn
 
+from harness import plugins
 from harness.data import ImageList
 from harness.optim import clip_gradients, lr_at, parameter_groups, weight_decay_at
 from harness.plugins import Session, TrainContext
@@ -40,7 +41,7 @@ from harness.spec import Recipe, ViTConfig
 from harness.train import fit
 from harness.vit import ViT
 from methods.dino import DINO, DINOObjective
-from methods.distillation import distill
+from methods.distillation import Head, distill
 from methods.teacher import rising
 
 ARRAYS = golden("dino_loss")
@@ -84,6 +85,22 @@ def crops() -> dict[str, Tensor]:
 def flat(x: Tensor) -> Tensor:
     """(B, V, ...) -> (V x B, ...), crop after crop."""
     return x.transpose(0, 1).flatten(0, 1)
+
+
+def test_the_boosted_head_trains_its_gains_once_it_is_thawed() -> None:
+    """DINO-repo README: --norm_last_layer false, as torch's own weight norm has it; the plain head has none, so its checkpoints stay as they are."""
+    torch.manual_seed(0)
+    head, x = Head(8, 8, 4, 6, gains=True), torch.randn(5, 8)
+    assert head.last_gains is not None and Head(8, 8, 4, 6).last_gains is None
+    with torch.no_grad():
+        head.last_gains.uniform_(0.5, 2.0)
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6, bias=False))
+    layer.parametrizations.weight.original0, layer.parametrizations.weight.original1 = (nn.Parameter(p.detach()) for p in (head.last_gains, head.last_layer))
+    torch.testing.assert_close(head(x), layer(nn.functional.normalize(head.mlp(x), dim=1)))
+    head(x, frozen=True).sum().backward()
+    assert head.last_gains.grad is None and head.last_layer.grad is None and head.mlp[0].weight.grad is not None
+    head(x).sum().backward()
+    assert head.last_gains.grad is not None and plugins.build("methods", "dino@boosted").train_gains
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -16,7 +16,7 @@ from harness.request import Request
 from harness.spec import UserError, ViTConfig
 from protocols.paper import BACKBONES, paper
 
-B, L, H = (BACKBONES[n] for n in ("vit-b16", "vit-l16", "vit-h14"))
+S, B, L, H = (BACKBONES[n] for n in ("vit-s16", "vit-b16", "vit-l16", "vit-h14"))
 
 # method, backbone -> values of its recipe as printed in the table named (facts: recipes A1, A5, A6, A7, A13, A14)
 ROWS = {
@@ -36,6 +36,9 @@ ROWS = {
     ("dino@repo", B): {"batch": 1024, "peak_lr": 2e-3, "epochs": 100, "warmup": 10, "min_lr": 1e-6, "weight_decay": 0.04, "weight_decay_end": 0.4,
                        "clip": 3.0, "clip_mode": "tensor", "drop_path": 0.1, "no_decay": (), "frozen": ()},
     ("dino", B): {"batch": 1024, "peak_lr": 3e-3, "epochs": 400, "clip": 0.3},
+    ("supervised@deit", S): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "drop_path": 0.1, "weight_decay": 0.05},
+    ("moco-v3", S): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 300, "frozen": ("vit.pos_embed", "vit.patch_embed.*")},
+    ("dino@repo", S): {"peak_lr": 2e-3, "epochs": 100, "clip": 3.0}, ("dino@boosted", S): {"peak_lr": 2e-3, "epochs": 300, "clip": 3.0},
 }
 
 
@@ -87,6 +90,28 @@ def test_a_size_that_no_paper_gives_is_named_with_those_that_exist(photos: Path)
     """It is found before anything starts."""
     with pytest.raises(UserError, match=r"beit has no recipe for protocol paper with backbone vit-h14.*there is one for vit-b16, vit-l16"):
         planner(photos, "beit", backbone="vit-h14").plan()
+    with pytest.raises(UserError, match=r"mae has no recipe for protocol paper with backbone vit-s16: no source gives one; there is one for vit-b16, "):
+        planner(photos, "mae", backbone="vit-s16").plan()
+
+
+def test_small_vits_are_tuned_and_probed_where_a_source_says_how(photos: Path) -> None:
+    """MoCo v3's has 12 heads, DeiT's and DINO's 6; what no source has is a reason in its cell, or one line for an evaluator that was named."""
+    nodes = [c.node for c in planner(photos, "moco-v3", "imagenet,linear,knn", backbone="vit-s16").plan().cells]
+    assert all(n is not None for n in nodes) and [n.parents["checkpoint"].identity["vit"]["heads"] for n in nodes if n] == [12, 12, 12]
+    imagenet, linear = (restore(n.identity["recipe"]) for n in nodes[:2] if n)
+    assert (imagenet.epochs, imagenet.peak_lr, linear.peak_lr, linear.epochs) == (300, 1e-3, 12.0, 90)
+    (own,) = planner(photos, "supervised@deit", backbone="vit-s16").plan().cells
+    assert own.node is not None and own.node.identity["use_head"] and own.node.identity["recipe"] is None
+    (probe,) = planner(photos, "dino@repo", "linear", backbone="vit-s16").plan().cells
+    assert probe.node is not None and restore(probe.node.identity["plugin"]).by == "dino"
+    with pytest.raises(UserError, match=r"cifar100 has no recipe for protocol paper with backbone vit-s16: no source gives one"):
+        planner(photos, "dino@repo", "cifar100", backbone="vit-s16").plan()
+    cells = planner(photos, "dino@repo", "all", backbone="vit-s16").plan().cells
+    told = {c.about["eval"]: c.skipped for c in cells}
+    assert "no source gives one" in told["ade20k"] and "no source gives one" in told["cifar100"]
+    assert not (told["knn"] or told["linear"] or told["imagenet"])
+    with pytest.raises(UserError, match=r"dino@repo has no recipe .* vit-s16-12h: no source gives one; there is one for vit-s16, vit-b16$"):
+        planner(photos, "dino@repo", "knn", backbone="vit-s16-12h").plan()
 
 
 # method, backbone -> the variant of `imagenet` by which its paper fine-tunes, and what its classifier reads (recipes A2, A5, A7)

@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import HEADS, images, timm_vit
+from checkpoints import COMMON, HEADS, images, shaken, timm_vit
 from known_answers import config, golden, section
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
+from harness.classifier import Classifier
 from harness.positions import sincos_positions
-from harness.spec import IMAGENET_MEAN, UserError
+from harness.spec import IMAGENET_MEAN, UserError, ViTConfig
 from harness.vit import ViT
+from weights.architecture import build_timm, from_timm_model
 from weights.files import files_of
 from weights.loading import Loaded, read
+from weights.method import Weights
 
 MOCO, DINO = golden("mocov3_loss"), golden("dino_loss")
 
@@ -68,6 +72,11 @@ def test_mocos_small_vit_has_twelve_heads_and_its_positions_are_known(tmp_path: 
     torch.save({"state_dict": state, "arch": "vit_small"}, tmp_path / "vit-s-300ep.pth.tar")
     loaded = read(files_of(tmp_path / "vit-s-300ep.pth.tar"))
     assert (loaded.config.heads, loaded.heads_from, loaded.config.positions) == (12, "MoCo v3's ViT-S", "sincos-moco")
+    method, small = Weights.from_argument(str(tmp_path / "vit-s-300ep.pth.tar")), ViTConfig(size=(64, 64), width=384, depth=1, heads=6)
+    lent = method.architecture(small, published=True)
+    assert (lent.heads, lent.positions) == (12, "sincos-moco") and method.skip(dataclasses.replace(lent, patch=8, size=(32, 32))) is None
+    with pytest.raises(UserError, match="heads 12, the backbone has 6"):  # one ViT for all: another number of heads is another ViT
+        method.skip(dataclasses.replace(method.architecture(small, published=False), patch=8, size=(32, 32)))
 
 
 def test_dinos_full_checkpoint_is_the_teacher(tmp_path: Path) -> None:
@@ -92,7 +101,7 @@ def test_dinos_full_checkpoint_is_the_teacher(tmp_path: Path) -> None:
 
 
 def test_deits_checkpoint_brings_its_classifier(tmp_path: Path) -> None:
-    """deit_base_patch16_224-b5f2ef4d.pth: {"model": ...} with a head; the distilled one has a second token, which our ViT has not."""
+    """deit_base_patch16_224-b5f2ef4d.pth: {"model": ...} with a head."""
     model = timm_vit(num_classes=7)
     torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
     loaded = read(files_of(tmp_path / "deit.pth"))
@@ -100,9 +109,31 @@ def test_deits_checkpoint_brings_its_classifier(tmp_path: Path) -> None:
     with torch.no_grad():
         scores = loaded_vit(loaded, HEADS)(images()) @ loaded.classifier["state"]["head.weight"].T + loaded.classifier["state"]["head.bias"]
         torch.testing.assert_close(scores, model(images()), atol=2e-5, rtol=1e-5)
-    torch.save({"model": {**model.state_dict(), "dist_token": torch.zeros(1, 1, 48), "head_dist.weight": torch.zeros(7, 48)}}, tmp_path / "distilled.pth")
-    with pytest.raises(UserError, match="dist_token"):
-        read(files_of(tmp_path / "distilled.pth"))
+
+
+def test_deits_distilled_checkpoint_scores_with_both_heads(tmp_path: Path) -> None:
+    """deit_base_distilled_patch16_224-df68dfff.pth: its classifier gets the second token, the ViT alone goes on without it and says so."""
+    model: Any = shaken(VisionTransformerDistilled(**{**COMMON, "num_classes": 7}))
+    torch.save({"model": model.state_dict()}, tmp_path / "distilled.pth")
+    loaded = read(files_of(tmp_path / "distilled.pth"))
+    assert "dist_token" in loaded.left_out and any("distillation token left out" in n for n in loaded.notes) and loaded.classifier is not None
+    readout = Classifier.restore(loaded_vit(loaded, HEADS), {**loaded.classifier, "classes": list("abcdefg")}, loaded.mean, loaded.std).eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        model.distilled_training = True  # timm gives both heads then
+        both = model.train()(readout.normalize(pixels))
+        expected = (both[0].softmax(1) + both[1].softmax(1)) / 2
+        torch.testing.assert_close(readout.logits(pixels).exp(), expected, atol=1e-5, rtol=1e-4)
+    for change in ({"dist_token": torch.zeros(1, 1, 47)}, {"head_dist.bias": None}):
+        damaged = {k: v for k, v in {**model.state_dict(), **change}.items() if v is not None}
+        torch.save({"model": damaged}, tmp_path / "damaged.pth")
+        with pytest.raises(UserError, match=r"damaged\.pth: dist_token .* no whole distilled ViT"):
+            read(files_of(tmp_path / "damaged.pth"))
+
+
+def test_timms_distilled_vits_are_known_by_name() -> None:
+    hints = from_timm_model(build_timm("deit_base_distilled_patch16_224", "-"), {}, "-")
+    assert (hints.heads, hints.size, hints.pooling) == (12, (224, 224), "cls")
 
 
 @pytest.mark.parametrize(("change", "says"), [
