@@ -107,21 +107,30 @@ def in_memory(state: Any) -> tuple[Any, int]:
 
 
 class States:
-    """The training states of a job: `state-<step>.pt` in a folder, the last two kept, a damaged one skipped with a warning.
+    """The training states of a job: `state-<step>.pt` in a folder, the last two and milestones kept, a damaged one skipped with a warning.
 
     Training goes on while a thread writes the copy that `save` has made, one at a time. What goes wrong is raised by the next `save` or `wait`.
+
+    Args:
+        total, milestones: the first state in each of so many equal stretches of `total` steps is a milestone, but for the first stretch's. With 4, three
+            states stay behind: one may go back to them when the last two are damaged. Where the disk is full, they make room, the oldest first.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, total: int = 0, milestones: int = 1, keep: int = 2) -> None:
+        self.folder, self.total, self.milestones, self.keep = folder, total, milestones, keep
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    @staticmethod
+    def step_of(file: Path) -> int:
+        """Steps done in a state, by its name."""
+        return int(file.stem.split("-")[1])
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to write the state after `step` steps; when it is there, the oldest is dropped.
+        """Begin to write the state after `step` steps; when it is there, older ones are dropped.
 
         Raises:
             JobFailed: there is no room for it, or the one before could not be written. Earlier states are as they were.
@@ -129,7 +138,10 @@ class States:
         self.wait()
         copied, size = in_memory(state)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(self.folder).free) < size + ROOM_BYTES:
+        spare = self._files()[: -self.keep]
+        while (free := shutil.disk_usage(self.folder).free) < size + ROOM_BYTES and spare:
+            spare.pop(0).unlink(missing_ok=True)
+        if free < size + ROOM_BYTES:
             raise self._failure(f"disk full: a training state takes {size / 2**20:.0f} MB, {free / 2**20:.0f} MB are free")
         self._writer = threading.Thread(target=self._write, args=(step, copied), name="states")  # no daemon: a process that ends finishes writing
         self._writer.start()
@@ -139,10 +151,18 @@ class States:
 
         try:
             write_atomically(self.folder / f"state-{step:09d}.pt", lambda stream: torch.save(state, stream))
-            for old in self._files()[: -self.keep]:
-                old.unlink(missing_ok=True)
+            self._prune()
         except BaseException as error:  # raised where the training is
             self._error = error
+
+    def _prune(self) -> None:
+        """Drop what is neither among the last nor a milestone."""
+        seen = {0}
+        for file in self._files()[: -self.keep]:
+            stretch = min(self.step_of(file) * self.milestones // max(1, self.total), self.milestones - 1)
+            if stretch in seen:
+                file.unlink(missing_ok=True)
+            seen.add(stretch)
 
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises JobFailed when that does not succeed."""
@@ -159,7 +179,7 @@ class States:
     def newest(self) -> str:
         """The newest state, as text for a message."""
         files = self._files()
-        return f"the last good state is of step {int(files[-1].stem.split('-')[1])}, {files[-1]}" if files else "no state was saved before"
+        return f"the last good state is of step {self.step_of(files[-1])}, {files[-1]}" if files else "no state was saved before"
 
     def _failure(self, what: str) -> JobFailed:
         return JobFailed(f"{what} in {self.folder}: make room, then run with --retry; {self.newest()}")
@@ -170,7 +190,7 @@ class States:
 
         for path in reversed(self._files()):
             try:
-                return int(path.stem.split("-")[1]), torch.load(path, map_location="cpu", weights_only=True)
+                return self.step_of(path), torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
                 warnings.warn(f"checkpoint {path.name} is damaged ({type(error).__name__}); going back to the one before", stacklevel=2)
         return None

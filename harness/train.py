@@ -87,7 +87,7 @@ def fit(
     depth = 0 if vit is None else len(vit.blocks)
     optimizer = build_optimizer(parameter_groups(objective, recipe, depth), recipe)
     ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
-    states = States(session.dir / "checkpoint" / stage)
+    states = States(session.dir / "checkpoint" / stage, total, session.milestones)
     facts: dict[str, Any] = {"flops_per_step": None, "seconds": 0.0, "loss": None}
     step = 0
     if (found := states.latest()) is not None:
