@@ -176,6 +176,10 @@ class States:
             full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain)
             raise self._failure("disk full" if full else f"a training state cannot be written ({type(error).__name__}: {error})") from error
 
+    def steps(self) -> list[int]:
+        """Steps of the states there are, ascending."""
+        return [self.step_of(file) for file in self._files()]
+
     def newest(self) -> str:
         """The newest state, as text for a message."""
         files = self._files()

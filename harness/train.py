@@ -23,6 +23,7 @@ from harness.metrics import Metrics
 from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, lr_at, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
+from harness.restarts import NotFinite, go_back, left_out, past, remarks
 from harness.samples import Samples, Transform, loader, stack, steps_of
 from harness.spec import Interrupted, JobFailed, Recipe
 
@@ -53,11 +54,12 @@ def choose_attention(module: nn.Module, session: Session) -> None:
 
 
 def check_finite(stage: str, step: int, total: int, recipe: Recipe, loss: Tensor, norm: Tensor, states: States) -> None:
-    """Raises JobFailed when the loss of a step, or the norm of its gradient, is not finite: the weights after it are no state to go on from."""
+    """Raises NotFinite when the loss of a step, or the norm of its gradient, is not: the weights after it are no state to go on from."""
     if not (math.isfinite(last := float(loss.detach())) and math.isfinite(float(norm))):
         states.wait()
         numbers = f"gradient norm {float(norm):.3g}, lr {lr_at(recipe, step - 1, total):.3g}, at its peak {recipe.peak_lr:.3g}"
-        raise JobFailed(f"{stage}: loss {last:.4g} at step {step} of {total} ({numbers}): lower lr with --set, or use fp32; {states.newest()}")
+        remedy = "lower lr with --set, use fp32, or let it go back so many times with HARNESS_NAN_RESTARTS"
+        raise NotFinite(f"{stage}: loss {last:.4g} at step {step} of {total} ({numbers}): {remedy}; {states.newest()}", step)
 
 
 def fit(
@@ -78,6 +80,20 @@ def fit(
         Interrupted: a signal came; the state is saved.
         JobFailed: an image cannot be read, the loss is not finite, memory or the disk is full.
     """
+    folder = session.dir / "checkpoint" / stage
+    while True:
+        try:
+            return _fit(objective, images, transform, recipe, session, stage)
+        except NotFinite as failure:
+            if len(past(folder)) >= session.nan_restarts:
+                raise
+            session.log(str(failure))
+            restarts = go_back(folder, failure.step)
+            session.log(f"{stage}: restart {len(restarts)} of at most {session.nan_restarts}, without the batches in between")
+
+
+def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: Recipe, session: Session, stage: str) -> dict[str, Any]:
+    """`fit` up to a loss that is not finite (NotFinite)."""
     if len(images) == 0:
         raise JobFailed(f"{images.root}: no images to train on")
     per_epoch, total = steps_of(recipe, len(images))
@@ -89,7 +105,7 @@ def fit(
     ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
     states = States(session.dir / "checkpoint" / stage, total, session.milestones)
     facts: dict[str, Any] = {"flops_per_step": None, "seconds": 0.0, "loss": None}
-    step = 0
+    step, skips = 0, left_out(past(states.folder))
     if (found := states.latest()) is not None:
         step, state = found
         objective.load_state_dict(state["objective"])
@@ -125,7 +141,10 @@ def fit(
     if step == 0 and prepare is not None:
         some = stack([samples[i] for i in range(min(recipe.batch, PREPARE_IMAGES))])  # the same in every process, whatever the parts
         prepare({k: v.to(session.device) for k, v in some.items() if k != "bad"})
-    stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
+    if step == 0 and session.nan_restarts:
+        started = time.monotonic()
+        save()
+    stream = loader(samples, positions(range(step + skips, total + skips), recipe.batch, parts), session.workers, cuda)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     after_step = getattr(objective, "after_step", None)
     log_every = max(1, total // 200)
@@ -141,7 +160,7 @@ def fit(
                 if session.on_bad_image == "skip":
                     for index in bad[bad >= 0].tolist():
                         session.skipped_images[str(images.files[index])] = "cannot be read"
-                seed_all(session.seed, "step", step, *((part,) if parts > 1 else ()))
+                seed_all(session.seed, "step", step + skips, *((part,) if parts > 1 else ()))
                 share = len(bad) / recipe.batch
                 with count_flops(facts, share), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
                     output, weight = weigh(objective(batch, step / total), len(bad))
@@ -161,7 +180,7 @@ def fit(
             facts["halved"] = [*facts.get("halved", ()), f"{told}: {half} from there on"]
             session.log(facts["halved"][-1])
             optimizer.zero_grad(set_to_none=True)
-            stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
+            stream = loader(samples, positions(range(step + skips, total + skips), recipe.batch, parts), session.workers, cuda)
             continue
         output = outputs[0][0] if parts == 1 else merge(outputs, parameters)
         norm = clip_gradients(parameters, recipe)
@@ -201,4 +220,5 @@ def fit(
     return {
         "steps": total, "images_seen": total * recipe.batch, "flops": total * (facts["flops_per_step"] or 0.0),
         "seconds": round(facts["seconds"], 3), "loss": facts["loss"], **({"out_of_memory": facts["halved"]} if "halved" in facts else {}),
+        **({"deviations": remarks(restarts, total)} if (restarts := past(states.folder)) else {}),
     }

@@ -17,6 +17,7 @@ from harness import checkpoint
 from harness.checkpoint import States
 from harness.data import ImageList
 from harness.plugins import Session
+from harness.restarts import NotFinite
 from harness.spec import JobFailed, Recipe
 from harness.train import fit
 
@@ -135,7 +136,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tmp_path: Path) ->
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     images, recipe = ImageList(tmp_path, ["a.png"], None, ()), Recipe(batch=1, lr=0.01, iterations=1000, optimizer="sgd", precision="fp32")
     session = Session(tmp_path, 0, torch.device("cpu"), torch.float32, {}, checkpoint_every_s=0.0)
-    with pytest.raises(JobFailed, match=r"train: loss \d\S* at step 8 of 1000 \(gradient norm nan, lr 0.01, .*the last good state is of step 7"):
+    with pytest.raises(NotFinite, match=r"train: loss \d\S* at step 8 of 1000 \(gradient norm nan, lr 0.01, .*the last good state is of step 7"):
         fit(Bursts(0.007), images, lambda image, rng: {"x": torch.zeros(1)}, recipe, session)
     found = States(tmp_path / "checkpoint" / "train").latest()
     assert found is not None and found[0] == 7 and bool(found[1]["objective"]["weight"].isfinite().all())
