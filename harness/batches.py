@@ -33,6 +33,11 @@ def processes() -> int:
     return dist.get_world_size() if together() else 1
 
 
+def couples(objective: nn.Module) -> bool:
+    """Whether its loss couples the images of a batch; on several processes these meet inside a step, then."""
+    return getattr(objective, "batch_coupled", False) or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in objective.modules())
+
+
 def parts_of(batch: int, session: Session, objective: nn.Module, at_least: int = 1) -> int:
     """Number of parts of a batch: a multiple of the processes, so that no part has more than session.micro_batch images.
 
@@ -44,7 +49,7 @@ def parts_of(batch: int, session: Session, objective: nn.Module, at_least: int =
     """
     count = processes()
     norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    coupled = getattr(objective, "batch_coupled", False) or bool(norms)
+    coupled = couples(objective)
     at_least = 1 if coupled else at_least  # one part on each process, whatever it was begun with
     wanted = max(at_least, 1 if session.micro_batch is None else -(-batch // session.micro_batch))
     parts = count * -(-wanted // count)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.batches import any_of, gathered, merge, parts_of, positions, processes, rank, weigh
+from harness.batches import any_of, couples, gathered, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
 from harness.data import ImageList
 from harness.metrics import Metrics
@@ -150,6 +150,8 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
     log_every = max(1, total // 200)
     started = saved = shown = time.monotonic()
     first = step
+    may_halve = processes() == 1 or not couples(objective)  # processes that meet inside a step would wait there for one that has left it
+    halves = may_halve and session.on_oom == "halve"
     while step < total:
         apply_schedule(optimizer, recipe, step, total)
         outputs = []
@@ -167,19 +169,25 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
                     loss: Any = output["loss"] if parts == 1 else output["loss"] * weight
                     loss.backward()
                 outputs.append((output, weight))
+            short = ""
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
+            if not OUT_OF_MEMORY.search(short := f"{type(error).__name__} {error}"):
                 raise
-            more = min(2 * parts, recipe.batch)
+        if (halves and any_of(bool(short))[0]) or short:
+            more = min(2 * parts, recipe.batch // processes() * processes())
             told, half = f"{stage}: out of memory at step {step} with {-(-recipe.batch // parts)} images at a time", -(-recipe.batch // more)
-            if session.on_oom == "fail" or processes() > 1 or more == parts:
-                halve = " or --on-oom halve" if processes() == 1 else ""
+            if not halves or more == parts:
+                session.log(short)
+                halve = " or --on-oom halve" if may_halve else ""
                 remedy = "it needs a larger device" if more == parts else f"set HARNESS_MICRO_BATCH={half}{halve}, which changes no key"
-                raise JobFailed(f"{told}: {remedy}") from error
+                raise JobFailed(f"{told}: {remedy}")
+            output, loss, batch = {}, None, {}  # what they hold of this step is not to take memory from the next try
             parts = facts["parts"] = parts_of(recipe.batch, session, objective, more)
             facts["halved"] = [*facts.get("halved", ()), f"{told}: {half} from there on"]
             session.log(facts["halved"][-1])
             optimizer.zero_grad(set_to_none=True)
+            if cuda:
+                torch.cuda.empty_cache()
             stream = loader(samples, positions(range(step + skips, total + skips), recipe.batch, parts), session.workers, cuda)
             continue
         output = outputs[0][0] if parts == 1 else merge(outputs, parameters)

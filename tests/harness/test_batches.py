@@ -56,7 +56,7 @@ def test_a_batch_in_parts_makes_the_same_step(place: Path, whole: dict[str, Tens
 
 
 def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, Tensor]) -> None:
-    """With gloo; with dropped paths too, which are drawn for each part; and with a batch norm, which sees the whole batch."""
+    """With gloo; with dropped paths too, which are drawn for each part; with a batch norm, which sees the whole batch; and short of memory."""
     command = [sys.executable, str(Path(__file__).with_name("processes.py")), "4", str(place)]
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=500)
@@ -68,6 +68,10 @@ def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, 
     assert distance(torch.load(place / "dropped-0.pt", weights_only=True), dropped) < 2e-5 < distance(dropped, whole)
     normed = train_probe(place / "probe", place / "images")
     assert max(distance(torch.load(place / f"probe-{rank}.pt", weights_only=True), normed) for rank in range(4)) < 2e-5
+    for rank in range(4):  # one ran out of memory in its first part: all of them split the batch, in that step already
+        halved, told, small = torch.load(place / f"short-{rank}.pt", weights_only=True)
+        assert told == ["train: out of memory at step 0 with 3 images at a time: 2 from there on"]
+        assert all(torch.equal(halved[k], small[k]) for k in small)
     assert (place / "plain-0" / "metrics.jsonl").exists() and not (place / "plain-1" / "metrics.jsonl").exists()
 
 
