@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.optim import local
 from harness.plugins import Session
 from harness.spec import JobFailed
 
@@ -84,9 +85,11 @@ def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.P
     names = sorted(outputs[0][0])
     rows = [torch.stack([*(values[n].detach().to(weight) * weight for n in names), weight]) for values, weight in outputs]
     sums = torch.stack(rows).sum(dim=0)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(g) for g in found]
     if together():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*gradients, sums)]:
+        here = [] if found and hasattr(found[0], "to_local") else gradients  # sharded ones were summed on the way
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*here, sums)]:
             work.wait()
     torch._foreach_mul_(gradients, 1 / sums[-1])
     return {name: value / sums[-1] for name, value in zip(names, sums[:-1], strict=True)}

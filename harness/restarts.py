@@ -29,14 +29,9 @@ def past(folder: Path) -> list[list[int]]:
     return list(read_json(folder / "restarts.json") or [])
 
 
-def left_out(restarts: Sequence[Sequence[int]]) -> int:
-    """Steps left out so far: a step draws what the one so many later would have drawn."""
-    return sum(at - back for at, back in restarts)
-
-
 def remarks(restarts: Sequence[Sequence[int]], total: int) -> list[str]:
     """What a table says of them."""
-    return [f"loss not finite at step {at} of {total}: went on from step {back}, without the {at - back} batches in between" for at, back in restarts]
+    return [f"loss not finite at step {at} of {total}: went on from step {back}, without the batches in between ({at - back})" for at, back in restarts]
 
 
 def go_back(folder: Path, at: int) -> list[list[int]]:

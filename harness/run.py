@@ -73,7 +73,7 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
         should_stop=should_stop, log=log, micro_batch=number_from("HARNESS_MICRO_BATCH"),
         force_accumulation=os.environ.get("HARNESS_FORCE_ACCUMULATION", "") not in ("", "0"),
         recompute=os.environ.get("HARNESS_RECOMPUTE", "") not in ("", "0"), milestones=number_from("HARNESS_MILESTONES", 1, 4),
-        nan_restarts=number_from("HARNESS_NAN_RESTARTS", 0, 0),
+        nan_restarts=number_from("HARNESS_NAN_RESTARTS", 0, 0), shard=os.environ.get("HARNESS_SHARD", "") not in ("", "0"),
     )
 
 

@@ -20,11 +20,12 @@ from harness.batches import any_of, couples, gathered, merge, parts_of, position
 from harness.checkpoint import States
 from harness.data import ImageList
 from harness.metrics import Metrics
-from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, lr_at, parameter_groups
+from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, local, lr_at, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
-from harness.restarts import NotFinite, go_back, left_out, past, remarks
+from harness.restarts import NotFinite, go_back, past, remarks
 from harness.samples import Samples, Transform, loader, stack, steps_of
+from harness.sharding import shard, slices, stays_whole, whole_again
 from harness.spec import Interrupted, JobFailed, Recipe
 
 LOG_EVERY_S = 1.0
@@ -97,17 +98,25 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
     if len(images) == 0:
         raise JobFailed(f"{images.root}: no images to train on")
     per_epoch, total = steps_of(recipe, len(images))
-    objective.to(session.device).train()
-    choose_attention(objective, session)
+    choose_attention(objective.train(), session)
     vit: Any = getattr(objective, "vit", None)
     depth = 0 if vit is None else len(vit.blocks)
-    optimizer = build_optimizer(parameter_groups(objective, recipe, depth), recipe)
+    groups, lent, reason = parameter_groups(objective, recipe, depth), objective, stays_whole(objective, recipe) if session.shard else ""
+    masks = list[tuple[nn.Parameter, Tensor]]()
+    if sharded := session.shard and not reason:
+        objective, masks = shard(objective, session.device)
+        groups = parameter_groups(objective, recipe, depth)
+    if session.shard:
+        session.log(f"{stage}: {f'sharded among {processes()} processes' if sharded else f'not sharded: {reason}'}")
+    objective.to(session.device)
+    optimizer = build_optimizer(groups, recipe)
     ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
-    states = States(session.dir / "checkpoint" / stage, total, session.milestones)
+    states = States(session.dir / "checkpoint" / stage, total, session.milestones, slice_of=(rank(), processes()) if sharded else None)
     facts: dict[str, Any] = {"flops_per_step": None, "seconds": 0.0, "loss": None}
-    step, skips = 0, left_out(past(states.folder))
+    step, skips = 0, sum(at - back for at, back in past(states.folder))
     if (found := states.latest()) is not None:
         step, state = found
+        state = slices(state, objective, optimizer) if sharded else state
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
@@ -122,12 +131,14 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
         raise JobFailed(f"{states.folder}: the processes find states of steps {steps}: is the runs folder one that all of them see?")
     parts = parts_of(recipe.batch, session, objective, facts.get("parts", 1))
     facts["parts"], facts["processes"], lead = parts, processes(), rank() == 0
+    if lead:
+        states.drop_fragments()
     session.log(f"{stage}: a step is {parts} micro-batch{'es' * (parts > 1)} of {-(-recipe.batch // parts)} on {processes()} process{'es' * (processes() > 1)}")
 
     def save() -> None:
         for skipped in gathered(session.skipped_images):
             session.skipped_images |= skipped
-        if not lead:
+        if not (lead or sharded):
             return
         states.save(step, {
             "objective": objective.state_dict(), "optimizer": optimizer.state_dict(), "ema": None if ema is None else ema.state_dict(),
@@ -150,7 +161,7 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
     log_every = max(1, total // 200)
     started = saved = shown = time.monotonic()
     first = step
-    may_halve = processes() == 1 or not couples(objective)  # processes that meet inside a step would wait there for one that has left it
+    may_halve = processes() == 1 or not (sharded or couples(objective))  # processes that meet inside a step would wait there for one that has left it
     halves = may_halve and session.on_oom == "halve"
     while step < total:
         apply_schedule(optimizer, recipe, step, total)
@@ -190,6 +201,8 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
                 torch.cuda.empty_cache()
             stream = loader(samples, positions(range(step + skips, total + skips), recipe.batch, parts), session.workers, cuda)
             continue
+        for parameter, mask in masks:
+            local(parameter.grad).mul_(mask)
         output = outputs[0][0] if parts == 1 else merge(outputs, parameters)
         norm = clip_gradients(parameters, recipe)
         optimizer.step()
@@ -224,7 +237,9 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
         facts["seconds"] += time.monotonic() - started
     if ema is not None:
         ema.copy_to(objective)
-    objective.eval()
+    if sharded:
+        whole_again(lent, objective)
+    lent.to(session.device).eval()
     return {
         "steps": total, "images_seen": total * recipe.batch, "flops": total * (facts["flops_per_step"] or 0.0),
         "seconds": round(facts["seconds"], 3), "loss": facts["loss"], **({"out_of_memory": facts["halved"]} if "halved" in facts else {}),

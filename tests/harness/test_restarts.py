@@ -55,7 +55,7 @@ def test_it_goes_on_past_what_led_to_it(tmp_path: Path) -> None:
         train(tmp_path, (4, 8), nan_restarts=1)
     weight, facts, lines = train(tmp_path, (4, 8), nan_restarts=2)  # the first restart is remembered: this is the second
     assert weight == pytest.approx(-0.5 * sum(DRAWN[9 : 9 + STEPS]), rel=1e-12)
-    assert facts["deviations"] == [f"loss not finite at step {at} of 20: went on from step 0, without the {at} batches in between" for at in (5, 4)]
+    assert facts["deviations"] == [f"loss not finite at step {at} of 20: went on from step 0, without the batches in between ({at})" for at in (5, 4)]
     assert [line for line in lines if "restart" in line] == ["train: restart 2 of at most 2, without the batches in between"]
     assert facts["steps"] == STEPS and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == STEPS
 
@@ -67,7 +67,7 @@ def test_a_restart_outlives_an_interruption(tmp_path: Path) -> None:
         train(tmp_path, (6,), nan_restarts=1, checkpoint_every_s=0.0, should_stop=lambda: next(steps) > 12)
     weight, facts, _ = train(tmp_path, (6,), nan_restarts=1)
     assert weight == pytest.approx(-0.5 * (sum(DRAWN[:6]) + sum(DRAWN[7 : STEPS + 1])), rel=1e-12)
-    assert facts["deviations"] == ["loss not finite at step 7 of 20: went on from step 6, without the 1 batches in between"]
+    assert facts["deviations"] == ["loss not finite at step 7 of 20: went on from step 6, without the batches in between (1)"]
 
 
 def test_what_happened_before_is_told_of_the_score(tmp_path: Path) -> None:
