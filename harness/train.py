@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.batches import any_of, couples, gathered, merge, parts_of, positions, processes, rank, weigh
+from harness.batches import Early, any_of, couples, gathered, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
 from harness.data import ImageList
 from harness.metrics import Metrics
@@ -163,6 +163,7 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
     first = step
     may_halve = processes() == 1 or not (sharded or couples(objective))  # processes that meet inside a step would wait there for one that has left it
     halves = may_halve and session.on_oom == "halve"
+    early = Early(parameters) if processes() > 1 and not (halves or sharded or couples(objective)) else None
     while step < total:
         apply_schedule(optimizer, recipe, step, total)
         outputs = []
@@ -178,6 +179,8 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
                 with count_flops(facts, share), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
                     output, weight = weigh(objective(batch, step / total), len(bad))
                     loss: Any = output["loss"] if parts == 1 else output["loss"] * weight
+                    if early is not None and part + processes() >= parts:
+                        early.begin()
                     loss.backward()
                 outputs.append((output, weight))
             short = ""
@@ -203,7 +206,7 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
             continue
         for parameter, mask in masks:
             local(parameter.grad).mul_(mask)
-        output = outputs[0][0] if parts == 1 else merge(outputs, parameters)
+        output = outputs[0][0] if parts == 1 else merge(outputs, parameters, early)
         norm = clip_gradients(parameters, recipe)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.augment import TrainTransform
-from harness.batches import BatchNorm
+from harness.batches import BatchNorm, Early
 from harness.data import ImageList
 from harness.plugins import Session, TrainContext
 from harness.randomness import seed_all
@@ -40,7 +40,7 @@ class Unweighted(nn.Module):
 
 
 def train(
-    folder: Path, images: Path, recipe: Recipe = RECIPE, micro_batch: int | None = None, weighted: bool = True, log: Any = lambda line: None
+    folder: Path, images: Path, recipe: Recipe = RECIPE, micro_batch: int | None = None, weighted: bool = True, **fields: Any
 ) -> dict[str, Tensor]:
     """Weights after three steps."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def train(
     objective: Any = method.objective(ViT(SMALL, recipe.drop_path), TrainContext(SMALL, recipe, 3))
     objective = objective if weighted else Unweighted(objective)
     files = ImageList(images, sorted(p.name for p in images.glob("*.png")), None, ())
-    session = Session(folder, 3, torch.device("cpu"), torch.float32, {}, micro_batch=micro_batch, log=log)
+    session = Session(folder, 3, torch.device("cpu"), torch.float32, {}, micro_batch=micro_batch, **fields)
     fit(objective, files, method.transform(SMALL, recipe), recipe, session)
     return dict(objective.vit.state_dict())
 
@@ -109,6 +109,11 @@ def process(rank: int, count: int, place: Path) -> None:
     for name, drop_path in (("plain", 0.0), ("dropped", 0.5)):
         state = train(place / f"{name}-{rank}", place / "images", dataclasses.replace(RECIPE, drop_path=drop_path))
         torch.save(state, place / f"{name}-{rank}.pt")
+    begun, end = list[int](), Early.end
+    Early.end = lambda self: (begun.append(len(self.works)), end(self))[1]  # type: ignore[func-returns-value, method-assign]
+    early = train(place / f"early-{rank}", place / "images", micro_batch=2)
+    late = train(place / f"late-{rank}", place / "images", micro_batch=2, on_oom="halve")  # which keeps sums to the end of a step
+    torch.save((early, late, begun), place / f"early-{rank}.pt")
     torch.save(train_probe(place / f"probe-{rank}", place / "images"), place / f"probe-{rank}.pt")
     halved, facts = train_short(place / f"short-{rank}", place / "images", 1, on_oom="halve")
     torch.save((halved, facts["out_of_memory"], train_short(place / f"long-{rank}", place / "images", None, micro_batch=2)[0]), place / f"short-{rank}.pt")
