@@ -2,8 +2,8 @@
 
 HARNESS_SHARD=1 asks for it and is in no key. A copy of the objective is sharded and trained, and its weights are put into the one that was lent at the end:
 what comes after a training sees none of this. Each block of the ViT is whole while it is computed, everything else for the length of a step. Sums are those
-of a training that is not sharded, up to the order in which they are added; communication is in fp32, as the weights are.
-A state has a file for each process (see `harness.checkpoint.States`) and goes on with any number of processes, sharded or not.
+of a training that is not sharded, up to the order in which they are added; communication is in fp32, as the weights are. A state has a file for each
+process (see `harness.checkpoint.States`) and goes on with any number of processes, sharded or not. Run on CPUs (gloo) so far, not on GPUs.
 """
 
 from __future__ import annotations

@@ -86,6 +86,13 @@ def test_killed_between_the_files_of_a_state(place: Path) -> None:
     assert [p.name[6:15] for p in sorted((place / "killed" / "checkpoint" / "train").iterdir())] == ["000000001"] * 2 + ["000000004"] * 2
 
 
+def test_a_loss_that_is_not_finite(place: Path) -> None:
+    """All go back to the same state and leave out the same batches."""
+    assert distance(weights(place, "sharded-burst"), weights(place, "whole-burst")) < 2e-5 < distance(weights(place, "whole"), weights(place, "whole-burst"))
+    for name in ("whole-burst", "sharded-burst"):
+        assert "loss nan at step 3 of 4" in log(place, name) and "restart 1 of at most 1" in log(place, name) and "going on from step 2" in log(place, name)
+
+
 def test_what_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said when there is no use in it, refused when it would be wrong."""
     model: Any = nn.Module()
