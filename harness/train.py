@@ -106,9 +106,10 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
     if sharded := session.shard and not reason:
         objective, masks = shard(objective, session.device)
         groups = parameter_groups(objective, recipe, depth)
+    else:
+        objective.to(session.device)
     if session.shard:
         session.log(f"{stage}: {f'sharded among {processes()} processes' if sharded else f'not sharded: {reason}'}")
-    objective.to(session.device)
     optimizer = build_optimizer(groups, recipe)
     ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
     states = States(session.dir / "checkpoint" / stage, total, session.milestones, slice_of=(rank(), processes()) if sharded else None)
@@ -205,7 +206,8 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
             stream = loader(samples, positions(range(step + skips, total + skips), recipe.batch, parts), session.workers, cuda)
             continue
         for parameter, mask in masks:
-            local(parameter.grad).mul_(mask)
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(mask)
         output = outputs[0][0] if parts == 1 else merge(outputs, parameters, early)
         norm = clip_gradients(parameters, recipe)
         optimizer.step()

@@ -28,11 +28,12 @@ from harness.train import fit
 from harness.vit import ViT
 from methods.beit import BEiT
 
-# what a sharded training could get wrong: bias of keys held at zero by a hook, a table for all blocks, frozen weights, clipping, an EMA, layer decay
+# what a sharded training could get wrong: a bias of keys that a hook holds at zero, frozen or not, a table for all blocks, clipping, an EMA, layer decay
 CONFIG = dataclasses.replace(SMALL, key_bias=False, positions="none", relative_bias="shared")
 RECIPES = {
     mode: dataclasses.replace(
-        RECIPE, iterations=4, optimizer="adamw", lr=0.01, eps=1e-3, ema=0.5, layer_decay=0.7, clip=0.05, clip_mode=mode, frozen=("vit.cls_token",)
+        RECIPE, iterations=4, optimizer="adamw", lr=0.01, eps=1e-3, ema=0.5, layer_decay=0.7, clip=0.05, clip_mode=mode,
+        frozen=("vit.cls_token", "vit.blocks.0.attn.*"),
     ) for mode in ("global", "tensor")
 }
 
