@@ -33,6 +33,7 @@ class Robustness:
 
     version: ClassVar[int] = 1
     trains: ClassVar[bool] = False
+    distributed: ClassVar[bool] = True
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     groups: ClassVar[tuple[str, ...]] = ("robustness",)
     data: ClassVar[str]
@@ -68,7 +69,7 @@ class Robustness:
         import numpy as np
 
         from evals.robustness_metrics import predict_among
-        from evals.scoring import score
+        from evals.scoring import rank, score
         from harness.checkpoint import write_atomically
         from harness.data import read_images
 
@@ -82,7 +83,8 @@ class Robustness:
         places, scores = score(model, images, transform, session, stage=self.data, read=lambda scores: scores)
         correct[places] = predict_among(scores, indices) == images.labels[places]
         path = session.dir / "outcomes.npz"
-        write_atomically(path, lambda stream: np.savez_compressed(stream, correct=correct, label=images.labels))
+        if rank() == 0:
+            write_atomically(path, lambda stream: np.savez_compressed(stream, correct=correct, label=images.labels))
         facts = {"images_seen": 0, "flops": 0.0, "scored_images": len(images), "classes": len(images.classes), "model": self.after or OWN}
         return Outcome({"top-1": 100.0 * float(correct.mean())}, path, facts)
 
@@ -171,7 +173,7 @@ class ImageNetC(Robustness):
         import numpy as np
 
         from evals.robustness_metrics import ALEXNET_ERROR, corruption_errors, mean_corruption_error, mean_error
-        from evals.scoring import predict
+        from evals.scoring import gathered, predict, rank
         from harness.checkpoint import write_atomically
         from harness.data import read_images
 
@@ -180,14 +182,17 @@ class ImageNetC(Robustness):
         correct: dict[str, Any] = {}
         for name in (f"{corruption}/{severity}" for corruption in ALEXNET_ERROR for severity in range(1, 6)):
             path = session.dir / "checkpoint" / "scored" / f"{name.replace('/', '-')}.npy"
-            if not path.is_file():
+            found = gathered(np.load(path) if rank() == 0 and path.is_file() else None)[0]
+            if found is None:
                 images = read_images(self.data, name, session.folders[self.data])
                 places = places_among(images, model, self.data)
                 found = predict(model, images, transform, session, stage=name) == places[images.labels]
-                write_atomically(path, partial(np.save, arr=found))
-            correct[name] = np.load(path)
+                if rank() == 0:
+                    write_atomically(path, partial(np.save, arr=found))
+            correct[name] = found
         packed = {name: np.packbits(found) for name, found in correct.items()}
-        write_atomically(session.dir / "outcomes.npz", lambda stream: np.savez_compressed(stream, **packed))
+        if rank() == 0:
+            write_atomically(session.dir / "outcomes.npz", lambda stream: np.savez_compressed(stream, **packed))
         accuracy = {c: [float(correct[f"{c}/{severity}"].mean()) for severity in range(1, 6)] for c in ALEXNET_ERROR}
         facts = {
             "images_seen": 0, "flops": 0.0, "scored_images": sum(map(len, correct.values())), "model": self.after or OWN, "mean_error": mean_error(accuracy),

@@ -8,12 +8,14 @@ parts; each builds the same objective from the same seed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.optim import local
 from harness.plugins import Session
 from harness.spec import JobFailed
 
@@ -33,6 +35,11 @@ def processes() -> int:
     return dist.get_world_size() if together() else 1
 
 
+def couples(objective: nn.Module) -> bool:
+    """Whether its loss couples the images of a batch; on several processes these meet inside a step, then."""
+    return getattr(objective, "batch_coupled", False) or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in objective.modules())
+
+
 def parts_of(batch: int, session: Session, objective: nn.Module, at_least: int = 1) -> int:
     """Number of parts of a batch: a multiple of the processes, so that no part has more than session.micro_batch images.
 
@@ -44,7 +51,7 @@ def parts_of(batch: int, session: Session, objective: nn.Module, at_least: int =
     """
     count = processes()
     norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    coupled = getattr(objective, "batch_coupled", False) or bool(norms)
+    coupled = couples(objective)
     at_least = 1 if coupled else at_least  # one part on each process, whatever it was begun with
     wanted = max(at_least, 1 if session.micro_batch is None else -(-batch // session.micro_batch))
     parts = count * -(-wanted // count)
@@ -74,14 +81,47 @@ def weigh(output: Mapping[str, Tensor], images: int) -> tuple[dict[str, Tensor],
     return values, torch.as_tensor(images if weight is None else weight, dtype=loss.dtype, device=loss.device).detach()
 
 
-def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+class Early:
+    """Gradients summed over all processes while the backward pass of a step's last part goes on (benchmarks/overlap.py): the same sums, bit by bit.
+
+    All begin them in the order in which they came to the first process in its first step, each when it and all before it are there; `merge` begins the rest.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.order, self.came = parameters, list[int](), dict[int, None]()
+        self.works, self.hooks = list[Any](), list[Any]()
+
+    def begin(self) -> None:
+        """Before that backward pass."""
+        parameters: Any = self.parameters  # torch leaves the hooks without types
+        self.hooks = [p.register_post_accumulate_grad_hook(partial(self._comes, i)) for i, p in enumerate(parameters)]
+
+    def _comes(self, index: int, parameter: Any) -> None:
+        self.came[index] = None
+        while len(self.works) < len(self.order) and (following := self.order[len(self.works)]) in self.came:
+            gradient: Any = self.parameters[following].grad
+            self.works.append(dist.all_reduce(gradient, async_op=True))
+
+    def end(self) -> tuple[list[Any], list[nn.Parameter]]:
+        """(sums that were begun, parameters that are left), after it."""
+        works, self.order = self.works, self.order or list(gathered(list(self.came))[0])
+        left = dict.fromkeys([*self.order, *range(len(self.parameters))])
+        for hook in self.hooks:
+            hook.remove()
+        self.came, self.works, self.hooks = {}, [], []
+        return works, [self.parameters[i] for i in list(left)[len(works) :]]
+
+
+def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.Parameter], early: Early | None = None) -> dict[str, Tensor]:
     """One step from parts whose weighted losses were back-propagated: gradients and logged values become means over the whole batch, on all processes alike."""
     names = sorted(outputs[0][0])
     rows = [torch.stack([*(values[n].detach().to(weight) * weight for n in names), weight]) for values, weight in outputs]
     sums = torch.stack(rows).sum(dim=0)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if together():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*gradients, sums)]:
+        works, left = early.end() if early is not None else ([], parameters)
+        here = [p.grad for p in left if p.grad is not None and not hasattr(p.grad, "to_local")]  # sharded ones were summed on the way
+        for work in [*works, *(dist.all_reduce(tensor, async_op=True) for tensor in (*here, sums))]:
             work.wait()
     torch._foreach_mul_(gradients, 1 / sums[-1])
     return {name: value / sums[-1] for name, value in zip(names, sums[:-1], strict=True)}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from harness.vit import ViT
 
 FORMAT = 1
+SLICE = "rows of this process"
 ROOM_BYTES = 16 * 2**20  # left over beside a training state: for logs and reports
 
 
@@ -89,9 +90,12 @@ class Backbone:
 
 
 def in_memory(state: Any) -> tuple[Any, int]:
-    """(a copy of nested dicts, lists and tuples with all tensors in main memory, bytes of the tensors)."""
+    """(a copy of nested dicts, lists and tuples with all tensors in main memory, bytes of the tensors); of a sharded one {SLICE: what is here}."""
     import torch
 
+    if hasattr(state, "to_local"):
+        rows, size = in_memory(state.detach().to_local())
+        return {SLICE: rows}, size
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True), state.nbytes
     if isinstance(state, dict):
@@ -106,30 +110,71 @@ def in_memory(state: Any) -> tuple[Any, int]:
     return state, 0
 
 
+def joined(parts: list[Any]) -> Any:
+    """One state from those of all processes: slices put together along the first dimension, everything else as the first has it."""
+    import torch
+
+    first = parts[0]
+    if not isinstance(first, dict):
+        return first.clone() if isinstance(first, torch.Tensor) else first  # clone: files are read as they are needed, and may be gone by then
+    if set(first) == {SLICE}:
+        return torch.cat([part[SLICE] for part in parts])
+    out = copy.copy(first)
+    for key in first:
+        out[key] = joined([part[key] for part in parts])
+    return out
+
+
 class States:
-    """The training states of a job: `state-<step>.pt` in a folder, the last two kept, a damaged one skipped with a warning.
+    """The training states of a job: `state-<step>.pt` in a folder, the last two and milestones kept, a damaged one skipped with a warning.
 
     Training goes on while a thread writes the copy that `save` has made, one at a time. What goes wrong is raised by the next `save` or `wait`.
+
+    Args:
+        total, milestones: the first state in each of so many equal stretches of `total` steps is a milestone, but for the first stretch's. With 4, three
+            states stay behind: one may go back to them when the last two are damaged. Where the disk is full, they make room, the oldest first.
+        slice_of: (rank, processes) of a sharded training: each process writes what it has, `state-<step>.<rank>-of-<processes>.pt`, and a state counts once all
+            of its files are there. Any process reads it as a whole.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, total: int = 0, milestones: int = 1, keep: int = 2, slice_of: tuple[int, int] | None = None) -> None:
+        self.folder, self.total, self.milestones, self.keep, self.slice_of = folder, total, milestones, keep, slice_of
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("state-*.pt"))
+    @staticmethod
+    def step_of(file: Path) -> int:
+        """Steps done in a state, by its name."""
+        return int(file.name[len("state-") :].partition(".")[0])
+
+    def _states(self) -> list[list[Path]]:
+        """The files of each state that is there as a whole, the oldest first."""
+        found: dict[tuple[int, str], list[Path]] = {}
+        for file in sorted(self.folder.glob("state-*.pt")):
+            found.setdefault((self.step_of(file), file.stem.partition("-of-")[2]), []).append(file)
+        return [files for (_, count), files in sorted(found.items()) if len(files) == int(count or 1)]
+
+    def drop_fragments(self) -> None:
+        """Remove states that are not there as a whole, while nothing is written: another start may write the missing file at the same step."""
+        whole = {file for files in self._states() for file in files}
+        for file in set(self.folder.glob("state-*.pt")) - whole:
+            file.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to write the state after `step` steps; when it is there, the oldest is dropped.
+        """Begin to write the state after `step` steps; when it is there, older ones are dropped.
 
         Raises:
             JobFailed: there is no room for it, or the one before could not be written. Earlier states are as they were.
         """
         self.wait()
         copied, size = in_memory(state)
+        size *= self.slice_of[1] if self.slice_of else 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(self.folder).free) < size + ROOM_BYTES:
+        spare = self._states()[: -self.keep]
+        while (free := shutil.disk_usage(self.folder).free) < size + ROOM_BYTES and spare:
+            for file in spare.pop(0):
+                file.unlink(missing_ok=True)
+        if free < size + ROOM_BYTES:
             raise self._failure(f"disk full: a training state takes {size / 2**20:.0f} MB, {free / 2**20:.0f} MB are free")
         self._writer = threading.Thread(target=self._write, args=(step, copied), name="states")  # no daemon: a process that ends finishes writing
         self._writer.start()
@@ -138,11 +183,20 @@ class States:
         import torch
 
         try:
-            write_atomically(self.folder / f"state-{step:09d}.pt", lambda stream: torch.save(state, stream))
-            for old in self._files()[: -self.keep]:
-                old.unlink(missing_ok=True)
+            mine = ".{:05d}-of-{:05d}".format(*self.slice_of) if self.slice_of else ""
+            write_atomically(self.folder / f"state-{step:09d}{mine}.pt", lambda stream: torch.save(state, stream))
+            self._prune()
         except BaseException as error:  # raised where the training is
             self._error = error
+
+    def _prune(self) -> None:
+        """Drop what is neither among the last nor a milestone."""
+        seen = {0}
+        for files in self._states()[: -self.keep]:
+            stretch = min(self.step_of(files[0]) * self.milestones // max(1, self.total), self.milestones - 1)
+            for file in files if stretch in seen else ():
+                file.unlink(missing_ok=True)
+            seen.add(stretch)
 
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises JobFailed when that does not succeed."""
@@ -156,10 +210,14 @@ class States:
             full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain)
             raise self._failure("disk full" if full else f"a training state cannot be written ({type(error).__name__}: {error})") from error
 
+    def steps(self) -> list[int]:
+        """Steps of the states there are, ascending."""
+        return [self.step_of(files[0]) for files in self._states()]
+
     def newest(self) -> str:
         """The newest state, as text for a message."""
-        files = self._files()
-        return f"the last good state is of step {int(files[-1].stem.split('-')[1])}, {files[-1]}" if files else "no state was saved before"
+        found = self._states()
+        return f"the last good state is of step {self.step_of(found[-1][0])}, {found[-1][0]}" if found else "no state was saved before"
 
     def _failure(self, what: str) -> JobFailed:
         return JobFailed(f"{what} in {self.folder}: make room, then run with --retry; {self.newest()}")
@@ -168,9 +226,10 @@ class States:
         """(step, state) of the newest readable file, or None."""
         import torch
 
-        for path in reversed(self._files()):
+        for files in reversed(self._states()):
             try:
-                return int(path.stem.split("-")[1]), torch.load(path, map_location="cpu", weights_only=True)
+                parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=len(files) > 1) for path in files]
+                return self.step_of(files[0]), joined(parts) if len(parts) > 1 else parts[0]
             except Exception as error:
-                warnings.warn(f"checkpoint {path.name} is damaged ({type(error).__name__}); going back to the one before", stacklevel=2)
+                warnings.warn(f"checkpoint {files[0].name} is damaged ({type(error).__name__}); going back to the one before", stacklevel=2)
         return None

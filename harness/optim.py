@@ -159,12 +159,22 @@ def apply_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, 
             group["weight_decay"] = decay
 
 
+@torch.no_grad()
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor: all of it, or its slice where it is sharded (`harness.sharding`)."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Tensor:
     """Clip gradients in place as the recipe says, over all of them or tensor by tensor (DINO's rule); the global norm before that, a scalar."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
+    found = [p.grad for p in parameters if p.grad is not None]
+    if not found:
         return torch.zeros(())
-    norms = torch.stack(torch._foreach_norm(grads))
+    norms = torch.stack(torch._foreach_norm(grads := [local(g) for g in found]))
+    if hasattr(found[0], "to_local"):
+        torch.distributed.all_reduce(squares := norms.square())
+        norms = squares.sqrt()
     total: Tensor = norms.norm()
     if recipe.clip is not None and recipe.clip_mode == "global":
         torch._foreach_mul_(grads, (recipe.clip / (total + 1e-6)).clamp(max=1.0))
@@ -188,8 +198,8 @@ class Ema:
         averages, values = [], []
         for key, value in module.state_dict().items():
             if value.is_floating_point():
-                averages.append(self.average[key])
-                values.append(value.detach())
+                averages.append(local(self.average[key]))
+                values.append(local(value.detach()))
             else:
                 self.average[key].copy_(value)
         torch._foreach_lerp_(averages, values, 1 - self.decay)

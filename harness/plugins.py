@@ -52,6 +52,7 @@ class Session:
     `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
     `dtype`: the autocast type (torch.float32: none). `workers`: loader processes (0: this one). `folders`: name of a data set of the job -> its folder.
     `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple a batch; `on_oom`: end, or halve the micro-batch.
+    `milestones`: see `harness.checkpoint.States`. `nan_restarts`: see `harness.restarts`. `shard`: see `harness.sharding`.
     `recompute`: the blocks of a dense evaluator's ViT are computed again in the backward pass: less memory, the same numbers; FLOPs count it.
     """
 
@@ -67,6 +68,9 @@ class Session:
     micro_batch: int | None = None
     force_accumulation: bool = False
     recompute: bool = False
+    milestones: int = 4
+    nan_restarts: int = 0
+    shard: bool = False
     report: Callable[[Progress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
     skipped_images: dict[str, str] = field(default_factory=dict)
@@ -193,9 +197,6 @@ class Evaluator(Protocol):
         """Train what is to be trained, score, and write the outcomes file; resumable inside context.session.dir."""
 
     def skip(self, vit: ViTConfig) -> str | None: ...
-
-
-# ------------------------------------------------------------------------------------------------------------ discovery
 
 
 @cache

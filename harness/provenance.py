@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness.store import RECORD_SCHEMA, read_json, write_json
+from harness.store import RECORD_SCHEMA, read_json, read_record, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "pycocotools", "faster-coco-eval")
 
@@ -85,6 +85,7 @@ def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usag
     cuda = session.device.type == "cuda"
     facts = parts["facts"]
     seconds = usage.seconds()
+    above = [record for parent in job["parents"].values() if (record := read_record(session.dir.parent / parent["folder"])) is not None]
     return {
         "schema": RECORD_SCHEMA, "kind": job["kind"], "name": job["name"], "key": job["key"], "identity": job["identity"], "about": job["about"],
         "parents": job["parents"], "metrics": parts["metrics"], "outcomes": parts["outcomes"], "seed": job["identity"]["seed"],
@@ -98,6 +99,7 @@ def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usag
         "images_seen": facts.get("images_seen"), "flops": facts.get("flops"),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "deviations": list(job["about"].get("deviations", ())),
-        "deviations_found": [*([f"{len(session.skipped_images)} unreadable images skipped"] if session.skipped_images else []), *facts.get("deviations", ())],
+        "deviations_found": [*([f"{len(session.skipped_images)} unreadable images skipped"] if session.skipped_images else []), *facts.get("deviations", ()),
+                             *(f"{record['name']}: {found}" for record in above for found in record.get("deviations_found", ()))],
         "facts": facts,
     }

@@ -93,6 +93,8 @@ def join() -> None:
     make_store: Any = dist.TCPStore  # type: ignore[attr-defined]  # it is exported, without saying so
     store = make_store(host, int(port), world, rank == 0, timeout=datetime.timedelta(seconds=MEET_S), master_listen_fd=door)
     backend = "nccl" if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU") else "gloo"
+    if backend == "nccl":  # object collectives and meshes go by the current device: 0 where a process sees its own GPU alone
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 

@@ -72,14 +72,15 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
         on_bad_image=where["on_bad_image"], on_oom=where.get("on_oom", "fail"), checkpoint_every_s=number_from("HARNESS_CHECKPOINT_S", 0, 30),
         should_stop=should_stop, log=log, micro_batch=number_from("HARNESS_MICRO_BATCH"),
         force_accumulation=os.environ.get("HARNESS_FORCE_ACCUMULATION", "") not in ("", "0"),
-        recompute=os.environ.get("HARNESS_RECOMPUTE", "") not in ("", "0"),
+        recompute=os.environ.get("HARNESS_RECOMPUTE", "") not in ("", "0"), milestones=number_from("HARNESS_MILESTONES", 1, 4),
+        nan_restarts=number_from("HARNESS_NAN_RESTARTS", 0, 0), shard=os.environ.get("HARNESS_SHARD", "") not in ("", "0"),
     )
 
 
 def check_environment() -> None:
     """Look at the variables that jobs will read. Raises UserError."""
-    for name, least in (("HARNESS_MICRO_BATCH", 1), ("HARNESS_THREADS", 1), ("HARNESS_WORKERS", 0), ("HARNESS_CHECKPOINT_S", 0)):
-        number_from(name, least)
+    for name in ("MICRO_BATCH", "THREADS", "WORKERS", "CHECKPOINT_S", "MILESTONES", "NAN_RESTARTS"):
+        number_from(f"HARNESS_{name}", name in ("MICRO_BATCH", "THREADS", "MILESTONES"))
     processes_here()
     loggers()
 

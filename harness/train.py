@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.batches import any_of, gathered, merge, parts_of, positions, processes, rank, weigh
+from harness.batches import Early, any_of, couples, gathered, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
 from harness.data import ImageList
 from harness.metrics import Metrics
-from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, lr_at, parameter_groups
+from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, local, lr_at, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
+from harness.restarts import NotFinite, go_back, past, remarks
 from harness.samples import Samples, Transform, loader, stack, steps_of
+from harness.sharding import shard, slices, stays_whole, whole_again
 from harness.spec import Interrupted, JobFailed, Recipe
 
 LOG_EVERY_S = 1.0
@@ -53,11 +55,12 @@ def choose_attention(module: nn.Module, session: Session) -> None:
 
 
 def check_finite(stage: str, step: int, total: int, recipe: Recipe, loss: Tensor, norm: Tensor, states: States) -> None:
-    """Raises JobFailed when the loss of a step, or the norm of its gradient, is not finite: the weights after it are no state to go on from."""
+    """Raises NotFinite when the loss of a step, or the norm of its gradient, is not: the weights after it are no state to go on from."""
     if not (math.isfinite(last := float(loss.detach())) and math.isfinite(float(norm))):
         states.wait()
         numbers = f"gradient norm {float(norm):.3g}, lr {lr_at(recipe, step - 1, total):.3g}, at its peak {recipe.peak_lr:.3g}"
-        raise JobFailed(f"{stage}: loss {last:.4g} at step {step} of {total} ({numbers}): lower lr with --set, or use fp32; {states.newest()}")
+        remedy = "lower lr with --set, use fp32, or let it go back so many times with HARNESS_NAN_RESTARTS"
+        raise NotFinite(f"{stage}: loss {last:.4g} at step {step} of {total} ({numbers}): {remedy}; {states.newest()}", step)
 
 
 def fit(
@@ -78,20 +81,43 @@ def fit(
         Interrupted: a signal came; the state is saved.
         JobFailed: an image cannot be read, the loss is not finite, memory or the disk is full.
     """
+    folder = session.dir / "checkpoint" / stage
+    while True:
+        try:
+            return _fit(objective, images, transform, recipe, session, stage)
+        except NotFinite as failure:
+            if len(past(folder)) >= session.nan_restarts:
+                raise
+            session.log(str(failure))
+            restarts = go_back(folder, failure.step)
+            session.log(f"{stage}: restart {len(restarts)} of at most {session.nan_restarts}, without the batches in between")
+
+
+def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: Recipe, session: Session, stage: str) -> dict[str, Any]:
+    """`fit` up to a loss that is not finite (NotFinite)."""
     if len(images) == 0:
         raise JobFailed(f"{images.root}: no images to train on")
     per_epoch, total = steps_of(recipe, len(images))
-    objective.to(session.device).train()
-    choose_attention(objective, session)
+    choose_attention(objective.train(), session)
     vit: Any = getattr(objective, "vit", None)
     depth = 0 if vit is None else len(vit.blocks)
-    optimizer = build_optimizer(parameter_groups(objective, recipe, depth), recipe)
+    groups, lent, reason = parameter_groups(objective, recipe, depth), objective, stays_whole(objective, recipe) if session.shard else ""
+    masks = list[tuple[nn.Parameter, Tensor]]()
+    if sharded := session.shard and not reason:
+        objective, masks = shard(objective, session.device)
+        groups = parameter_groups(objective, recipe, depth)
+    else:
+        objective.to(session.device)
+    if session.shard:
+        session.log(f"{stage}: {f'sharded among {processes()} processes' if sharded else f'not sharded: {reason}'}")
+    optimizer = build_optimizer(groups, recipe)
     ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
-    states = States(session.dir / "checkpoint" / stage)
+    states = States(session.dir / "checkpoint" / stage, total, session.milestones, slice_of=(rank(), processes()) if sharded else None)
     facts: dict[str, Any] = {"flops_per_step": None, "seconds": 0.0, "loss": None}
-    step = 0
+    step, skips = 0, sum(at - back for at, back in past(states.folder))
     if (found := states.latest()) is not None:
         step, state = found
+        state = slices(state, objective, optimizer) if sharded else state
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
@@ -106,12 +132,14 @@ def fit(
         raise JobFailed(f"{states.folder}: the processes find states of steps {steps}: is the runs folder one that all of them see?")
     parts = parts_of(recipe.batch, session, objective, facts.get("parts", 1))
     facts["parts"], facts["processes"], lead = parts, processes(), rank() == 0
+    if lead:
+        states.drop_fragments()
     session.log(f"{stage}: a step is {parts} micro-batch{'es' * (parts > 1)} of {-(-recipe.batch // parts)} on {processes()} process{'es' * (processes() > 1)}")
 
     def save() -> None:
         for skipped in gathered(session.skipped_images):
             session.skipped_images |= skipped
-        if not lead:
+        if not (lead or sharded):
             return
         states.save(step, {
             "objective": objective.state_dict(), "optimizer": optimizer.state_dict(), "ema": None if ema is None else ema.state_dict(),
@@ -125,12 +153,18 @@ def fit(
     if step == 0 and prepare is not None:
         some = stack([samples[i] for i in range(min(recipe.batch, PREPARE_IMAGES))])  # the same in every process, whatever the parts
         prepare({k: v.to(session.device) for k, v in some.items() if k != "bad"})
-    stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
+    if step == 0 and session.nan_restarts:
+        started = time.monotonic()
+        save()
+    stream = loader(samples, positions(range(step + skips, total + skips), recipe.batch, parts), session.workers, cuda)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     after_step = getattr(objective, "after_step", None)
     log_every = max(1, total // 200)
     started = saved = shown = time.monotonic()
     first = step
+    may_halve = processes() == 1 or not (sharded or couples(objective))  # processes that meet inside a step would wait there for one that has left it
+    halves = may_halve and session.on_oom == "halve"
+    early = Early(parameters) if processes() > 1 and not (halves or sharded or couples(objective)) else None
     while step < total:
         apply_schedule(optimizer, recipe, step, total)
         outputs = []
@@ -141,29 +175,40 @@ def fit(
                 if session.on_bad_image == "skip":
                     for index in bad[bad >= 0].tolist():
                         session.skipped_images[str(images.files[index])] = "cannot be read"
-                seed_all(session.seed, "step", step, *((part,) if parts > 1 else ()))
+                seed_all(session.seed, "step", step + skips, *((part,) if parts > 1 else ()))
                 share = len(bad) / recipe.batch
                 with count_flops(facts, share), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
                     output, weight = weigh(objective(batch, step / total), len(bad))
                     loss: Any = output["loss"] if parts == 1 else output["loss"] * weight
+                    if early is not None and part + processes() >= parts:
+                        early.begin()
                     loss.backward()
                 outputs.append((output, weight))
+            short = ""
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
+            if not OUT_OF_MEMORY.search(short := f"{type(error).__name__} {error}"):
                 raise
-            more = min(2 * parts, recipe.batch)
+        if (halves and any_of(bool(short))[0]) or short:
+            more = min(2 * parts, recipe.batch // processes() * processes())
             told, half = f"{stage}: out of memory at step {step} with {-(-recipe.batch // parts)} images at a time", -(-recipe.batch // more)
-            if session.on_oom == "fail" or processes() > 1 or more == parts:
-                halve = " or --on-oom halve" if processes() == 1 else ""
+            if not halves or more == parts:
+                session.log(short)
+                halve = " or --on-oom halve" if may_halve else ""
                 remedy = "it needs a larger device" if more == parts else f"set HARNESS_MICRO_BATCH={half}{halve}, which changes no key"
-                raise JobFailed(f"{told}: {remedy}") from error
+                raise JobFailed(f"{told}: {remedy}")
+            output, loss, batch = {}, None, {}  # what they hold of this step is not to take memory from the next try
             parts = facts["parts"] = parts_of(recipe.batch, session, objective, more)
             facts["halved"] = [*facts.get("halved", ()), f"{told}: {half} from there on"]
             session.log(facts["halved"][-1])
             optimizer.zero_grad(set_to_none=True)
-            stream = loader(samples, positions(range(step, total), recipe.batch, parts), session.workers, cuda)
+            if cuda:
+                torch.cuda.empty_cache()
+            stream = loader(samples, positions(range(step + skips, total + skips), recipe.batch, parts), session.workers, cuda)
             continue
-        output = outputs[0][0] if parts == 1 else merge(outputs, parameters)
+        for parameter, mask in masks:
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(mask)
+        output = outputs[0][0] if parts == 1 else merge(outputs, parameters, early)
         norm = clip_gradients(parameters, recipe)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -197,8 +242,11 @@ def fit(
         facts["seconds"] += time.monotonic() - started
     if ema is not None:
         ema.copy_to(objective)
-    objective.eval()
+    if sharded:
+        whole_again(lent, objective)
+    lent.to(session.device).eval()
     return {
         "steps": total, "images_seen": total * recipe.batch, "flops": total * (facts["flops_per_step"] or 0.0),
         "seconds": round(facts["seconds"], 3), "loss": facts["loss"], **({"out_of_memory": facts["halved"]} if "halved" in facts else {}),
+        **({"deviations": remarks(restarts, total)} if (restarts := past(states.folder)) else {}),
     }

@@ -148,7 +148,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
         """
         work, session, recipe, total = self.work, self.work.session, self.work.recipe, self.max_iters
         wrapper, facts = self.runner.optim_wrapper, self.work.facts
-        states = States(session.dir / "checkpoint" / "train")
+        states = States(session.dir / "checkpoint" / "train", total, session.milestones)
         if (found := states.latest()) is not None:
             self.iter, state = found
             work.model.load_state_dict(state["model"])

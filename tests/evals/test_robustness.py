@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +108,44 @@ def test_mce_over_all_corruptions_goes_on_where_it_stopped(tmp_path: Path) -> No
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     assert outcome.metrics["mCE"] == pytest.approx(100 * np.mean([0.5 / e for e in ALEXNET_ERROR.values()]))
     assert outcome.facts["mean_error"] == 50 and outcome.facts["scored_images"] == 300 and not ImageNetC.columns[0].higher_is_better
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from evals.robustness import ImageNetA, ImageNetC
+from harness.plugins import EvalContext
+from test_robustness import TINY, fine_tuned, session
+place, rank = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=2)
+for evaluator, name in ((ImageNetA(), "imagenet-a"), (ImageNetC(), "imagenet-c")):
+    print(evaluator.run(fine_tuned(), EvalContext(session(place / f"two-{name}", name, place / name), TINY, None)).metrics)
+"""
+
+
+def test_two_processes_score_what_one_does(tmp_path: Path) -> None:
+    """Sets of fifteen images, one of ImageNet-C scored before: the outcomes are those of one process, image by image, and both tell the same score."""
+    noise = pictures(tmp_path / "imagenet-a", ("n02", "n03", "n04"), 5)
+    for name in data_set("imagenet-c").splits:
+        (tmp_path / "imagenet-c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "imagenet-c" / name).symlink_to(noise)
+    alone = []
+    for evaluator, name in ((ImageNetA(), "imagenet-a"), (ImageNetC(), "imagenet-c")):
+        alone.append(evaluator.run(fine_tuned(), EvalContext(session(tmp_path / f"one-{name}", name, tmp_path / name), TINY, None)))
+    kept = tmp_path / "two-imagenet-c" / "checkpoint" / "scored"
+    kept.mkdir(parents=True)
+    (kept / "fog-3.npy").write_bytes((tmp_path / "one-imagenet-c" / "checkpoint" / "scored" / "fog-3.npy").read_bytes())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])}
+    jobs = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(rank)], env=environment, stdout=-1, stderr=-1, text=True) for rank in (0, 1)]
+    for job in jobs:
+        said, errors = job.communicate(timeout=300)
+        assert job.returncode == 0 and said.splitlines() == [str(outcome.metrics) for outcome in alone], errors
+    for name in ("imagenet-a", "imagenet-c"):
+        with np.load(tmp_path / f"one-{name}" / "outcomes.npz") as one, np.load(tmp_path / f"two-{name}" / "outcomes.npz") as two:
+            assert one.files == two.files and all(np.array_equal(one[key], two[key]) for key in one.files)
+    assert 0 < alone[0].metrics["top-1"] < 100
 
 
 def test_corrupted_images_are_cropped_and_not_resized(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.augment import TrainTransform
-from harness.batches import BatchNorm
+from harness.batches import BatchNorm, Early
 from harness.data import ImageList
 from harness.plugins import Session, TrainContext
 from harness.randomness import seed_all
@@ -40,7 +40,7 @@ class Unweighted(nn.Module):
 
 
 def train(
-    folder: Path, images: Path, recipe: Recipe = RECIPE, micro_batch: int | None = None, weighted: bool = True, log: Any = lambda line: None
+    folder: Path, images: Path, recipe: Recipe = RECIPE, micro_batch: int | None = None, weighted: bool = True, **fields: Any
 ) -> dict[str, Tensor]:
     """Weights after three steps."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def train(
     objective: Any = method.objective(ViT(SMALL, recipe.drop_path), TrainContext(SMALL, recipe, 3))
     objective = objective if weighted else Unweighted(objective)
     files = ImageList(images, sorted(p.name for p in images.glob("*.png")), None, ())
-    session = Session(folder, 3, torch.device("cpu"), torch.float32, {}, micro_batch=micro_batch, log=log)
+    session = Session(folder, 3, torch.device("cpu"), torch.float32, {}, micro_batch=micro_batch, **fields)
     fit(objective, files, method.transform(SMALL, recipe), recipe, session)
     return dict(objective.vit.state_dict())
 
@@ -77,6 +77,30 @@ def train_probe(folder: Path, images: Path) -> dict[str, Tensor]:
     return probe.state_dict()
 
 
+class Runs(nn.Module):
+    """A linear map that runs out of memory in one process, once, with its gradients half made."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self.layer, self.calls, self.at = nn.Linear(3, 1), 0, at
+
+    def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == self.at and dist.get_rank() == 1:
+            self.layer.weight.grad = torch.full_like(self.layer.weight, 7.0)
+            raise torch.OutOfMemoryError("as a GPU would")
+        return {"loss": self.layer(batch["image"].float().div(255).mean((2, 3))).square().mean()}
+
+
+def train_short(folder: Path, images: Path, at: int | None, **fields: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights after three steps, and what `fit` returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seed_all(3, "init")
+    model, files = Runs(at), ImageList(images, sorted(p.name for p in images.glob("*.png")), None, ())
+    facts = fit(model, files, TrainTransform((32, 32), RECIPE.augment), RECIPE, Session(folder, 3, torch.device("cpu"), torch.float32, {}, **fields))
+    return model.state_dict(), facts
+
+
 def process(rank: int, count: int, place: Path) -> None:
     """One of them."""
     import dataclasses
@@ -85,7 +109,14 @@ def process(rank: int, count: int, place: Path) -> None:
     for name, drop_path in (("plain", 0.0), ("dropped", 0.5)):
         state = train(place / f"{name}-{rank}", place / "images", dataclasses.replace(RECIPE, drop_path=drop_path))
         torch.save(state, place / f"{name}-{rank}.pt")
+    begun, end = list[int](), Early.end
+    Early.end = lambda self: (begun.append(len(self.works)), end(self))[1]  # type: ignore[func-returns-value, method-assign]
+    early = train(place / f"early-{rank}", place / "images", micro_batch=2)
+    late = train(place / f"late-{rank}", place / "images", micro_batch=2, on_oom="halve")  # which keeps sums to the end of a step
+    torch.save((early, late, begun), place / f"early-{rank}.pt")
     torch.save(train_probe(place / f"probe-{rank}", place / "images"), place / f"probe-{rank}.pt")
+    halved, facts = train_short(place / f"short-{rank}", place / "images", 1, on_oom="halve")
+    torch.save((halved, facts["out_of_memory"], train_short(place / f"long-{rank}", place / "images", None, micro_batch=2)[0]), place / f"short-{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import RECIPE, train, train_probe
+from processes import RECIPE, SMALL, train, train_probe
 from torch import Tensor, nn
 
 from harness.batches import parts_of, positions
@@ -23,6 +23,7 @@ from harness.ranks import number_from
 from harness.samples import Samples
 from harness.spec import JobFailed, UserError
 from harness.train import fit
+from harness.vit import ViT
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_batch_in_parts_makes_the_same_step(place: Path, whole: dict[str, Tens
 
 
 def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, Tensor]) -> None:
-    """With gloo; with dropped paths too, which are drawn for each part; and with a batch norm, which sees the whole batch."""
+    """With gloo; with dropped paths too, which are drawn for each part; with a batch norm, which sees the whole batch; and short of memory."""
     command = [sys.executable, str(Path(__file__).with_name("processes.py")), "4", str(place)]
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=500)
@@ -68,6 +69,14 @@ def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, 
     assert distance(torch.load(place / "dropped-0.pt", weights_only=True), dropped) < 2e-5 < distance(dropped, whole)
     normed = train_probe(place / "probe", place / "images")
     assert max(distance(torch.load(place / f"probe-{rank}.pt", weights_only=True), normed) for rank in range(4)) < 2e-5
+    for rank in range(4):  # sums that are begun in the backward pass, of the second step on, are those that are begun after it
+        early, late, begun = torch.load(place / f"early-{rank}.pt", weights_only=True)
+        assert begun == [0, *[len(list(ViT(SMALL).parameters())) + 3] * 2]  # 3: mask token and head
+        assert all(torch.equal(early[k], late[k]) for k in late)
+    for rank in range(4):  # one ran out of memory in its first part: all of them split the batch, in that step already
+        halved, told, small = torch.load(place / f"short-{rank}.pt", weights_only=True)
+        assert told == ["train: out of memory at step 0 with 3 images at a time: 2 from there on"]
+        assert all(torch.equal(halved[k], small[k]) for k in small)
     assert (place / "plain-0" / "metrics.jsonl").exists() and not (place / "plain-1" / "metrics.jsonl").exists()
 
 

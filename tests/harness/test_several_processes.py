@@ -56,15 +56,16 @@ def whole(environment: dict[str, str], smoke_data: Path, tmp_path_factory: pytes
     return place / "runs"
 
 
-@pytest.mark.parametrize("launcher", ["local", "debug"])
-def test_two_processes_equal_one(harness: Call, whole: Path, tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "shard"), [("local", "0"), ("debug", "1")])
+def test_two_processes_equal_one(harness: Call, whole: Path, tmp_path: Path, launcher: str, shard: str) -> None:
     """The same key and the same weights to rounding; the record tells their number, and an evaluator that knows nothing of it runs on one."""
-    done = harness(*LINE, "--launcher", launcher, HARNESS_PROCESSES="2")
+    done = harness(*LINE, "--launcher", launcher, HARNESS_PROCESSES="2", HARNESS_SHARD=shard)
     runs = tmp_path / "runs"
     assert done.returncode == 0, done.stdout + done.stderr
     assert node(runs).name == node(whole).name
     assert distance(weights(runs), weights(whole)) < 1e-4
     log = (node(runs) / "log.txt").read_text()
+    assert ("train: sharded among 2 processes" in log) == (shard == "1")
     assert "2 micro-batches of 8 on 2 processes" in log and "2 micro-batches" in (node(runs) / "log-rank1.txt").read_text()
     assert (record(runs)["hardware"]["processes"], record(whole)["hardware"]["processes"]) == (2, 1)
     assert record(runs)["device_hours"] == pytest.approx(2 * record(runs)["wall_s"] / 3600, rel=0.01)

@@ -17,6 +17,7 @@ from harness import checkpoint
 from harness.checkpoint import States
 from harness.data import ImageList
 from harness.plugins import Session
+from harness.restarts import NotFinite
 from harness.spec import JobFailed, Recipe
 from harness.train import fit
 
@@ -92,6 +93,32 @@ def test_a_full_disk_is_one_clear_failure(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state-000000002.pt", "state-000000003.pt"]
 
 
+def test_milestones_stay_and_are_gone_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first state of each quarter but the first stays beside the last two, to go back to when those are damaged. A full disk takes them first."""
+    states = States(tmp_path, total=100, milestones=4)
+    for step in range(3, 93, 6):
+        states.save(step, {"step": step, "weights": torch.zeros(1000)})
+        states.wait()
+    kept = [27, 51, 75, 81, 87]
+    assert [states.step_of(p) for p in sorted(tmp_path.iterdir())] == kept
+    for step in (81, 87):
+        (tmp_path / f"state-{step:09d}.pt").write_bytes(b"half of it")
+    with pytest.warns(UserWarning, match="is damaged"):
+        found = states.latest()
+    assert found is not None and (found[0], found[1]["step"]) == (75, 75)
+    usage = shutil.disk_usage(tmp_path)
+    room = {5: 10 * 2**20, 4: 16 * 2**20}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=room.get(len(list(folder.iterdir())), 17 * 2**20)))
+    states.save(93, {"step": 93})
+    states.wait()
+    assert [states.step_of(p) for p in sorted(tmp_path.iterdir())] == [51, 75, 87, 93]
+    only = States(tmp_path / "only")  # no milestones unless they are asked for
+    for step in (1, 2, 3):
+        only.save(step, {})
+    only.wait()
+    assert [only.step_of(p) for p in sorted((tmp_path / "only").iterdir())] == [2, 3]
+
+
 class Bursts(nn.Module):
     """A weight whose gradient is not finite from a step on, one step before its loss."""
 
@@ -109,7 +136,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tmp_path: Path) ->
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     images, recipe = ImageList(tmp_path, ["a.png"], None, ()), Recipe(batch=1, lr=0.01, iterations=1000, optimizer="sgd", precision="fp32")
     session = Session(tmp_path, 0, torch.device("cpu"), torch.float32, {}, checkpoint_every_s=0.0)
-    with pytest.raises(JobFailed, match=r"train: loss \d\S* at step 8 of 1000 \(gradient norm nan, lr 0.01, .*the last good state is of step 7"):
+    with pytest.raises(NotFinite, match=r"train: loss \d\S* at step 8 of 1000 \(gradient norm nan, lr 0.01, .*the last good state is of step 7"):
         fit(Bursts(0.007), images, lambda image, rng: {"x": torch.zeros(1)}, recipe, session)
     found = States(tmp_path / "checkpoint" / "train").latest()
     assert found is not None and found[0] == 7 and bool(found[1]["objective"]["weight"].isfinite().all())

@@ -1,0 +1,44 @@
+"""Going on after a loss that is not finite: from the last good state and past the images that led to it, so many times and no more.
+
+Training is a function of the place in the run, so that the same images after the same state would end the same way. The steps between the state and
+the loss are therefore left out: the step after the state draws what the first one behind them would have drawn (images, crops, masks, dropped paths), and so on
+from there, past the end of the recipe; schedules stay with the step. PaLM (arXiv 2204.02311, section 5.1) left out the batches around a spike, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.batches import gathered, rank
+from harness.checkpoint import States
+from harness.spec import JobFailed
+from harness.store import read_json, write_json
+
+
+class NotFinite(JobFailed):
+    """The loss, or the norm of its gradient, was not finite after `step` steps."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+def past(folder: Path) -> list[list[int]]:
+    """[step of the loss that was not finite, step gone back to] of each restart of the training whose states are in a folder."""
+    return list(read_json(folder / "restarts.json") or [])
+
+
+def remarks(restarts: Sequence[Sequence[int]], total: int) -> list[str]:
+    """What a table says of them."""
+    return [f"loss not finite at step {at} of {total}: went on from step {back}, without the batches in between ({at - back})" for at, back in restarts]
+
+
+def go_back(folder: Path, at: int) -> list[list[int]]:
+    """Note, for all processes, that training goes on from the newest state; restarts so far, this one the last."""
+    gathered(None)  # what was being written is there
+    restarts: list[list[int]] = gathered([*past(folder), [at, States(folder).steps()[-1]]])[0]
+    if rank() == 0:
+        write_json(folder / "restarts.json", restarts)
+    gathered(None)
+    return restarts
