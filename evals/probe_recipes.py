@@ -39,7 +39,7 @@ def igpt(family: str, vit: ViTConfig) -> Recipe | None:
 
     demo, smoke: the same optimiser on the features of central crops, seconds (ours).
     """
-    if family not in ("paper", "demo", "smoke") or (family == "paper" and not vit.paper_size and not small(vit)):
+    if family not in ("paper", "demo", "smoke") or (family == "paper" and not vit.paper_size):
         return None
     sources: tuple[tuple[str, str], ...] = (
         ("lr, optimizer, momentum, length", "iGPT-paper (recipes A15)"), ("batch, schedule, weight_decay, augment", "ours: not in A15; plain crops and flips"),
