@@ -1,10 +1,11 @@
 """Training steps of MAE and BEiT in images/s, against transformers' ViTMAE and BEiT and lightly's MAE.
 
-A step is forward, backward and AdamW; ours also normalises uint8 images, as `harness.train` has it, and computes the gradient's norm. Rivals get floats. Each
-runs as it is published: default GEMMs, transformers with fused AdamW as its Trainer, lightly with the optimiser of its example (its example's model is
-restated over its modules, with normalised pixels and the paper's decoder). transformers' BEiT gets its labels from the same tokenizer, run in fp32 in
-the usual memory layout over all patches. The gate comes first: from the same weights and noise, loss and gradients must be ours; a rival
-that is not installed is named and left out.
+A step is forward, backward and AdamW; ours also normalises uint8 images, as `harness.train` has it, and computes the gradient's norm; rivals get floats.
+Ours computes as a job does here (`harness.provenance.set_up`: the GEMMs of this machine, explicit attention with oneDNN or bf16, deterministic algorithms).
+Each rival runs as it is published: default GEMMs and attention, transformers with fused AdamW as its Trainer, lightly with the optimiser of its example (its
+example's model is restated over its modules, with normalised pixels and the paper's decoder). transformers' BEiT gets its labels from the same tokenizer, run
+in fp32 over all patches. The gate comes first: from the same weights and noise, loss and gradients must be ours; a rival that is not installed is
+named and left out.
 
 Rounds are interleaved in one process: on a CPU one thread and processor seconds, so that other processes count less; on a GPU wall-clock. With a
 folder, a dated JSON is written there. The rivals are no dependencies: pip install transformers lightly --no-deps.
@@ -15,7 +16,6 @@ folder, a dated JSON is written there. The rivals are no dependencies: pip insta
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -35,14 +35,16 @@ from torch import Tensor, nn
 
 from harness.augment import Normalize
 from harness.optim import build_optimizer, clip_gradients, parameter_groups
-from harness.provenance import processor, versions
+from harness.plugins import Session
+from harness.provenance import gemm_mode, processor, versions
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Recipe, ViTConfig
 from harness.store import write_json
+from harness.train import choose_attention
 from harness.vit import ViT
 from methods.beit import BEiT, BEiTObjective
 from methods.dalle import Tokenizer
 from methods.mae import MAE, MAEObjective
-from methods.masking import block_mask, pick
+from methods.masking import block_mask
 from methods.targets import Tokens
 
 Batch = dict[str, Tensor]
@@ -78,7 +80,8 @@ class Contender:
     optimizer: torch.optim.Optimizer
     renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     after: Callable[[], object] = lambda: None
-    gemm: str = "ieee"
+    gemm: str = "highest"
+    deterministic: bool = False
 
 
 def batch_of(case: Case) -> Batch:
@@ -109,8 +112,10 @@ def ours(case: Case, device: str, batch: Batch) -> Contender:
     objective.to(device).train()
     recipe = Recipe(batch=case.batch, lr=1e-4, iterations=1000, frozen=("vit.pos_embed",) if case.method == "mae" else ())
     optimizer = build_optimizer(parameter_groups(objective, recipe, case.vit.depth), recipe)
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    return Contender(objective, lambda b: objective(b)["loss"], optimizer, dict, lambda: clip_gradients(parameters, recipe))
+    parameters, gemm = [p for p in objective.parameters() if p.requires_grad], gemm_mode() if device == "cpu" else "highest"
+    torch.set_float32_matmul_precision(gemm)
+    choose_attention(objective, Session(Path(), 0, torch.device(device), case.dtype, {}))
+    return Contender(objective, lambda b: objective(b)["loss"], optimizer, dict, lambda: clip_gradients(parameters, recipe), gemm, True)
 
 
 # ------------------------------------------------------------------------------------------------------------------- rivals
@@ -242,6 +247,7 @@ def gate(name: str, rival: str, case: Case, our: Contender, their: Contender, ba
         their.module.lent_tokenizer[0].load_state_dict(our.module.targets.tokenizer.state_dict())  # type: ignore[index, union-attr]
     losses = []
     for one in (our, their):
+        torch.set_float32_matmul_precision(one.gemm)
         with torch.autocast(batch["image"].device.type, case.dtype, enabled=case.dtype != torch.float32):
             losses.append(loss := one.loss(batch))
         loss.backward()
@@ -262,7 +268,8 @@ def gate(name: str, rival: str, case: Case, our: Contender, their: Contender, ba
 def seconds(one: Contender, case: Case, batch: Batch) -> float:
     """Seconds of one step."""
     device = batch["image"].device.type
-    torch.backends.mkldnn.matmul.fp32_precision = one.gemm  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision(one.gemm)
+    torch.use_deterministic_algorithms(one.deterministic, warn_only=True)
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device == "cuda":
         torch.cuda.synchronize()
@@ -314,8 +321,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="folder for a dated JSON")
     args = parser.parse_args()
-    if args.device == "cpu":
-        torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as `harness.provenance.set_up`
+    torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     rows = []
     for name in args.cases.split(","):
         for row in measure(name, CASES[name], args.device, args.rounds):
@@ -325,7 +332,7 @@ def main() -> None:
                   f"gradient {row['gradient_apart']:.1e}", flush=True)
     if args.out:
         hardware = torch.cuda.get_device_name() if args.device == "cuda" else processor()
-        body = {"benchmark": "step", "date": datetime.date.today().isoformat(), "hardware": hardware, "versions": versions(), "threads": torch.get_num_threads()}
+        body: dict[str, Any] = {"benchmark": "step", "date": datetime.date.today().isoformat(), "hardware": hardware, "versions": versions()}
         write_json(Path(args.out) / f"step-{args.device}-{body['date']}.json", {**body, "rows": rows})
 
 

@@ -45,8 +45,8 @@ def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
 
 
 def choose_attention(module: nn.Module, session: Session) -> None:
-    """Explicit attention for bf16 on a CPU, where the backward of the fused kernel is slow: 1.45 times the images/s at 17 and at 65 tokens."""
-    if session.device.type == "cpu" and session.dtype == torch.bfloat16:
+    """Explicit attention on a CPU where the fused kernel is slow: in bf16 its backward (1.45 times the images/s), and its many small oneDNN products."""
+    if session.device.type == "cpu" and (session.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"):
         for part in module.modules():
             if hasattr(part, "fused_attn"):
                 setattr(part, "fused_attn", False)  # noqa: B010  # a module's attributes are tensors to a type checker
