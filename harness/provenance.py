@@ -68,9 +68,10 @@ def set_up(folder: Path) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(before["threads"])
-    chosen = before if "gemm" in before else {**before, "gemm": gemm_mode()}
+    chosen = before if "gemm" in before else {**before, "gemm": gemm_mode(), "compile": os.environ.get("HARNESS_COMPILE", "")}
     if chosen is not before and own_rank() == 0:
         write_json(folder / "machine.json", chosen)
+    os.environ["HARNESS_COMPILE"] = chosen.get("compile", "")
     torch.set_float32_matmul_precision(chosen["gemm"])
     torch.use_deterministic_algorithms(True, warn_only=True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # untyped; a search for errors that takes 2 to 7 % of a step
@@ -153,8 +154,8 @@ def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usag
         "parents": job["parents"], "metrics": parts["metrics"], "outcomes": parts["outcomes"], "seed": job["identity"]["seed"],
         "plugin_version": job["identity"]["version"], "git": git_state(), "packages": versions(),
         "hardware": {
-            "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": processor(), "cores": os.cpu_count() or 1, "threads": machine["threads"],
-            "gemm": machine["gemm"], "processes": usage.processes,
+            "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": processor(), "cores": os.cpu_count() or 1, **machine,
+            "processes": usage.processes,
         },
         "precision": "bf16" if session.dtype == torch.bfloat16 else "fp32", "start": usage.before["start"],
         "end": datetime.datetime.now(datetime.UTC).isoformat(), "wall_s": round(seconds, 3), "device_hours": usage.device_seconds() / 3600,

@@ -7,10 +7,11 @@ and a step count. A job that is stopped or killed at any moment goes on from its
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from harness.plugins import Progress, Session
 from harness.randomness import seed_all
 from harness.samples import Samples, Transform, loader, stack, steps_of
 from harness.spec import Interrupted, JobFailed, Recipe
+from harness.vit import compile_blocks
 
 LOG_EVERY_S = 1.0
 PREPARE_IMAGES = 256
@@ -39,7 +41,8 @@ def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
         return
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    eager: Any = torch.compiler.set_stance("force_eager") if os.environ.get("HARNESS_COMPILE") else nullcontext()  # compiled kernels are not seen
+    with eager, FlopCounterMode(display=False) as counter:
         yield
     facts["flops_per_step"] = float(counter.get_total_flops()) / share
 
@@ -83,6 +86,8 @@ def fit(
     per_epoch, total = steps_of(recipe, len(images))
     objective.to(session.device).train()
     choose_attention(objective, session)
+    if backend := os.environ.get("HARNESS_COMPILE"):
+        compile_blocks(objective, backend)
     vit: Any = getattr(objective, "vit", None)
     depth = 0 if vit is None else len(vit.blocks)
     optimizer = build_optimizer(parameter_groups(objective, recipe, depth), recipe)

@@ -22,7 +22,7 @@ from harness.vit import ViT, ViTConfig
 def own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder of its own; torch's settings put back."""
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache"))
-    for name in ("HARNESS_GEMM", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+    for name in ("HARNESS_GEMM", "HARNESS_COMPILE", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")
     threads = torch.get_num_threads()
     yield tmp_path / "cache" / "gemm"
@@ -55,7 +55,7 @@ def test_a_job_keeps_the_mode_of_its_first_start(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HARNESS_GEMM", "medium")
     assert set_up(tmp_path)["gemm"] == "medium" == torch.get_float32_matmul_precision()
     monkeypatch.setenv("HARNESS_GEMM", "highest")
-    assert set_up(tmp_path) == read_json(tmp_path / "machine.json") == {"threads": 1, "gemm": "medium"}
+    assert set_up(tmp_path) == read_json(tmp_path / "machine.json") == {"threads": 1, "gemm": "medium", "compile": ""}
     monkeypatch.setenv("HARNESS_GEMM", "fast")
     with pytest.raises(UserError, match="HARNESS_GEMM=fast: expected highest or medium"):
         gemm_mode()
