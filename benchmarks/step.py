@@ -3,14 +3,14 @@
 A step is forward, backward and AdamW; ours also normalises uint8 images, as `harness.train` has it, and computes the gradient's norm; rivals get floats.
 Ours computes as a job does here (`harness.provenance.set_up`: the GEMMs of this machine, explicit attention with oneDNN or bf16, deterministic algorithms).
 Each rival runs as it is published: default GEMMs and attention, transformers with fused AdamW as its Trainer, lightly with the optimiser of its example (its
-example's model is restated over its modules, with normalised pixels and the paper's decoder). transformers' BEiT gets its labels from the same tokenizer, run
-in fp32 over all patches. The gate comes first: from the same weights and noise, loss and gradients must be ours; a rival that is not installed is
+example's model is restated over its modules, with normalised pixels and the paper's decoder). transformers' BEiT gets its labels from the same network as
+DALL-E's code runs it: fp32, channels first, logits of all patches. The gate comes first: from the same weights and noise, loss and gradients must be ours; a rival that is not installed is
 named and left out.
 
 Rounds are interleaved in one process: on a CPU one thread and processor seconds, so that other processes count less; on a GPU wall-clock. With a
 folder, a dated JSON is written there. The rivals are no dependencies: pip install transformers lightly --no-deps.
 
-    .venv/bin/python benchmarks/step.py [--cases mae-base,mae-demo,mae-demo-bf16,beit-base] [--rounds 7] [--out benchmarks/results]
+    .venv/bin/python benchmarks/step.py [--cases mae-base,mae-demo,...] [--rounds 7] [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from harness.store import write_json
 from harness.train import choose_attention
 from harness.vit import ViT
 from methods.beit import BEiT, BEiTObjective
-from methods.dalle import Tokenizer
+from methods.dalle import Tokenizer, map_pixels
 from methods.mae import MAE, MAEObjective
 from methods.masking import block_mask
 from methods.targets import Tokens
@@ -50,24 +50,24 @@ from methods.targets import Tokens
 Batch = dict[str, Tensor]
 DEMO = ViTConfig(size=(64, 64), patch=8, width=128, depth=6, heads=4, positions="sincos-mae")
 BASE = ViTConfig(positions="sincos-mae")
-FROZEN = {"positions", "pos_embed"}  # tables that are not trained, by the ends of their names
+DEMO_BEIT = replace(DEMO, positions="learned", key_bias=False)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a method on a ViT, images of a step, autocast type, the tokenizer's width and codes."""
+    """What is measured: a method on a ViT, images of a step, autocast type, the tokenizer's width, codes and blocks of a group."""
 
     method: str
     vit: ViTConfig
     batch: int
     dtype: torch.dtype = torch.float32
-    tokenizer: tuple[int, int] = (256, 8192)
+    tokenizer: tuple[int, int, int] = (256, 8192, 2)
 
 
 CASES = {
     "mae-base": Case("mae", BASE, 8), "mae-demo": Case("mae", DEMO, 64), "mae-demo-bf16": Case("mae", DEMO, 64, torch.bfloat16),
     "beit-base": Case("beit", replace(BASE, positions="learned", key_bias=False), 2),
-    "beit-demo": Case("beit", replace(DEMO, positions="learned", key_bias=False), 32, tokenizer=(32, 512)),
+    "beit-demo": Case("beit", DEMO_BEIT, 32, tokenizer=(16, 256, 1)), "beit-demo-bf16": Case("beit", DEMO_BEIT, 32, torch.bfloat16, (16, 256, 1)),
 }
 
 
@@ -96,7 +96,7 @@ def batch_of(case: Case) -> Batch:
     rng, view = np.random.default_rng(0), [8 * side for side in case.vit.grid]
     masks = [torch.from_numpy(block_mask(rng, BEiT().blocks(case.vit))) for _ in range(case.batch)]
     small = torch.nn.functional.interpolate(images.float(), view, mode="area").to(torch.uint8)
-    return {"image": images, "floats": floats, "mask": torch.stack(masks), "tokenizer_image": small}
+    return {"image": images, "floats": floats, "mask": torch.stack(masks), "tokenizer_image": small, "floats_for_tokenizer": small / 255}
 
 
 def ours(case: Case, device: str, batch: Batch) -> Contender:
@@ -107,7 +107,7 @@ def ours(case: Case, device: str, batch: Batch) -> Contender:
     if case.method == "mae":
         objective = MAEObjective(vit, 0.75, MAE().decoder(case.vit), True, Normalize(IMAGENET_MEAN, IMAGENET_STD))
     else:
-        tokenizer = Tokenizer(*case.tokenizer, 2)
+        tokenizer = Tokenizer(*case.tokenizer)
         objective = BEiTObjective(vit, Tokens(tokenizer), BEiT().blocks(case.vit).target, Normalize(IMAGENET_MEAN, IMAGENET_STD))
     objective.to(device).train()
     recipe = Recipe(batch=case.batch, lr=1e-4, iterations=1000, frozen=("vit.pos_embed",) if case.method == "mae" else ())
@@ -204,17 +204,17 @@ def transformers_beit(case: Case, device: str, batch: Batch) -> Contender:
     """BeitForMaskedImageModeling with labels from the same tokenizer."""
     from transformers import BeitConfig, BeitForMaskedImageModeling
 
-    v, (width, codes) = case.vit, case.tokenizer
+    v, codes = case.vit, case.tokenizer[1]
     model: Any = BeitForMaskedImageModeling(BeitConfig(
         hidden_size=v.width, num_hidden_layers=v.depth, num_attention_heads=v.heads, intermediate_size=4 * v.width, layer_norm_eps=1e-6,
         image_size=v.size[0], patch_size=v.patch, vocab_size=codes, layer_scale_init_value=0.0, drop_path_rate=0.0, use_mask_token=True,
         use_absolute_position_embeddings=True,
     )).to(device).train()
-    tokenizer = Tokenizer(width, codes, 2).to(device)
+    tokenizer = Tokenizer(*case.tokenizer).encoder.to(device, memory_format=torch.contiguous_format)
 
     def loss(b: Batch) -> Tensor:
-        with torch.no_grad():
-            labels = tokenizer(b["tokenizer_image"])[b["mask"]]
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            labels = tokenizer(map_pixels(b["floats_for_tokenizer"])).argmax(dim=1).flatten(1)[b["mask"]]
         out: Tensor = model(b["floats"], bool_masked_pos=b["mask"], labels=labels).loss
         return out
 
@@ -244,7 +244,7 @@ def gate(name: str, rival: str, case: Case, our: Contender, their: Contender, ba
     if wrong:
         sys.exit(f"{name}: {rival} has other parameters: {', '.join(wrong[:5])}")
     if case.method == "beit":
-        their.module.lent_tokenizer[0].load_state_dict(our.module.targets.tokenizer.state_dict())  # type: ignore[index, union-attr]
+        their.module.lent_tokenizer[0].load_state_dict(our.module.targets.tokenizer.encoder.state_dict())  # type: ignore[index, union-attr]
     losses = []
     for one in (our, their):
         torch.set_float32_matmul_precision(one.gemm)
@@ -316,7 +316,7 @@ def measure(name: str, case: Case, device: str, rounds: int) -> list[dict[str, A
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="mae-base,mae-demo,mae-demo-bf16,beit-base,beit-demo")
+    parser.add_argument("--cases", default="mae-base,mae-demo,mae-demo-bf16,beit-base,beit-demo,beit-demo-bf16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="folder for a dated JSON")

@@ -75,6 +75,7 @@ def set_up(folder: Path) -> dict[str, Any]:
     torch.set_float32_matmul_precision(chosen["gemm"])
     torch.use_deterministic_algorithms(True, warn_only=True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # untyped; a search for errors that takes 2 to 7 % of a step
+    torch.backends.cudnn.allow_tf32 = False  # as products: what a record calls fp32 is that
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has given NaN (pytorch#196678)
     return chosen
 

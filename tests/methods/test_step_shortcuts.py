@@ -109,3 +109,21 @@ def test_blocks_compile_once_and_whole(build: Callable[[], tuple[nn.Module, Batc
     objective(other)["loss"].backward()
     assert counters["stats"]["unique_graphs"] == graphs
     assert all(torch.equal(found[name], want[name]) for name in want) and set(objective.state_dict()) == set(build()[0].state_dict())
+
+
+def test_tokens_of_masked_places_and_of_halved_branches_are_those_of_the_whole_network() -> None:
+    """BEiT's labels: at most one in a thousand may change where branches are computed in fp16, and none where only masked places are."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(32, 256, 2)
+    images = nn.functional.interpolate(torch.rand(64, 3, 16, 16) * 255, (64, 64), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    mapped, head = 0.8 * images.float() / 255 + 0.1, tokenizer.encoder.blocks.output.conv
+    logits = tokenizer.encoder(mapped)
+    deviation, mean = torch.std_mean(logits, dim=(0, 2, 3))  # all codes in use, as training has it
+    head.weight.copy_(head.weight / deviation[:, None, None, None])
+    head.bias.copy_((head.bias - mean) / deviation)
+    tokens = tokenizer.encoder(mapped).argmax(dim=1).flatten(1)
+    index = torch.rand(64, 64).argsort(dim=1)[:, :24]
+    assert len(tokens.unique()) > 50 and torch.equal(tokenizer(images), tokens) and torch.equal(tokenizer(images, index), tokens.gather(1, index))
+    halved = tokenizer.halve()(images)
+    assert (halved == tokens).float().mean() >= 0.999
+    assert (tokenizer.half().encoder(mapped.half()).argmax(dim=1).flatten(1) == tokens).float().mean() < 0.999  # all in fp16
