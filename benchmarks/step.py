@@ -4,8 +4,8 @@ A step is forward, backward and AdamW; ours also normalises uint8 images, as `ha
 Ours computes as a job does here (`harness.provenance.set_up`: the GEMMs of this machine, explicit attention with oneDNN or bf16, deterministic algorithms).
 Each rival runs as it is published: default GEMMs and attention, transformers with fused AdamW as its Trainer, lightly with the optimiser of its example (its
 example's model is restated over its modules, with normalised pixels and the paper's decoder). transformers' BEiT gets its labels from the same network as
-DALL-E's code runs it: fp32, channels first, logits of all patches. The gate comes first: from the same weights and noise, loss and gradients must be ours; a rival that is not installed is
-named and left out.
+DALL-E's code runs it: fp32, channels first, logits of all patches. The gate comes first: from the same weights and noise, loss and gradients must be ours; a
+rival that is not installed is named and left out. Then what training does besides steps, as a share of a step's time at the default intervals.
 
 Rounds are interleaved in one process: on a CPU one thread and processor seconds, so that other processes count less; on a GPU wall-clock. With a
 folder, a dated JSON is written there. The rivals are no dependencies: pip install transformers lightly --no-deps.
@@ -21,10 +21,11 @@ import importlib.metadata
 import os
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.augment import Normalize
-from harness.optim import build_optimizer, clip_gradients, parameter_groups
-from harness.plugins import Session
+from harness.checkpoint import States
+from harness.metrics import Metrics
+from harness.optim import Ema, build_optimizer, clip_gradients, parameter_groups
+from harness.plugins import Progress, Session
 from harness.provenance import gemm_mode, processor, versions
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Recipe, ViTConfig
 from harness.store import write_json
-from harness.train import choose_attention
+from harness.train import SAVES_APART, check_finite, choose_attention
 from harness.vit import ViT
 from methods.beit import BEiT, BEiTObjective
 from methods.dalle import Tokenizer, map_pixels
@@ -313,6 +316,54 @@ def measure(name: str, case: Case, device: str, rounds: int) -> list[dict[str, A
     return rows
 
 
+def besides(name: str, case: Case, device: str, rounds: int) -> dict[str, Any]:
+    """Shares of a step's time, in per cent.
+
+    The average of the weights and the gradients' norm: of every step. A line of metrics.jsonl: every sixth (a 1200-step recipe has 200). progress.json:
+    once a second. A training state: every 30 s, or fifty times what training has waited for the last one; what it waits, and what the writing thread uses.
+    """
+    batch = {k: v.to(device) for k, v in batch_of(case).items()}
+    one = ours(case, device, batch)
+    parameters, recipe = [p for p in one.module.parameters() if p.requires_grad], Recipe(batch=case.batch, lr=1e-4, iterations=1000)
+    step = statistics.median([seconds(one, case, batch) for _ in range(rounds)])
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    average, clock = Ema(one.module, 0.999), time.process_time if device == "cpu" else time.perf_counter
+
+    def median(work: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(rounds):
+            start = clock()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken.append(clock() - start)
+        return statistics.median(taken)
+
+    with tempfile.TemporaryDirectory() as folder:
+        metrics, states = Metrics(Path(folder) / "metrics.jsonl", "train", 0), States(Path(folder) / "states")
+        loss, norm = torch.tensor(1.0, device=device), torch.tensor(1.0, device=device)
+
+        def log() -> None:
+            check_finite("train", 1, 2, recipe, loss, norm, states)
+            metrics.add(1, {"loss": float(loss), "grad_norm": float(norm), "lr": 1e-4})
+
+        progress = asdict(Progress("train", 1, 2, 1.0, 1.0, 1.0))
+        state = {"objective": one.module.state_dict(), "optimizer": one.optimizer.state_dict()}
+        share = {
+            "EMA": median(lambda: average.update(one.module)) / step, "gradient norm": median(lambda: clip_gradients(parameters, recipe)) / step,
+            "log": median(log) / 6 / step, "progress": median(lambda: write_json(Path(folder) / "progress.json", progress)),
+        }
+        start, wall = clock(), time.perf_counter()
+        states.save(1, state)
+        waited = time.perf_counter() - wall
+        states.wait()
+        every = max(30.0, SAVES_APART * waited)
+        share |= {"state, waited for": waited / every, "state, written beside": (clock() - start) / every}
+    percent, precision = {k: 100 * v for k, v in share.items()}, str(case.dtype).removeprefix("torch.")
+    return {"case": name, "device": device, "precision": precision, "step_s": step, "percent": percent}
+
+
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,6 +381,9 @@ def main() -> None:
             print(f"{name} ({row['precision']}, batch {row['batch']}, {args.device}): ours {row['ours_images_per_s']:.2f} images/s, {row['rival']} "
                   f"{row['rival_images_per_s']:.2f}: ratio {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}); loss apart {row['loss_apart']:.1e}, "
                   f"gradient {row['gradient_apart']:.1e}", flush=True)
+        if name.startswith("mae"):
+            rows.append(row := besides(name, CASES[name], args.device, 5))
+            print(f"{name}: besides a step of {row['step_s']:.3f} s: " + ", ".join(f"{k} {v:.2f} %" for k, v in row["percent"].items()), flush=True)
     if args.out:
         hardware = torch.cuda.get_device_name() if args.device == "cuda" else processor()
         body: dict[str, Any] = {"benchmark": "step", "date": datetime.date.today().isoformat(), "hardware": hardware, "versions": versions()}

@@ -71,7 +71,7 @@ def weigh(output: Mapping[str, Tensor], images: int) -> tuple[dict[str, Tensor],
     values = dict(output)
     weight = values.pop("weight", None)
     loss = values["loss"]
-    return values, torch.as_tensor(images if weight is None else weight, dtype=loss.dtype, device=loss.device).detach()
+    return values, torch.full_like(loss.detach(), images) if weight is None else weight.detach().to(loss)
 
 
 def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.Parameter]) -> dict[str, Tensor]:

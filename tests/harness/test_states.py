@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,6 +91,17 @@ def test_a_full_disk_is_one_clear_failure(tmp_path: Path, monkeypatch: pytest.Mo
     states.save(3, state)  # there is room again
     states.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state-000000002.pt", "state-000000003.pt"]
+
+
+def test_slow_saving_is_done_more_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of gigabytes every 30 s would cost a tenth of the time."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images, recipe = ImageList(tmp_path, ["a.png"], None, ()), Recipe(batch=1, lr=0.01, iterations=300, optimizer="sgd", precision="fp32")
+    saves: list[int] = []
+    monkeypatch.setattr(States, "save", lambda self, step, state: (saves.append(step), time.sleep(0.2)))
+    session = Session(tmp_path, 0, torch.device("cpu"), torch.float32, {}, checkpoint_every_s=1e-9)
+    fit(Bursts(2.0), images, lambda image, rng: {"x": torch.zeros(1)}, recipe, session)
+    assert saves in ([1, 300], [2, 300])  # the next was due after ten seconds
 
 
 class Bursts(nn.Module):
