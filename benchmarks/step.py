@@ -32,6 +32,7 @@ from typing import Any
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from harness.augment import Normalize
@@ -43,7 +44,7 @@ from harness.provenance import gemm_mode, processor, versions
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Recipe, ViTConfig
 from harness.store import write_json
 from harness.train import SAVES_APART, check_finite, choose_attention
-from harness.vit import ViT
+from harness.vit import ViT, compile_blocks
 from methods.beit import BEiT, BEiTObjective
 from methods.dalle import Tokenizer, map_pixels
 from methods.mae import MAE, MAEObjective
@@ -58,13 +59,15 @@ DEMO_BEIT = replace(DEMO, positions="learned", key_bias=False)
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a method on a ViT, images of a step, autocast type, the tokenizer's width, codes and blocks of a group."""
+    """What is measured: a method on a ViT, images of a step, autocast type, the tokenizer's width, codes and blocks of a group, MAE's ablations."""
 
     method: str
     vit: ViTConfig
     batch: int
     dtype: torch.dtype = torch.float32
     tokenizer: tuple[int, int, int] = (256, 8192, 2)
+    decoder_depth: int | None = None
+    see_masks: bool = False
 
 
 CASES = {
@@ -108,7 +111,8 @@ def ours(case: Case, device: str, batch: Batch) -> Contender:
     vit = ViT(case.vit)
     objective: Any
     if case.method == "mae":
-        objective = MAEObjective(vit, 0.75, MAE().decoder(case.vit), True, Normalize(IMAGENET_MEAN, IMAGENET_STD))
+        decoder = MAE(decoder_depth=case.decoder_depth).decoder(case.vit)
+        objective = MAEObjective(vit, 0.75, decoder, True, Normalize(IMAGENET_MEAN, IMAGENET_STD), case.see_masks)
     else:
         tokenizer = Tokenizer(*case.tokenizer)
         objective = BEiTObjective(vit, Tokens(tokenizer), BEiT().blocks(case.vit).target, Normalize(IMAGENET_MEAN, IMAGENET_STD))
@@ -288,8 +292,16 @@ def seconds(one: Contender, case: Case, batch: Batch) -> float:
     return clock() - start
 
 
-def measure(name: str, case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
-    """Gate, then interleaved rounds. One row for each rival."""
+def compiled(one: Contender, backend: str) -> None:
+    """Compile each of our blocks and of timm's; transformers' models as a whole, as its Trainer does."""
+    if any(isinstance(part, Block) for part in one.module.modules()):
+        compile_blocks(one.module, backend)
+    else:
+        one.module.compile(backend=backend)
+
+
+def measure(name: str, case: Case, device: str, rounds: int, backend: str = "") -> list[dict[str, Any]]:
+    """Gate, then interleaved rounds, with a `backend` of compiled models. One row for each rival."""
     batch = {k: v.to(device) for k, v in batch_of(case).items()}
     contenders, differences = {"ours": ours(case, device, batch)}, {}
     for rival, build in RIVALS[case.method].items():
@@ -302,7 +314,10 @@ def measure(name: str, case: Case, device: str, rounds: int) -> list[dict[str, A
             continue
         differences[rival] = gate(name, rival, case, contenders["ours"], contenders[rival], batch)
     for one in contenders.values():
-        seconds(one, case, batch)
+        if backend:
+            compiled(one, backend)
+        for _ in range(3 if backend else 1):
+            seconds(one, case, batch)
     taken = [{who: seconds(one, case, batch) for who, one in contenders.items()} for _ in range(rounds)]
     speed = {who: case.batch / statistics.median(t[who] for t in taken) for who in contenders}
     rows = []
@@ -310,7 +325,7 @@ def measure(name: str, case: Case, device: str, rounds: int) -> list[dict[str, A
         ratios = [t[rival] / t["ours"] for t in taken]
         rows.append({
             "case": name, "rival": f"{rival} {importlib.metadata.version(rival)}", "batch": case.batch, "precision": str(case.dtype).removeprefix("torch."),
-            "device": device, "ours_images_per_s": speed["ours"], "rival_images_per_s": speed[rival], "ratio": statistics.median(ratios),
+            "device": device, "compiled": backend, "ours_images_per_s": speed["ours"], "rival_images_per_s": speed[rival], "ratio": statistics.median(ratios),
             "low": min(ratios), "high": max(ratios), "rounds": ratios, "loss_apart": apart["loss"], "gradient_apart": apart["gradient"],
         })
     return rows

@@ -69,9 +69,9 @@ def positions(steps: Iterable[int], batch: int, parts: int) -> list[range]:
 def weigh(output: Mapping[str, Tensor], images: int) -> tuple[dict[str, Tensor], Tensor]:
     """(what an objective returned without its weight, the weight): what its mean is over, e.g. masked tokens; images unless it says so."""
     values = dict(output)
-    weight = values.pop("weight", None)
+    weight: Any = values.pop("weight", images)
     loss = values["loss"]
-    return values, torch.full_like(loss.detach(), images) if weight is None else weight.detach().to(loss)
+    return values, weight.detach().to(loss) if isinstance(weight, Tensor) else torch.full_like(loss.detach(), weight)
 
 
 def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.Parameter]) -> dict[str, Tensor]:

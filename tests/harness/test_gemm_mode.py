@@ -31,6 +31,7 @@ def own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     torch.use_deterministic_algorithms(False)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def test_measured_once_and_read_from_then_on(own_machine: Path) -> None:
