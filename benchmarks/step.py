@@ -335,7 +335,7 @@ def besides(name: str, case: Case, device: str, rounds: int) -> dict[str, Any]:
     """Shares of a step's time, in per cent.
 
     The average of the weights and the gradients' norm: of every step. A line of metrics.jsonl: every sixth (a 1200-step recipe has 200). progress.json:
-    once a second. A training state: every 30 s, or fifty times what training has waited for the last one; what it waits, and what the writing thread uses.
+    once a second. A training state: every 30 s, or fifty times what the last one took: what training waits for it, and what the writing thread uses.
     """
     batch = {k: v.to(device) for k, v in batch_of(case).items()}
     one = ours(case, device, batch)
@@ -373,7 +373,7 @@ def besides(name: str, case: Case, device: str, rounds: int) -> dict[str, Any]:
         states.save(1, state)
         waited = time.perf_counter() - wall
         states.wait()
-        every = max(30.0, SAVES_APART * waited)
+        every = max(30.0, SAVES_APART * states.took)
         share |= {"state, waited for": waited / every, "state, written beside": (clock() - start) / every}
     percent, precision = {k: 100 * v for k, v in share.items()}, str(case.dtype).removeprefix("torch.")
     return {"case": name, "device": device, "precision": precision, "step_s": step, "percent": percent}

@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,13 +110,15 @@ def in_memory(state: Any) -> tuple[Any, int]:
 class States:
     """The training states of a job: `state-<step>.pt` in a folder, the last two kept, a damaged one skipped with a warning.
 
-    Training goes on while a thread writes the copy that `save` has made, one at a time. What goes wrong is raised by the next `save` or `wait`.
+    Training goes on while a thread writes the copy that `save` has made, one at a time; `took` is what the last one took, in seconds. What goes wrong is
+    raised by the next `save` or `wait`.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.took = 0.0
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.pt"))
@@ -127,20 +130,22 @@ class States:
             JobFailed: there is no room for it, or the one before could not be written. Earlier states are as they were.
         """
         self.wait()
+        began = time.monotonic()
         copied, size = in_memory(state)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.folder).free) < size + ROOM_BYTES:
             raise self._failure(f"disk full: a training state takes {size / 2**20:.0f} MB, {free / 2**20:.0f} MB are free")
-        self._writer = threading.Thread(target=self._write, args=(step, copied), name="states")  # no daemon: a process that ends finishes writing
+        self._writer = threading.Thread(target=self._write, args=(step, copied, began), name="states")  # no daemon: a process that ends finishes writing
         self._writer.start()
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], began: float) -> None:
         import torch
 
         try:
             write_atomically(self.folder / f"state-{step:09d}.pt", lambda stream: torch.save(state, stream))
             for old in self._files()[: -self.keep]:
                 old.unlink(missing_ok=True)
+            self.took = time.monotonic() - began
         except BaseException as error:  # raised where the training is
             self._error = error
 

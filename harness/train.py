@@ -30,7 +30,7 @@ from harness.vit import compile_blocks
 
 LOG_EVERY_S = 1.0
 PREPARE_IMAGES = 256
-SAVES_APART = 50  # times what training waits for one: 2 % of the time
+SAVES_APART = 50  # times what one takes: 2 % of the time
 OUT_OF_MEMORY = re.compile("OutOfMemory|can't allocate memory|out of memory")
 
 
@@ -136,7 +136,7 @@ def fit(
     after_step = getattr(objective, "after_step", None)
     log_every = max(1, total // 200)
     started = saved = shown = time.monotonic()
-    first, every = step, session.checkpoint_every_s
+    first = step
     while step < total:
         apply_schedule(optimizer, recipe, step, total)
         outputs = []
@@ -188,12 +188,12 @@ def fit(
         if lead and (now - shown > LOG_EVERY_S or step in (first + 1, total)):
             shown, speed = now, (step - first) * recipe.batch / max(now - started, 1e-9)
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
+        every = session.checkpoint_every_s and max(session.checkpoint_every_s, SAVES_APART * states.took)
         stop, due = any_of(session.should_stop(), lead and now - saved > every)
         if step < total and (stop or due):
             check_finite(stage, step, total, recipe, output["loss"], norm, states)
             save()
             saved = time.monotonic()
-            every = every and max(every, SAVES_APART * (saved - now))  # 0: after each step
             if stop:
                 states.wait()
                 gathered(None)  # the others wait until it is saved

@@ -98,10 +98,11 @@ def test_slow_saving_is_done_more_rarely(tmp_path: Path, monkeypatch: pytest.Mon
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     images, recipe = ImageList(tmp_path, ["a.png"], None, ()), Recipe(batch=1, lr=0.01, iterations=300, optimizer="sgd", precision="fp32")
     saves: list[int] = []
-    monkeypatch.setattr(States, "save", lambda self, step, state: (saves.append(step), time.sleep(0.2)))
+    original = checkpoint.write_atomically
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: (saves.append(int(path.stem[6:])), original(path, write), time.sleep(0.2)))
     session = Session(tmp_path, 0, torch.device("cpu"), torch.float32, {}, checkpoint_every_s=1e-9)
     fit(Bursts(2.0), images, lambda image, rng: {"x": torch.zeros(1)}, recipe, session)
-    assert saves in ([1, 300], [2, 300])  # the next was due after ten seconds
+    assert 1 <= len(saves) - saves.count(300) <= 3 and saves[-1] == 300  # one, and what fell due while it was written; the next after ten seconds
 
 
 class Bursts(nn.Module):
