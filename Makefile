@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-slow test-slurm lint bench
+.PHONY: demo test test-slow test-slurm lint bench bench-gpu
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -29,9 +29,14 @@ lint: .venv/.ready
 
 # Each benchmark states its rival in its docstring and prints its own lines.
 bench: .venv/.ready
-	@found=; for script in benchmarks/*.py; do \
+	@found=; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
 		[ -e "$$script" ] || continue; found=yes; echo "== $$script" >&2; $(BIN)/python "$$script" || exit 1; \
 	done; [ -n "$$found" ] || echo "no benchmarks yet: benchmarks/*.py" >&2
+
+# On a machine with a GPU, which may have no network: GPU_PYTHON is one with a CUDA build of torch, torchvision and timm; nothing is installed.
+GPU_PYTHON ?= python3
+bench-gpu:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --out benchmarks/results
 
 # --no-deps: the lock is complete, and it holds opencv-python-headless where mmcv-lite and mmengine ask for opencv-python, which
 # needs libGL and GLib from the system. A changed lock updates .venv in place; `rm -r .venv` starts afresh.

@@ -15,7 +15,7 @@ from pathlib import Path
 from harness import plugins
 from harness.data import locate, missing
 from harness.layout import check_layout
-from harness.provenance import processor, versions
+from harness.provenance import MODES, calibrated, gemm_mode, processor, versions
 from harness.request import resolve_precision
 from harness.spec import UserError
 from harness.store import Store
@@ -87,6 +87,9 @@ def examine(data: str | None, runs: Path, evaluators: bool = False) -> int:
         if importlib.util.find_spec(module) is None:
             say(False, f"{module} is not installed", f"pip install 'vision-pretraining-harness[{extra}]', needed by ade20k and coco")
     say(True, f"processor {processor()}")
+    products = calibrated()
+    speeds = ", ".join(f"{m} {products['gflops'][m]:.0f} GFLOP/s (error {products['error'][m]:.0e})" for m in MODES)
+    say(True, f"fp32 products of one thread: {speeds}; jobs use {gemm_mode()}")
     say(torch.cuda.is_available() or None, f"cuda: {torch.cuda.device_count()} devices", "none, the processor is used")
     say(True, f"precision `auto` means {resolve_precision()} here")
     for kind in ("methods", "evals", "protocols", "launchers", "commands"):

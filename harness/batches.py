@@ -76,9 +76,9 @@ def positions(steps: Iterable[int], batch: int, parts: int) -> list[range]:
 def weigh(output: Mapping[str, Tensor], images: int) -> tuple[dict[str, Tensor], Tensor]:
     """(what an objective returned without its weight, the weight): what its mean is over, e.g. masked tokens; images unless it says so."""
     values = dict(output)
-    weight = values.pop("weight", None)
+    weight: Any = values.pop("weight", images)
     loss = values["loss"]
-    return values, torch.as_tensor(images if weight is None else weight, dtype=loss.dtype, device=loss.device).detach()
+    return values, weight.detach().to(loss) if isinstance(weight, Tensor) else torch.full_like(loss.detach(), weight)
 
 
 class Early:

@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,7 +129,8 @@ def joined(parts: list[Any]) -> Any:
 class States:
     """The training states of a job: `state-<step>.pt` in a folder, the last two and milestones kept, a damaged one skipped with a warning.
 
-    Training goes on while a thread writes the copy that `save` has made, one at a time. What goes wrong is raised by the next `save` or `wait`.
+    Training goes on while a thread writes the copy that `save` has made, one at a time; `took` is what the last one took, in seconds. What goes wrong is
+    raised by the next `save` or `wait`.
 
     Args:
         total, milestones: the first state in each of so many equal stretches of `total` steps is a milestone, but for the first stretch's. With 4, three
@@ -141,6 +143,7 @@ class States:
         self.folder, self.total, self.milestones, self.keep, self.slice_of = folder, total, milestones, keep, slice_of
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.took = 0.0
 
     @staticmethod
     def step_of(file: Path) -> int:
@@ -167,6 +170,7 @@ class States:
             JobFailed: there is no room for it, or the one before could not be written. Earlier states are as they were.
         """
         self.wait()
+        began = time.monotonic()
         copied, size = in_memory(state)
         size *= self.slice_of[1] if self.slice_of else 1
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -176,16 +180,17 @@ class States:
                 file.unlink(missing_ok=True)
         if free < size + ROOM_BYTES:
             raise self._failure(f"disk full: a training state takes {size / 2**20:.0f} MB, {free / 2**20:.0f} MB are free")
-        self._writer = threading.Thread(target=self._write, args=(step, copied), name="states")  # no daemon: a process that ends finishes writing
+        self._writer = threading.Thread(target=self._write, args=(step, copied, began), name="states")  # no daemon: a process that ends finishes writing
         self._writer.start()
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], began: float) -> None:
         import torch
 
         try:
             mine = ".{:05d}-of-{:05d}".format(*self.slice_of) if self.slice_of else ""
             write_atomically(self.folder / f"state-{step:09d}{mine}.pt", lambda stream: torch.save(state, stream))
             self._prune()
+            self.took = time.monotonic() - began
         except BaseException as error:  # raised where the training is
             self._error = error
 

@@ -1,9 +1,10 @@
-"""Where a number comes from: versions, commit, machine, time used. The parts of record.json besides the metrics."""
+"""Where a number comes from: versions, commit, machine, time used. The parts of record.json besides the metrics, and the machine made ready for a job."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import platform
 import resource
@@ -12,9 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from harness.canonical import digest
+from harness.ranks import number_from, own_rank
+from harness.spec import UserError
 from harness.store import RECORD_SCHEMA, read_json, read_record, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "pycocotools", "faster-coco-eval")
+MODES = ("highest", "medium")  # torch's names: products by MKL; by oneDNN, which may use bf16 (HARNESS_GEMM)
+LARGEST_ERROR = 1e-6  # of oneDNN's products, relative; fp32 has 4e-7, the bf16 of processors with AMX 3e-3 (performance.md, item 4)
 
 
 def versions() -> dict[str, str]:
@@ -51,6 +57,65 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def set_up(folder: Path) -> dict[str, Any]:
+    """Set threads, GEMM mode and kernels: those of the job's first start, so that the numbers stay the same. Import torch after this."""
+    chosen = read_json(folder / "machine.json")
+    before = chosen if isinstance(chosen, dict) else {"threads": number_from("HARNESS_THREADS", default=1)}
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a busy core beside us would otherwise cost a factor of six (performance.md, item 5)
+    os.environ["OMP_NUM_THREADS"] = str(before["threads"])
+    import torch
+
+    torch.set_num_threads(before["threads"])
+    chosen = before if "gemm" in before else {**before, "gemm": gemm_mode(), "compile": os.environ.get("HARNESS_COMPILE", "")}
+    if chosen is not before and own_rank() == 0:
+        write_json(folder / "machine.json", chosen)
+    os.environ["HARNESS_COMPILE"] = chosen.get("compile", "")
+    torch.set_float32_matmul_precision(chosen["gemm"])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # untyped; a search for errors that takes 2 to 7 % of a step
+    torch.backends.cudnn.allow_tf32 = False  # as products: what a record calls fp32 is that
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has given NaN (pytorch#196678)
+    return chosen
+
+
+def gemm_mode() -> str:
+    """HARNESS_GEMM, or the measured mode on a processor; on a GPU "highest": the other would be TF32 there. Raises UserError."""
+    import torch
+
+    if (asked := os.environ.get("HARNESS_GEMM", "")) not in ("", *MODES):
+        raise UserError(f"HARNESS_GEMM={asked}: expected {' or '.join(MODES)}")
+    return asked or ("highest" if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU") else str(calibrated()["mode"]))
+
+
+def calibrated() -> dict[str, Any]:
+    """The better mode for fp32 products on this processor, with GFLOP/s and relative error of both; measured once, then read from the user's cache folder."""
+    import platformdirs
+    import torch
+
+    path = Path(platformdirs.user_cache_dir("vision-harness")) / "gemm" / f"{digest([platform.node(), processor(), torch.__version__])}.json"
+    if isinstance(found := read_json(path), dict):
+        return found
+    before, threads, random = torch.get_float32_matmul_precision(), torch.get_num_threads(), torch.Generator().manual_seed(0)
+    torch.set_num_threads(1)
+    a, b = torch.randn(384, 768, generator=random), torch.randn(768, 1536, generator=random)
+    exact, seconds, error = a.double() @ b.double(), dict.fromkeys(MODES, math.inf), {}
+    for _ in range(9):
+        for mode in MODES:
+            torch.set_float32_matmul_precision(mode)
+            start = time.process_time()
+            product = a @ b
+            seconds[mode] = min(seconds[mode], time.process_time() - start)
+            error[mode] = float((product - exact).norm() / exact.norm())
+    torch.set_float32_matmul_precision(before)
+    torch.set_num_threads(threads)
+    better = error["medium"] < LARGEST_ERROR and seconds["medium"] < 0.95 * seconds["highest"]
+    gflops = {mode: round(2e-9 * a.numel() * b.shape[1] / s, 1) for mode, s in seconds.items()}
+    found = {"mode": MODES[better], "gflops": gflops, "error": error}
+    with contextlib.suppress(OSError):  # a folder that cannot be written: measured again next time
+        write_json(path, found)
+    return found
 
 
 class Usage:
@@ -91,8 +156,8 @@ def make_record(job: dict[str, Any], session: Any, machine: dict[str, Any], usag
         "parents": job["parents"], "metrics": parts["metrics"], "outcomes": parts["outcomes"], "seed": job["identity"]["seed"],
         "plugin_version": job["identity"]["version"], "git": git_state(), "packages": versions(),
         "hardware": {
-            "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": processor(), "cores": os.cpu_count() or 1, "threads": machine["threads"],
-            "gemm": machine["gemm"], "processes": usage.processes,
+            "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": processor(), "cores": os.cpu_count() or 1, **machine,
+            "processes": usage.processes,
         },
         "precision": "bf16" if session.dtype == torch.bfloat16 else "fp32", "start": usage.before["start"],
         "end": datetime.datetime.now(datetime.UTC).isoformat(), "wall_s": round(seconds, 3), "device_hours": usage.device_seconds() / 3600,

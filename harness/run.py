@@ -21,27 +21,10 @@ from typing import Any
 
 from harness.jobs import read_job
 from harness.metrics import loggers
-from harness.provenance import Usage, make_record
+from harness.provenance import Usage, gemm_mode, make_record, set_up
 from harness.ranks import BUSY, failure_name, join, log_name, number_from, own_rank, processes_here, spreads, supervise
 from harness.spec import Interrupted, JobFailed, UserError
-from harness.store import Locked, lock, read_json, read_record, record_validator, write_json
-
-
-def set_up_machine(folder: Path) -> dict[str, Any]:
-    """Threads and GEMM mode: chosen at the job's first start, reused on resume, so that the numbers stay the same. Import torch after this."""
-    chosen = read_json(folder / "machine.json")
-    if not isinstance(chosen, dict):
-        chosen = {"threads": number_from("HARNESS_THREADS", default=1), "gemm": "highest"}
-        if own_rank() == 0:
-            write_json(folder / "machine.json", chosen)
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a busy core beside us would otherwise cost a factor of six (performance.md, item 5)
-    os.environ["OMP_NUM_THREADS"] = str(chosen["threads"])
-    import torch
-
-    torch.set_num_threads(chosen["threads"])
-    torch.set_float32_matmul_precision(chosen["gemm"])
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    return chosen
+from harness.store import Locked, lock, read_record, record_validator, write_json
 
 
 def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bool], log: Callable[[str], None], usage: Usage) -> Any:
@@ -83,6 +66,7 @@ def check_environment() -> None:
         number_from(f"HARNESS_{name}", name in ("MICRO_BATCH", "THREADS", "MILESTONES"))
     processes_here()
     loggers()
+    gemm_mode()
 
 
 def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:
@@ -221,7 +205,7 @@ def execute(path: Path, should_stop: Callable[[], bool] = lambda: False) -> int:
 def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callable[[], bool], log: Callable[[str], None]) -> int:
     """One try at a job whose lock is held: record.json, or failure.json, or a saved state."""
     try:
-        machine = set_up_machine(folder)
+        machine = set_up(folder)
         if "HARNESS_RANK" in os.environ and not spreads(job):
             log("this job is done by one process: its plugin cannot use more")
             if own_rank():

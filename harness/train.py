@@ -7,10 +7,11 @@ and a step count. A job that is stopped or killed at any moment goes on from its
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ from harness.restarts import NotFinite, go_back, past, remarks
 from harness.samples import Samples, Transform, loader, stack, steps_of
 from harness.sharding import shard, slices, stays_whole, whole_again
 from harness.spec import Interrupted, JobFailed, Recipe
+from harness.vit import compile_blocks
 
 LOG_EVERY_S = 1.0
 PREPARE_IMAGES = 256
+SAVES_APART = 50  # times what one takes: 2 % of the time
 OUT_OF_MEMORY = re.compile("OutOfMemory|can't allocate memory|out of memory")
 
 
@@ -41,14 +44,15 @@ def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
         return
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    eager: Any = torch.compiler.set_stance("force_eager") if os.environ.get("HARNESS_COMPILE") else nullcontext()  # compiled kernels are not seen
+    with eager, FlopCounterMode(display=False) as counter:
         yield
     facts["flops_per_step"] = float(counter.get_total_flops()) / share
 
 
 def choose_attention(module: nn.Module, session: Session) -> None:
-    """Explicit attention for bf16 on a CPU, where the backward of the fused kernel is slow: 1.45 times the images/s at 17 and at 65 tokens."""
-    if session.device.type == "cpu" and session.dtype == torch.bfloat16:
+    """Explicit attention on a CPU where the fused kernel is slow: in bf16 its backward (1.45 times the images/s), and its many small oneDNN products."""
+    if session.device.type == "cpu" and (session.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"):
         for part in module.modules():
             if hasattr(part, "fused_attn"):
                 setattr(part, "fused_attn", False)  # noqa: B010  # a module's attributes are tensors to a type checker
@@ -99,6 +103,8 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
         raise JobFailed(f"{images.root}: no images to train on")
     per_epoch, total = steps_of(recipe, len(images))
     choose_attention(objective.train(), session)
+    if backend := os.environ.get("HARNESS_COMPILE"):
+        compile_blocks(objective, backend)
     vit: Any = getattr(objective, "vit", None)
     depth = 0 if vit is None else len(vit.blocks)
     groups, lent, reason = parameter_groups(objective, recipe, depth), objective, stays_whole(objective, recipe) if session.shard else ""
@@ -170,8 +176,8 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
         outputs = []
         try:
             for part in range(rank(), parts, processes()):
-                batch = {k: v.to(session.device, non_blocking=cuda) for k, v in next(stream).items()}
-                bad = batch.pop("bad")
+                bad = (drawn := next(stream)).pop("bad")  # stays here: looking at it must not wait for a GPU
+                batch = {k: v.to(session.device, non_blocking=cuda) for k, v in drawn.items()}
                 if session.on_bad_image == "skip":
                     for index in bad[bad >= 0].tolist():
                         session.skipped_images[str(images.files[index])] = "cannot be read"
@@ -227,7 +233,8 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
         if lead and (now - shown > LOG_EVERY_S or step in (first + 1, total)):
             shown, speed = now, (step - first) * recipe.batch / max(now - started, 1e-9)
             session.report(Progress(stage, step, total, speed, facts["loss"], (total - step) * recipe.batch / speed))
-        stop, due = any_of(session.should_stop(), lead and now - saved > session.checkpoint_every_s)
+        every = session.checkpoint_every_s and max(session.checkpoint_every_s, SAVES_APART * states.took)
+        stop, due = any_of(session.should_stop(), lead and now - saved > every)
         if step < total and (stop or due):
             check_finite(stage, step, total, recipe, output["loss"], norm, states)
             save()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -159,6 +159,13 @@ class ViT(VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Features of the class token after the final norm, (B, D), as timm's forward with no classifier gives."""
         return self.tokens(x)[:, 0]
+
+
+def compile_blocks(module: nn.Module, backend: str) -> None:
+    """Let torch.compile make kernels of each transformer block by itself: static shapes, no graph breaks. Parameters keep their names."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
 def init_mae(vit: nn.Module) -> None:

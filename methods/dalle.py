@@ -7,11 +7,13 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.checkpoint import write_atomically
 from harness.pickles import read_module
 from harness.spec import JobFailed, UserError
+from methods.masking import pick
 
 FORMAT = 1
 RELEASED = ("dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock", "dall_e.utils.Conv2d")
@@ -52,12 +54,13 @@ class ResidualBlock(nn.Module):
         widths = (inputs, hidden, hidden, hidden, outputs)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, kernel in enumerate(kernels):
-            layers[f"relu_{i + 1}"] = nn.ReLU()
+            layers[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)  # what comes in is needed by the other path
             layers[f"conv_{i + 1}"] = conv(widths[i], widths[i + 1], kernel)
         self.res_path = nn.Sequential(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.gain * self.res_path(x)
+        half = self.res_path.conv_1.weight.dtype == torch.half
+        return self.id_path(x) + self.gain * self.res_path(x.half() if half else x)
 
 
 def body(first: nn.Conv2d, widths: tuple[int, ...], kernels: tuple[int, ...], blocks: int, between: nn.Module, outputs: int) -> nn.Sequential:
@@ -110,7 +113,7 @@ def logit_laplace(target: Tensor, output: Tensor) -> Tensor:
 
 
 class Tokenizer(nn.Module):
-    """A trained encoder, frozen. uint8 images (B, 3, 8h, 8w) -> tokens int64 (B, h*w), row by row."""
+    """A trained encoder, frozen. uint8 images (B, 3, 8h, 8w) -> tokens int64 (B, h*w), row by row; with `index` (B, K) those of the places it names, (B, K)."""
 
     def __init__(self, width: int, codes: int, blocks: int) -> None:
         super().__init__()
@@ -118,10 +121,23 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(width, codes, blocks).to(memory_format=torch.channels_last)
         self.eval().requires_grad_(False)
 
+    def halve(self) -> Tokenizer:
+        """Cast the residual branches, nine tenths of the work, to fp16, once. What they are added to and the logits stay in fp32.
+
+        On two tokenizers that were trained here (256 codes, 65,536 places) 99.995 % of the tokens are then those of fp32. With everything in fp16 it is
+        99.5 % and 99.8 %, with the logits too 99.6 % and 99.8 %, with the 1x1 paths too 99.88 % and 99.90 %.
+        """
+        for part in self.encoder.modules():
+            if isinstance(part, ResidualBlock):
+                part.res_path.half()
+        return self
+
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        layers, head = self.encoder.blocks[:-1], self.encoder.blocks.output.conv
         with torch.autocast(images.device.type, enabled=False):  # a token must not depend on the precision of the training around it
-            return self.encoder(map_pixels(images.float() / 255)).argmax(dim=1).flatten(1)
+            x = layers(map_pixels(images.float() / 255)).relu_().flatten(2).transpose(1, 2)  # (B, h*w, C)
+            return F.linear(x if index is None else pick(x, index), head.weight.flatten(1), head.bias).argmax(-1)
 
 
 def save_tokenizer(path: Path, encoder: Encoder, config: dict[str, int]) -> None:

@@ -156,11 +156,18 @@ class MAE:
         return MAEObjective(vit, self.mask_ratio, self.decoder(vit.config), target, normalize, self.mask_tokens == "encoder")
 
 
+class LastBlock(Block):
+    """The decoder's last block: its MLP runs for the tokens from `first` on only, no other's output is read. (B, 1 + N, D) -> (B, 1 + N - first, D)."""
+
+    def forward(self, x: Tensor, first: int) -> Tensor:  # type: ignore[override]
+        x = (x + self.attn(self.norm1(x)))[:, first:]
+        return x + self.mlp(self.norm2(x))
+
+
 class MAEObjective(nn.Module):
     """MAE's loss around a lent ViT; initialises both.
 
-    Tokens stay in the order of the noise, visible ones first: the decoder adds each position's own embedding, so that nothing has to be
-    un-shuffled. Its last MLP and its head run for hidden patches only, which no visible patch's prediction would change.
+    Tokens stay in the order of the noise, visible ones first: the decoder adds each position's own embedding, and nothing is un-shuffled.
 
     Args:
         vit: encoder.
@@ -183,7 +190,8 @@ class MAEObjective(nn.Module):
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_embed = nn.Linear(config.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width if see_masks else width))
-        self.decoder_blocks = nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        kinds = (*[Block] * (depth - 1), LastBlock)
+        self.decoder_blocks = nn.ModuleList(kind(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for kind in kinds)
         self.decoder_norm = norm(width)
         self.decoder_pred = nn.Linear(width, self.target.outputs)
         self.register_buffer("decoder_positions", sincos_positions(width, config.grid), persistent=False)
@@ -206,12 +214,7 @@ class MAEObjective(nn.Module):
         return torch.cat([x[:, :1], pick(x[:, 1:], order)], dim=1)
 
     def decode(self, latent: Tensor, order: Tensor, first: int) -> Tensor:
-        """Predicted pixels of the patches order[:, first:], (B, N - first, P*P*3).
-
-        Args:
-            latent: encoder output (B, 1 + K, D), class token first; K may be N.
-            order: all N patches, the K visible ones first (B, N).
-        """
+        """Encoder output (B, 1 + K, D), K may be N; all patches, visible ones first (B, N) -> pixels of the patches order[:, first:], (B, N - first, P*P*3)."""
         x = self.decoder_embed(latent)
         if not self.see_masks:
             x = torch.cat([x, self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] + 1 - x.shape[1], -1)], dim=1)
@@ -219,9 +222,7 @@ class MAEObjective(nn.Module):
         x = x + torch.cat([table[:, :1].expand(x.shape[0], -1, -1), table[0, 1:][order]], dim=1)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        last: Any = self.decoder_blocks[-1]
-        x = (x + last.attn(last.norm1(x)))[:, 1 + first :]
-        return self.decoder_pred(self.decoder_norm(x + last.mlp(last.norm2(x))))
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks[-1](x, 1 + first)))
 
     def prepare(self, batch: Mapping[str, Tensor]) -> None:
         """What is learned from images before the first step: the basis of PCA targets."""
@@ -232,8 +233,7 @@ class MAEObjective(nn.Module):
         """Predictions for all patches row by row (B, N, P*P*3), and the mask (B, N), 1 where hidden. For pictures and tests."""
         order = shuffle_by(noise)
         restore = torch.argsort(order, dim=1)
-        prediction = self.decode(self.latent(images, order), order, first=0)
-        return pick(prediction, restore), (restore >= self.kept).to(images.dtype)
+        return pick(self.decode(self.latent(images, order), order, first=0), restore), (restore >= self.kept).to(images.dtype)
 
     @torch.no_grad()
     def pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray | None:

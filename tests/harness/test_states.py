@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,6 +118,18 @@ def test_milestones_stay_and_are_gone_back_to(tmp_path: Path, monkeypatch: pytes
         only.save(step, {})
     only.wait()
     assert [only.step_of(p) for p in sorted((tmp_path / "only").iterdir())] == [2, 3]
+
+
+def test_slow_saving_is_done_more_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of gigabytes every 30 s would cost a tenth of the time."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images, recipe = ImageList(tmp_path, ["a.png"], None, ()), Recipe(batch=1, lr=0.01, iterations=300, optimizer="sgd", precision="fp32")
+    saves: list[int] = []
+    original = checkpoint.write_atomically
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: (saves.append(int(path.stem[6:])), original(path, write), time.sleep(0.2)))
+    session = Session(tmp_path, 0, torch.device("cpu"), torch.float32, {}, checkpoint_every_s=1e-9)
+    fit(Bursts(2.0), images, lambda image, rng: {"x": torch.zeros(1)}, recipe, session)
+    assert 1 <= len(saves) - saves.count(300) <= 3 and saves[-1] == 300  # one, and what fell due while it was written; the next after ten seconds
 
 
 class Bursts(nn.Module):
