@@ -15,7 +15,7 @@ from results.cells import Sheet
 from results.selection import trials_of, tried
 
 UNKNOWN, NONE, UNTRAINED = "not known", "none", "not trained"  # what is not trained has no augmentation, EMA or precision to be unequal in
-VERDICTS = ("unequal", UNKNOWN, "equal")
+VERDICTS, ALONE = ("unequal", UNKNOWN, "equal"), "single row"
 TRICKS = ("scales", "flip", "tta", "crops")  # fields of evaluators that score an image more than once
 READ_OUT = ("by", "pooling", "layer", "taps", "k")
 TOLERANCE = {"device-hours": 0.1, "FLOPs": 0.01}  # measured, so never equal to the last digit
@@ -42,8 +42,8 @@ class Item:
 
     @property
     def verdict(self) -> str:
-        """equal, unequal, or not known."""
-        return UNKNOWN if self.equal is None else "equal" if self.equal else "unequal"
+        """equal, unequal, or not known; a single row is none of them."""
+        return ALONE if len(self.values) < 2 else UNKNOWN if self.equal is None else "equal" if self.equal else "unequal"
 
     def grouped(self) -> dict[str, list[str]]:
         """Value -> the methods that had it."""
@@ -270,18 +270,22 @@ def seeds_of(sheet: Sheet) -> dict[str, str]:
 
 
 def of_sheet(sheet: Sheet, archive: Archive) -> tuple[Item, ...]:
-    """The audit of a table; () where fewer than two rows have a score."""
-    found = trails(sheet, archive)
-    if len(found) < 2:
+    """The audit of a table: what its rows had, of a single row too; () where no row has a score."""
+    if not (found := trails(sheet, archive)):
         return ()
     trials, seeds = trials_of(sheet, archive), seeds_of(sheet)
     return audit(found, {m: tried(trials, m) for m in found}, {m: seeds[m] for m in found}, repeats(sheet, archive))
 
 
+def compared(items: Sequence[Item]) -> bool:
+    """Whether there are two rows: one cannot be equal or unequal to anything."""
+    return any(len(i.values) > 1 for i in items)
+
+
 def stamp(items: Sequence[Item]) -> str:
-    """The audit in a line for under a table."""
+    """The audit in a line for under a table, "" for a single row."""
     unequal, unknown = ([i.name for i in items if i.equal is wanted] for wanted in (False, None))
-    if not items:
+    if not compared(items):
         return ""
     said = f"Fairness audit: {sum(i.equal is True for i in items)} of {len(items)} items equal"
     said += f"; unequal: {', '.join(unequal)}" if unequal else ""

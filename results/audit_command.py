@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from harness.spec import UserError
+from harness.store import Store
 from results.ancestry import Archive, Step
-from results.audit import VERDICTS, Item, audit, of_sheet
+from results.audit import VERDICTS, Item, audit, compared, of_sheet
+from results.budget import Budget
 from results.cells import sheets
 from results.table import add_choice, choose
 
@@ -59,8 +63,11 @@ def as_row(item: Item) -> dict[str, Any]:
 def as_text(title: str, items: Sequence[Item]) -> str:
     """An audit for reading: unequal items first, equal ones in one line each."""
     if not items:
-        return f"{title}: fewer than two rows with a score, nothing to compare"
+        return f"{title}: no row with a score, nothing to compare"
     width = max(len(i.name) for i in items)
+    if not compared(items):
+        method = next(iter(items[0].values))
+        return "\n".join([f"{title}: one row, nothing to compare it with; {method} had", *(f"{i.name:{width}}  {i.values[method]}" for i in items)])
     lines = [f"{title}: {sum(i.equal is True for i in items)} of {len(items)} items equal"]
     for item in sorted(items, key=lambda i: VERDICTS.index(i.verdict)):
         groups = item.grouped()
@@ -70,7 +77,7 @@ def as_text(title: str, items: Sequence[Item]) -> str:
 
 
 def planned(args: argparse.Namespace) -> tuple[Item, ...]:
-    """The audit of a plan: what is known before anything has run."""
+    """The audit of a plan: what is known before anything has run; device-hours as `run --dry-run` estimates them for this machine (`results.budget`)."""
     from harness.jobs import Node
     from harness.plan import Planner
     from harness.request import Request
@@ -80,18 +87,23 @@ def planned(args: argparse.Namespace) -> tuple[Item, ...]:
     words = {flag: tuple(w.strip() for w in getattr(args, flag).split(",") if w.strip()) for flag in ("methods", "evals")}
     request = Request(words["methods"], words["evals"], args.protocol or "demo", args.backbone, data=args.data, settings=tuple(args.set), tuning=args.tuning)
 
+    plan = Planner(request).plan()
+    hours = Budget(plan, Store((args.runs or [Path("runs")])[0]), True, None).estimates
+
     def trail(role: str, node: Node) -> list[Step]:
-        return [Step(role, node.key, None, expected(node)), *(s for name, parent in node.parents.items() for s in trail(name, parent))]
+        step = Step(role, node.key, None, {**expected(node), "device_hours": hours[node.key].hours})
+        return [step, *(s for name, parent in node.parents.items() for s in trail(name, parent))]
 
     found: dict[str, dict[str, tuple[Step, ...]]] = {}
-    for cell in Planner(request).plan().cells:
+    for cell in plan.cells:
         if cell.node is not None:
             found.setdefault(cell.about["method"], {})[cell.about["eval"]] = tuple(trail("evaluation", cell.node))
-    return audit(found, dict.fromkeys(found, "1 for each evaluator"), dict.fromkeys(found, "1")) if len(found) > 1 else ()
+    items = audit(found, dict.fromkeys(found, "1 for each evaluator"), dict.fromkeys(found, "1")) if found else ()
+    return tuple(replace(i, name=f"{i.name}, estimated") if i.name.endswith("device-hours") else i for i in items)
 
 
 def expected(node: Any) -> Mapping[str, Any]:
-    """What a record will say, as far as the plan knows it: images where the length is in steps."""
+    """What a record will say, as far as the plan knows it: images where the length is in steps; nothing is computed where nothing is trained."""
     recipe = node.identity.get("recipe")
     images = recipe["iterations"] * recipe["batch"] if recipe and recipe["iterations"] is not None else None if recipe else 0
-    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "facts": {}}
+    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "flops": None if recipe else 0.0, "facts": {}}

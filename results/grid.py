@@ -137,14 +137,20 @@ def remarks(sheet: Sheet) -> tuple[str, ...]:
     tested = [c for c in sheet.cells.values() if c.undecided is not None]
     if any(c.undecided for c in tested):
         found.append("†: not distinguishable from the best of its column (paired t-test by pre-training seed, Holm's correction over all its pairs, 5 %).")
-    gaps = {(c.eval, c.metric.name): c.detectable for c in sheet.cells.values() if c.detectable is not None}
-    if gaps:
-        listed = ", ".join(f"{evaluator} {metric} {gap:.1f}" for (evaluator, metric), gap in gaps.items())
-        found.append(f"Power: the gap that this test would find in 4 of 5 repetitions with these seeds, at Holm's strictest step: {listed}.")
+    found += power([c for c in sheet.cells.values() if (c.eval, c.metric) in {(t.eval, t.metric) for t in tested}])
     ranks = ranks_of(sheet)
     if ranks is not None and len(ranks.evaluators) > 2:
         found.append(sentence(ranks))
     return tuple(found)
+
+
+def power(tested: Sequence[Cell]) -> list[str]:
+    """Which gap the tests of these columns would find. Where it is above 100 %, or cannot be computed from so few seeds: that they would find none."""
+    gaps = {f"{c.eval} {c.metric.name}": c.detectable for c in tested if c.detectable is not None and not (c.metric.unit == "%" and c.detectable > 100)}
+    never = [n for n in dict.fromkeys(f"{c.eval} {c.metric.name}" for c in tested) if n not in gaps]
+    listed = ", ".join(f"{name} {gap:.1f}" for name, gap in gaps.items())
+    said = [f"Power: the gap that this test would find in 4 of 5 repetitions with these seeds, at Holm's strictest step: {listed}."] if gaps else []
+    return [*said, *([f"Power: no gap that there can be would this test find in 4 of 5 repetitions with these seeds: {', '.join(never)}."] if never else [])]
 
 
 def fine_tuning_spread(sheet: Sheet) -> str:
