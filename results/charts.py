@@ -140,8 +140,8 @@ def dots(rows: Sequence[Dot], label: str, order: Sequence[str]) -> str:
         if d.published is not None:
             px = x(d.published)
             parts.append(f'<path d="M{px:.1f} {y - 6:.1f}l5 6l-5 6l-5 -6z" class="published"><title>published: {d.published:g}</title></path>')
-        end = max([d.value, *(d.interval or ()), *((d.published,) if d.published is not None else ())])
-        parts += [text(x(end) + 6, y + 4, f"{d.value:.1f}", "tick"), "</g>"]
+        end = max(x(v) for v in (d.value, *(d.interval or ()), *((d.published,) if d.published is not None else ())))
+        parts += [text(max(end, x(d.value) + (0 if low == 0.0 else 6)) + 6, y + 4, f"{d.value:.1f}", "tick"), "</g>"]
     return svg(width, height, [text(4, 12, label, "label"), *parts], label)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from results.standing import with_published
 from results.table import add_choice, choose
 
 PICTURES, RECORDS = 2_500_000, 1_000_000  # bytes of pictures and of records that a page takes in; the rest is linked
-NAMES = {"pictures": "images, what is shown of them if that is less, and their reconstructions (tokens: decoded as they are, then as they were predicted)"}
+BIG, BROAD = 150_000, 1000  # a picture of more bytes is taken in as JPEG, of no more pixels across
 MADE = {"what is hidden (grey)": masks.picture, "attention of the last block: image, and where the boxed patch looks": attention.picture}  # of pre-trainings
 FILES = ("record.json", "log.txt", "job.json", "metrics.jsonl", "outcomes.npz", "checkpoint")
 NOISE = ("How far each score would move on other test images of the same kind, by a paired bootstrap over the stored outcomes (200 draws), checkpoints held "
@@ -99,7 +100,7 @@ class Page:
                     self._anchors.setdefault(place(cell), f"score-{len(self._anchors)}")
         parts = [self.part(sheet) for sheet in found]
         papers = [web([grid_of(table, fields)], []) for table in LAYOUTS.values() if any(r.lineage for r in results)
-                  for fields in [fill(table, results)] if any(f.standing for f in fields)]
+                  for fields in [fill(table, results, staleness)] if any(f.standing for f in fields)]
         newest = max((str(r.get("end"))[:10] for r in self.records(results)), default="none")
         done = sum(r.status == "done" for r in results)
         sizes = [(len({getattr(r, k) for r in results}), name) for k, name in (("method", "method"), ("eval", "evaluator"), ("protocol", "protocol"))]
@@ -196,7 +197,7 @@ class Page:
             found += [(title, reason, "", "", "", "", "")] if reason else []
         return found
 
-    def pictures(self, sheet: Sheet) -> tuple[list[dict[str, str]], list[str]]:
+    def pictures(self, sheet: Sheet) -> tuple[list[dict[str, Any]], list[str]]:
         """PNG files of the first score of each method and evaluator and of what it was built from, masks and attention of its pre-training; and, in words,
         what there is no picture of, or no room for."""
         shown, without, left_out = [], [], 0
@@ -206,18 +207,19 @@ class Page:
                     continue
                 self._shown.add(step.folder)
                 files = sorted([*step.folder.glob("samples/*.png"), *step.folder.glob("pictures.png")])
-                found = {NAMES.get(path.stem, path.stem.replace("_", " ")): path.read_bytes() for path in files}
+                found = {reconstructed(step) if path.stem == "pictures" else path.stem.replace("_", " "): path.read_bytes() for path in files}
                 for title, made_of in MADE.items() if step.kind == "pretrain" else ():
                     found |= {title: content} if (content := made_of(step.folder)) is not None else {}
                 where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
                 if reason := ((step.record or {}).get("facts") or {}).get("no_pictures"):
                     without.append(f"{cell.method}, {where}: no reconstructions, since {reason}.")
                 for title, content in found.items():
-                    if (size := len(content) * 4 // 3) > self._room["pictures"]:
+                    broad, data = inlined(content)
+                    if len(data) > self._room["pictures"]:
                         left_out += 1
                         continue
-                    self._room["pictures"] -= size
-                    shown.append({"title": f"{cell.method}, {where}: {title}", "data": f"data:image/png;base64,{base64.b64encode(content).decode()}"})
+                    self._room["pictures"] -= len(data)
+                    shown.append({"title": f"{cell.method}, {where}: {title}", "data": data, "broad": broad})
         return shown, [*without, *([f"{left_out} more pictures lie in the runs folders: this page would be too big with them."] if left_out else [])]
 
     def scores(self, sheet: Sheet) -> list[dict[str, Any]]:
@@ -245,6 +247,27 @@ class Page:
 
         folder = step.folder
         return [(name, quote(os.path.relpath(folder.resolve() / name, self.base))) for name in FILES if (folder / name).exists()] if folder else []
+
+
+def reconstructed(step: Step) -> str:
+    """What the rows of a training's pictures are."""
+    made_by = {*((step.record or {}).get("parents") or {}), *(step.identity.get("files") or {})}
+    last = "their own tokens decoded, and the predicted ones" if "tokenizer" in made_by else "and what is predicted"
+    return f"images, what is shown of them, {last}" if step.kind == "pretrain" else "images, and what is made of them again"
+
+
+def inlined(content: bytes) -> tuple[bool, str]:
+    """Whether a PNG is broader than a chart, and its data URL; smaller where it is big: photographs at the papers' sizes would fill the page."""
+    from PIL import Image
+
+    kind = "png"
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = image.size
+        if len(content) > BIG:
+            kind, stream, share = "jpeg", io.BytesIO(), min(1.0, BROAD / width)
+            image.convert("RGB").resize((round(width * share), max(1, round(height * share)))).save(stream, format="JPEG", quality=88)
+            content = stream.getvalue()
+    return width > 1.3 * charts.WIDTH, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def place(cell: Cell) -> tuple[str, ...]:

@@ -99,14 +99,15 @@ class Table:
         return 0
 
     @staticmethod
-    def render_layout(name: str, results: Iterable[Result], format: str = "markdown") -> str:
-        """A paper's table as text, what was measured beside its numbers; without any result the published numbers alone.
+    def render_layout(name: str, results: Iterable[Result], format: str = "markdown", folders: Sequence[Path] = ()) -> str:
+        """A paper's table as text, what was measured beside its numbers, starred where it is stale if the runs folders are given; without any result the
+        published numbers alone.
 
         Raises:
             UserError: no such layout.
         """
         table = paper_table(name)
-        fields = fill(table, results)
+        fields = fill(table, results, Staleness(Archive(tuple(folders))) if folders else None)
         return FORMATS[format]([grid_of(table, fields)], rows_of(table, fields)).rstrip("\n")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -119,7 +120,7 @@ class Table:
             paper_table(args.layout)  # a wrong name is said before anything is read
         choice = choose(args, needed=args.layout is None)
         if args.layout is not None:
-            print(self.render_layout(args.layout, choice.results, args.format))
+            print(self.render_layout(args.layout, choice.results, args.format, choice.folders))
         else:
             print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, choice.folders, args.cost))
         return 0

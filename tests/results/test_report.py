@@ -5,6 +5,8 @@ changes its style.
 """
 
 import argparse
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from harness.spec import UserError
 from harness.store import Store, write_json
 from results import charts
 from results.curves import curve
-from results.report import Report
+from results.report import Report, inlined
 
 EVIL = "<script>alert(1)</script>&'\""
 
@@ -34,8 +36,10 @@ def runs(tmp_path: Path) -> Path:
     for method, values in scores.items():
         for seed, value in enumerate(values):
             training = Node("pretrain", "m", {"seed": seed, "method": method, "recipe": None, "plugin": {}}, about={"labels": False})
-            folder = written(root, training, 2.0, flops=1e12, images_seen=7200, peak_memory_bytes=2**30)
-            Image.new("RGB", (4, 4)).save(folder / "pictures.png")
+            facts = {"no_pictures": "its decoder is gone"} if method == "beit" else {}
+            folder = written(root, training, 2.0, flops=1e12, images_seen=7200, peak_memory_bytes=2**30, facts=facts)
+            if not facts:
+                Image.new("RGB", (4, 4)).save(folder / "pictures.png")
             (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {3.0 / (i + 1)}}}\n' for i in range(200)) + "broken\n")
             for name, metric in (("linear", "top-1"), ("ade20k", "mIoU")):
                 plain = {"seed": seed, "eval": name, "data": {}, "plugin": {}, "recipe": None}
@@ -65,7 +69,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_twice(runs: Path) -> None:
     page = made(runs)
     assert page == made(runs) and len(page) < 3_000_000
     wanted = [*re.findall(r"\b(?:src|href)=[\"']([^\"']+)", page), *re.findall(r"url\(([^)]+)\)", page)]
-    assert wanted and not [w for w in wanted if not w.startswith(("data:image/png;base64,", "#", "runs/"))]
+    assert wanted and not [w for w in wanted if not w.startswith(("data:image/", "#", "runs/"))]
     assert all((runs.parent / w).exists() for w in wanted if w.startswith("runs/")), "a link to a file that is not there"
     anchors = set(re.findall(r'id="([^"]+)"', page))
     assert {w[1:] for w in wanted if w.startswith("#")} <= anchors and "://" not in page.split("</style>")[1].replace("file://", "")
@@ -79,10 +83,21 @@ def test_the_page_says_what_the_records_say(runs: Path) -> None:
                 "Training curves", "Pictures", "Is the comparison fair?", "Commands"]
     assert re.findall(r"<h3>(.*?)</h3>", page) == headings
     assert "c0ffeec0ff" in page and "mae, linear: first image" in page
-    assert "mae, pre-training: images, what is shown of them if that is less, and their reconstructions" in page
+    assert "mae, pre-training: images, what is shown of them, and what is predicted" in page and "since its decoder is gone" in page
     command = "python -m harness run --methods mae --evals ade20k,linear --protocol demo --backbone tiny --tuning published --seeds 0,1,2"
     assert command in page
     assert "Evaluation noise only" not in made(runs, "--no-image-noise")
+
+
+def test_a_big_picture_is_taken_in_smaller() -> None:
+    # Twelve photographs at 224 pixels, four rows: 7 MB as PNG, and the page had no room for any.
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 2688, 3), dtype=np.uint8)).save(stream, format="PNG")
+    broad, data = inlined(stream.getvalue())
+    with Image.open(io.BytesIO(base64.b64decode(data.removeprefix("data:image/jpeg;base64,")))) as image:
+        assert broad and image.size == (1000, 112) and len(data) < len(stream.getvalue()) / 10
+    Image.new("RGB", (64, 64)).save(small := io.BytesIO(), format="PNG")
+    assert inlined(small.getvalue()) == (False, f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}")
 
 
 def test_a_page_that_cannot_be_written_is_one_line(runs: Path) -> None:
