@@ -102,6 +102,8 @@ def number(cell: Cell, show_n: bool, digits: int = 1, spread: str = "std") -> st
     """"16.1 ± 0.4 (n=3)" or "16.1 (15.1 to 17.1) (n=3)"; with several fine-tuning seeds "(n=3×2)"; a dash when there is no score."""
     if cell.value is None:
         return DASH
+    if abs(cell.value) >= 1e9:  # no score: hundreds of digits would bury the table
+        return f"{cell.value:.3g}" + (f" (n={cell.n})" if show_n else "")
     shown = f" ± {cell.std:.{digits}f}" if cell.std is not None else ""
     if spread == "ci95":
         shown = f" ({cell.ci95[0]:.{digits}f} to {cell.ci95[1]:.{digits}f})" if cell.ci95 else ""

@@ -158,7 +158,7 @@ class Page:
                                c.published.value if c.published else None) for c in cells]
             if rows:
                 label = f"{name} {metric.name} ({metric.unit})" + ("" if metric.higher_is_better else ", lower is better")
-                found.append(charts.dots(rows, label, sheet.methods))
+                found.append(charts.dots(rows, label, sheet.methods, metric.higher_is_better))
         return found
 
     def pareto(self, sheet: Sheet) -> list[str]:
@@ -214,7 +214,11 @@ class Page:
                 if reason := ((step.record or {}).get("facts") or {}).get("no_pictures"):
                     without.append(f"{cell.method}, {where}: no reconstructions, since {reason}.")
                 for title, content in found.items():
-                    broad, data = inlined(content)
+                    try:
+                        broad, data = inlined(content)
+                    except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
+                        without.append(f"{cell.method}, {where}: {title}: the picture is damaged.")
+                        continue
                     if len(data) > self._room["pictures"]:
                         left_out += 1
                         continue

@@ -188,6 +188,10 @@ def test_a_character_that_latex_has_no_glyph_for_is_told_by_its_number() -> None
     assert "Zoë {[}U+2603{]}" in text and "☃" not in text
 
 
+def test_a_number_that_is_no_score_does_not_bury_the_table() -> None:
+    assert "| m        |   1e+308 |" in Table.render([cell("m", "e", 0, {"mIoU": 1e308})])
+
+
 def test_footnote_marks_go_on_after_z() -> None:
     notes = Notes()
     marks = [notes.mark(str(i)) for i in range(30)]

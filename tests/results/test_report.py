@@ -100,6 +100,13 @@ def test_a_big_picture_is_taken_in_smaller() -> None:
     assert inlined(small.getvalue()) == (False, f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}")
 
 
+def test_a_damaged_picture_costs_the_picture_and_not_the_page(runs: Path) -> None:
+    for path in runs.glob("evaluate-linear-*/samples/first_image.png"):
+        path.write_bytes(path.read_bytes()[:20])
+    page = made(runs)
+    assert "mae, linear: first image: the picture is damaged." in page and "mae, ade20k: first image</figcaption><img" in page
+
+
 def test_a_page_that_cannot_be_written_is_one_line(runs: Path) -> None:
     parser = argparse.ArgumentParser()
     Report.add_arguments(parser)
@@ -118,6 +125,17 @@ def test_only_a_bar_from_zero_is_drawn_as_a_bar() -> None:
     # The length of a bar that begins at 80 would show 83 as three times 81.
     assert "<rect" not in charts.dots([charts.Dot("a", 83.0, (82.0, 84.0)), charts.Dot("b", 81.0, None)], "top-1", ["a", "b"])
     assert charts.dots([charts.Dot("a", 30.0, None), charts.Dot("b", 5.0, None)], "top-1", ["a", "b"]).count("<rect") == 2
+
+
+def test_of_a_hundred_methods_charts_show_the_best() -> None:
+    # A hundred names overlap; at the wrong end of the ranking they would be the wrong ones.
+    names = [f"method-{i:03d}" for i in range(100)]
+    bars = charts.dots([charts.Dot(n, 20.0 + i, None) for i, n in enumerate(names)], "error", names, higher_is_better=False)
+    assert "error: the best 24 of 100" in bars and "method-023" in bars and "method-024" not in bars
+    ranks = charts.rank_diagram({n: 1.0 + i for i, n in enumerate(names)}, 30.0, [names[i : i + 31] for i in range(70)])
+    assert "the best 24 of 100" in ranks and "method-023" in ranks and "method-024" not in ranks and ranks.count('class="group"') == 1
+    points = charts.scatter([(n, 1.0 + i, 50.0 - i) for i, n in enumerate(names)], "h", "score", names)
+    assert points.count("<circle") == 100 and points.count('class="name"') == 1  # the first is cheaper and better than all others
 
 
 def test_the_front_of_a_scatter_is_what_nothing_beats() -> None:
