@@ -29,6 +29,7 @@ class Audit:
         parser.add_argument("--plan", action="store_true", help="look at what `run` with these flags would do, before launching")
         parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
         parser.add_argument("--data", help="with --plan: as for run")
+        parser.add_argument("--pretrain-data", metavar="DIR", help="with --plan: as for run")
         parser.add_argument("--tuning", choices=("shared", "published"), help="with --plan: as for run")
         parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --plan: as for run")
         add_choice(parser)
@@ -42,8 +43,8 @@ class Audit:
         if args.plan:
             found = [("plan", planned(args))]
         else:
-            if args.data or args.tuning or args.set:
-                raise UserError("audit: --data, --tuning and --set describe a plan: add --plan, or leave them out")
+            if args.data or args.pretrain_data or args.tuning or args.set:
+                raise UserError("audit: --data, --pretrain-data, --tuning and --set describe a plan: add --plan, or leave them out")
             choice = choose(args)
             archive = Archive(choice.folders)
             found = [(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive))
@@ -85,7 +86,8 @@ def planned(args: argparse.Namespace) -> tuple[Item, ...]:
     if not args.methods or not args.evals:
         raise UserError("audit --plan: name --methods and --evals, as for run")
     words = {flag: tuple(w.strip() for w in getattr(args, flag).split(",") if w.strip()) for flag in ("methods", "evals")}
-    request = Request(words["methods"], words["evals"], args.protocol or "demo", args.backbone, data=args.data, settings=tuple(args.set), tuning=args.tuning)
+    request = Request(words["methods"], words["evals"], args.protocol or "demo", args.backbone, data=args.data, pretrain_data=args.pretrain_data,
+                      settings=tuple(args.set), tuning=args.tuning)
 
     plan = Planner(request).plan()
     hours = Budget(plan, Store((args.runs or [Path("runs")])[0]), True, None).estimates
