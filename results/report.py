@@ -38,7 +38,7 @@ from results.standing import with_published
 from results.table import add_choice, choose
 
 PICTURES, RECORDS = 2_500_000, 1_000_000  # bytes of pictures and of records that a page takes in; the rest is linked
-BIG, BROAD = 150_000, 1000  # a picture of more bytes is taken in as JPEG, of no more pixels across
+BIG, BROAD = 50_000, 1000  # a picture of more bytes is taken in as JPEG, of no more pixels across
 MADE = {"what is hidden (grey)": masks.picture, "attention of the last block: image, and where the boxed patch looks": attention.picture}  # of pre-trainings
 FILES = ("record.json", "log.txt", "job.json", "metrics.jsonl", "outcomes.npz", "checkpoint")
 NOISE = ("How far each score would move on other test images of the same kind, by a paired bootstrap over the stored outcomes (200 draws), checkpoints held "
@@ -199,7 +199,10 @@ class Page:
 
     def pictures(self, sheet: Sheet) -> tuple[list[dict[str, Any]], list[str]]:
         """PNG files of the first score of each method and evaluator and of what it was built from, masks and attention of its pre-training; and, in words,
-        what there is no picture of, or no room for."""
+        what there is no picture of, or no room for. Trainings first, then each evaluator's first picture of every method (they are of the same images),
+        the second, and so on, so that what there is no room for is no method's alone."""
+        entries: list[tuple[tuple[int, int], str, bytes]] = []
+        evals = [name for name, _ in sheet.columns]
         shown, without, left_out = [], [], 0
         for cell in sheet.cells.values():
             for step in self.archive.steps(cell.results[0]) if cell.results else ():
@@ -213,17 +216,19 @@ class Page:
                 where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
                 if reason := ((step.record or {}).get("facts") or {}).get("no_pictures"):
                     without.append(f"{cell.method}, {where}: no reconstructions, since {reason}.")
-                for title, content in found.items():
-                    try:
-                        broad, data = inlined(content)
-                    except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
-                        without.append(f"{cell.method}, {where}: {title}: the picture is damaged.")
-                        continue
-                    if len(data) > self._room["pictures"]:
-                        left_out += 1
-                        continue
-                    self._room["pictures"] -= len(data)
-                    shown.append({"title": f"{cell.method}, {where}: {title}", "data": data, "broad": broad})
+                turns = [(i, evals.index(cell.eval)) if step.role == "evaluation" else (0, 0) for i in range(1, 1 + len(found))]
+                entries += [(turn, f"{cell.method}, {where}: {title}", content) for turn, (title, content) in zip(turns, found.items(), strict=True)]
+        for _, title, content in sorted(entries, key=lambda entry: entry[0]):
+            try:
+                broad, data = inlined(content)
+            except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
+                without.append(f"{title}: the picture is damaged.")
+                continue
+            if len(data) > self._room["pictures"]:
+                left_out += 1
+                continue
+            self._room["pictures"] -= len(data)
+            shown.append({"title": title, "data": data, "broad": broad})
         return shown, [*without, *([f"{left_out} more pictures lie in the runs folders: this page would be too big with them."] if left_out else [])]
 
     def scores(self, sheet: Sheet) -> list[dict[str, Any]]:
