@@ -142,7 +142,7 @@ class Page:
             "rank_diagram": charts.rank_diagram(ranks.mean, ranks.critical, ranks.groups) if ranks and ranks.critical is not None else "",
             "noise": self.noise(sheet) if self.image_noise else [], "noise_said": NOISE,
             "curves": curves, "legend": [(m, charts.colour(i)) for i, m in enumerate(sheet.methods)],
-            "samples": pictures, "without": without,
+            "samples": [group for trained in (True, False) if (group := [p for p in pictures if p["trained"] is trained])], "without": without,
             "audit_title": "Is the comparison fair?" if compared(items) else "What the row had",
             "audit": [{"verdict": i.verdict, "name": i.name, "said": "; ".join(f"{', '.join(m)}: {v}" if len(i.grouped()) > 1 else v
                                                                                 for v, m in i.grouped().items())} for i in items],
@@ -218,7 +218,7 @@ class Page:
                     without.append(f"{cell.method}, {where}: no reconstructions, since {reason}.")
                 turns = [(i, evals.index(cell.eval)) if step.role == "evaluation" else (0, 0) for i in range(1, 1 + len(found))]
                 entries += [(turn, f"{cell.method}, {where}: {title}", content) for turn, (title, content) in zip(turns, found.items(), strict=True)]
-        for _, title, content in sorted(entries, key=lambda entry: entry[0]):
+        for turn, title, content in sorted(entries, key=lambda entry: entry[0]):
             try:
                 broad, data = inlined(content)
             except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
@@ -228,7 +228,7 @@ class Page:
                 left_out += 1
                 continue
             self._room["pictures"] -= len(data)
-            shown.append({"title": title, "data": data, "broad": broad})
+            shown.append({"title": title, "data": data, "broad": broad, "trained": turn == (0, 0)})
         return shown, [*without, *([f"{left_out} more pictures lie in the runs folders: this page would be too big with them."] if left_out else [])]
 
     def scores(self, sheet: Sheet) -> list[dict[str, Any]]:
