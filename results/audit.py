@@ -12,6 +12,7 @@ from typing import Any
 
 from results.ancestry import Archive, Step
 from results.cells import Sheet
+from results.origins import device
 from results.selection import trials_of, tried
 
 UNKNOWN, NONE, UNTRAINED = "not known", "none", "not trained"  # what is not trained has no augmentation, EMA or precision to be unequal in
@@ -90,7 +91,10 @@ def audit(
         values = {m: [(s.record or {}).get(field) for steps in runs for s in steps] for m, runs in of_seeds.items()}
         known = {m: float(sum(v)) / len(of_seeds[m]) for m, v in values.items()
                  if all(of_seeds[m]) and None not in v and not any(s.foreign for steps in of_seeds[m] for s in steps)}
-        return Item(name, {m: (f"{known[m]:.3g}{unit}" if known[m] else NONE) if m in known else UNKNOWN for m in before}, known, TOLERANCE[name.split()[-1]])
+        on = {m: " and ".join(sorted({device(s) for steps in runs for s in steps} - {""})) for m, runs in of_seeds.items()} if field == "device_hours" else {}
+        apart = len(set(on.values()) - {""}) > 1  # an hour of a GPU is not an hour of a processor
+        words = {m: f"{v:.3g}{unit}{f' on {on[m]}' if apart else ''}" if v else NONE for m, v in known.items()}
+        return Item(name, {m: words.get(m, UNKNOWN) for m in before}, None if apart else known, TOLERANCE[name.split()[-1]])
 
     items = [
         Item("pre-training length", of_training(lambda steps: _each(_trained(steps), length))),

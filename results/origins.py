@@ -25,6 +25,12 @@ def made(step: Step) -> str:
     return f"{when}, {commit}, {hardware.get('device', 'device not known')}, {hours(step.record.get('device_hours'))} h"
 
 
+def device(step: Step) -> str:
+    """What a node ran on: the name of its GPU, or of its processor; "" where that is not known."""
+    hardware = (step.record or {}).get("hardware") or {}
+    return str((hardware.get("cpu") if hardware.get("device") == "cpu" else hardware.get("device")) or "")
+
+
 def commands(sheet: Sheet) -> list[str]:
     """The command line that makes each row, with what deviates from its recipes."""
     lines = []

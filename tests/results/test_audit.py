@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def test_measured_items_are_means_over_all_seeds() -> None:
     gone = Step("checkpoint", "checkpoint", None, None)
     item = next(i for i in audit(methods, same, same, {**every, "a": [(every["a"][0][0], gone), every["a"][1]]}) if i.name == "pre-training FLOPs")
     assert item.verdict == "not known"  # of one seed of a
+
+
+def test_hours_of_different_devices_are_not_one_measure() -> None:
+    hours = "pre-training device-hours"
+
+    def on(name: str) -> dict[str, tuple[Step, ...]]:
+        hardware = {"device": "cpu", "cpu": name} if "GPU" not in name else {"device": name, "cpu": "any"}
+        return {"linear": tuple(replace(s, record={**(s.record or {}), "hardware": hardware}) for s in trail()["linear"])}
+
+    assert verdicts(a=on("A"), b=on("A"))[hours] == "equal"
+    methods, same = {"a": on("A"), "b": on("a GPU")}, {"a": "1", "b": "1"}
+    item = next(i for i in audit(methods, same, same) if i.name == hours)
+    assert item.verdict == "unequal" and item.values == {"a": "1 h on A", "b": "1 h on a GPU"}
 
 
 def test_what_is_not_known_is_not_called_equal() -> None:
