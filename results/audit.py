@@ -273,9 +273,9 @@ def seeds_of(sheet: Sheet) -> dict[str, str]:
     return {m: NONE if not n else str(min(n)) if len(n) == 1 else f"{min(n)} to {max(n)}" for m, n in counts.items()}
 
 
-def of_sheet(sheet: Sheet, archive: Archive) -> tuple[Item, ...]:
-    """The audit of a table: what its rows had, of a single row too; () where no row has a score."""
-    if not (found := trails(sheet, archive)):
+def of_sheet(sheet: Sheet, archive: Archive, least: int = 1) -> tuple[Item, ...]:
+    """The audit of a table: what its rows had, of a single row too; () where fewer than `least` rows have a score."""
+    if len(found := trails(sheet, archive)) < least:
         return ()
     trials, seeds = trials_of(sheet, archive), seeds_of(sheet)
     return audit(found, {m: tried(trials, m) for m in found}, {m: seeds[m] for m in found}, repeats(sheet, archive))

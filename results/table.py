@@ -16,7 +16,7 @@ from harness.request import Keep, Request
 from harness.spec import UserError, suggest
 from harness.store import State, Store
 from results.ancestry import Archive
-from results.audit import VERDICTS, compared, of_sheet, stamp
+from results.audit import VERDICTS, of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of, paper_table, rows_of
 from results.cells import sheets
 from results.costs import cell_cost, with_costs
@@ -58,8 +58,8 @@ class Table:
         rows, grids = [], []
         for sheet in found:
             cells = [sheet.cell(method, name, metric) for method in sheet.methods for name, metric in sheet.columns]
-            items = of_sheet(sheet, archive) if archive else ()
-            fairness = {"audit": {v: [i.name for i in items if i.verdict == v] for v in VERDICTS}} if compared(items) and format == "json" else {}
+            items = of_sheet(sheet, archive, 2) if archive else ()
+            fairness = {"audit": {v: [i.name for i in items if i.verdict == v] for v in VERDICTS}} if items and format == "json" else {}
             rows += [{**cell.as_row(), **(cell_cost(cell, sheet, archive) if archive and cost else {}), **fairness} for cell in cells]
             table = grid(sheet, spread)
             table = with_costs(table, sheet, archive) if archive and cost else table
