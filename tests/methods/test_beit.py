@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from harness.optim import parameter_groups
 from harness.plugins import TrainContext
 from harness.randomness import generator, seed_all
+from harness.run import save_picture
 from harness.spec import ViTConfig
 from harness.vit import ViT
 from methods.beit import BEiT, BEiTObjective, BEiTPixel, Pixels, Tokens
@@ -186,6 +187,9 @@ def test_why_there_are_no_pictures_of_tokens_is_said(tmp_path: Path) -> None:
     assert "cannot be read" in targets.sheet(*whole, prediction, given["mask"], nn.Identity())
     nothing = BEiT(masking="none", recover="all").objective(ViT(SMALL), TrainContext(SMALL, None, 10, {"tokenizer": tokenizer_file(file, (32, 48))}))
     assert nothing.pictures(samples(BEiT(masking="none"))) == "nothing is hidden from it"
+    path = tmp_path / "pictures.png"  # the words end up in the record, which the report reads
+    assert save_picture(path, "nothing is hidden from it") == {"no_pictures": "nothing is hidden from it"} and not path.exists()
+    assert save_picture(path, np.zeros((2, 2, 3), dtype=np.uint8)) == {} and path.exists()
 
 
 def test_views_share_the_box_and_have_eight_pixels_a_patch() -> None:
