@@ -14,7 +14,7 @@ from dataclasses import dataclass
 COLOURS = 8
 WIDTH = 376.0  # three charts side by side on a desktop
 MOST = 24  # names that a chart can hold: of more the best are shown
-FONT = 6.6  # width of a character at the page's 12 px, for how much room a label needs
+FONT = 7.2  # width of a character at the page's 12 px in a broad font (DejaVu Sans), for how much room a label needs
 
 
 def colour(number: int) -> str:
