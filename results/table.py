@@ -99,7 +99,7 @@ class Table:
         return 0
 
     @staticmethod
-    def render_layout(name: str, results: Iterable[Result], format: str = "markdown", folders: Sequence[Path] = ()) -> str:
+    def render_layout(name: str, results: Iterable[Result], format: str = "markdown", archive: Archive | None = None) -> str:
         """A paper's table as text, what was measured beside its numbers, starred where it is stale if the runs folders are given; without any result the
         published numbers alone.
 
@@ -107,7 +107,7 @@ class Table:
             UserError: no such layout.
         """
         table = paper_table(name)
-        fields = fill(table, results, Staleness(Archive(tuple(folders))) if folders else None)
+        fields = fill(table, results, Staleness(archive) if archive else None)
         return FORMATS[format]([grid_of(table, fields)], rows_of(table, fields)).rstrip("\n")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -120,7 +120,7 @@ class Table:
             paper_table(args.layout)  # a wrong name is said before anything is read
         choice = choose(args, needed=args.layout is None)
         if args.layout is not None:
-            print(self.render_layout(args.layout, choice.results, args.format, choice.folders))
+            print(self.render_layout(args.layout, choice.results, args.format, Archive(choice.folders)))
         else:
             print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, choice.folders, args.cost))
         return 0
