@@ -54,7 +54,8 @@ class Table:
         """
         archive = Archive(tuple(folders)) if folders else None
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
-        found = [with_stale(sheet, Staleness(archive)) for sheet in found] if archive else found
+        staleness = Staleness(archive, data=True) if archive else None
+        found = [with_stale(sheet, staleness) for sheet in found] if staleness else found
         rows, grids = [], []
         for sheet in found:
             cells = [sheet.cell(method, name, metric) for method in sheet.methods for name, metric in sheet.columns]
@@ -107,7 +108,7 @@ class Table:
             UserError: no such layout.
         """
         table = paper_table(name)
-        fields = fill(table, results, Staleness(archive) if archive else None)
+        fields = fill(table, results, Staleness(archive, data=True) if archive else None)
         return FORMATS[format]([grid_of(table, fields)], rows_of(table, fields)).rstrip("\n")
 
     def run(self, args: argparse.Namespace) -> int:

@@ -173,6 +173,8 @@ heads[1].focus(); heads[1].click(); out.push(rows().map(r => r.cells[1].textCont
 heads[1].click(); out.push(rows().map(r => r.cells[1].textContent[0]).join(""));
 const input = document.querySelector("[data-filter]"); input.value = "BEIT"; input.dispatchEvent(new Event("input"));
 out.push(rows().filter(r => !r.hidden).length, performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length);
+location.hash = document.querySelector("#rows-1 td a").hash; dispatchEvent(new Event("hashchange"));
+out.push(document.querySelector(location.hash).closest("details").open);
 document.body.dataset.found = out.join(" ");
 </script>"""
 
@@ -183,5 +185,5 @@ def test_in_a_browser_sorting_and_filtering_work_and_nothing_is_requested(runs: 
     page.write_text(made(runs, "--no-image-noise", "--evals", "linear").replace("</body>", SCRIPT + "</body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={runs.parent / 'profile'}", "--dump-dom"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert 'data-found="552 255 1 0"' in done.stdout, re.findall(r'data-found="[^"]*"', done.stdout)
+    assert 'data-found="552 255 1 0 true"' in done.stdout, re.findall(r'data-found="[^"]*"', done.stdout)
     assert "CONSOLE" not in done.stderr
