@@ -118,6 +118,7 @@ class Objective(Protocol):
     export() -> ViT: the module to keep, by default the ViT that was lent.
     classifier() -> dict: the trained read-out, kept beside the ViT (see `harness.classifier`).
     check(loader) -> dict[str, float]: scores on held-out images at the end; raises JobFailed when a gate is not passed.
+    pictures(batch) -> uint8 (H, W, 3) of the trained model's work for the report, or a str: why there is none.
     """
 
     def __call__(self, batch: Mapping[str, Tensor], progress: float) -> Mapping[str, Tensor]: ...

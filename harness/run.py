@@ -90,11 +90,9 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
         images, held_out = images.split(plugin.holdout)
     config: Any = restore(identity["vit"]) if "vit" in identity else None
     seed_all(session.seed, "init")
-    vit = None
-    if config is not None:
-        vit = ViT(config, recipe.drop_path if recipe is not None else 0.0)
-        if "parent" in parents:
-            vit = Backbone.load(parents["parent"] / "checkpoint" / "backbone.pt").build(config, recipe.drop_path if recipe is not None else 0.0)
+    vit = ViT(config, recipe.drop_path if recipe is not None else 0.0) if config is not None else None
+    if "parent" in parents:
+        vit = Backbone.load(parents["parent"] / "checkpoint" / "backbone.pt").build(config, recipe.drop_path if recipe is not None else 0.0)
     assets = {role: path / "checkpoint" / "asset.pt" for role, path in parents.items() if role != "parent"}
     assets |= {role: check_file(Path(path), identity["files"][role]) for role, path in job["where"].get("files", {}).items()}
     total = steps_of(recipe, len(images))[1] if recipe is not None and images is not None else 0
@@ -119,8 +117,7 @@ def run_training(job: dict[str, Any], folder: Path, session: Any) -> dict[str, A
             shown = images if held_out is None else held_out
             samples = Samples(shown, transform, session.seed, len(shown), session.on_bad_image == "skip")
             first = next(iter(loader(samples, [range(min(12, len(shown)))], 0, False)))
-            if (sheet := objective.pictures({k: v.to(session.device) for k, v in first.items()})) is not None:
-                save_picture(folder / "pictures.png", sheet)
+            facts |= save_picture(folder / "pictures.png", objective.pictures({k: v.to(session.device) for k, v in first.items()}))
     if vit is None:
         objective.cpu().save_asset(folder / "checkpoint" / "asset.pt")
     else:
@@ -148,13 +145,15 @@ def check_file(path: Path, sha256: str) -> Path:
     return path
 
 
-def save_picture(path: Path, pixels: Any) -> None:
-    """Write uint8 (H, W, 3) pixels as PNG, atomically."""
+def save_picture(path: Path, pixels: Any) -> dict[str, str]:
+    """Write uint8 (H, W, 3) pixels as PNG, atomically. Words in their place say why there are none: a fact for the record, and no file."""
     from PIL import Image
 
     from harness.checkpoint import write_atomically
 
-    write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, format="PNG"))
+    if not isinstance(pixels, str):
+        write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, format="PNG"))
+    return {"no_pictures": pixels} if isinstance(pixels, str) else {}
 
 
 def run_evaluation(job: dict[str, Any], folder: Path, session: Any) -> dict[str, Any]:

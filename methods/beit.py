@@ -15,7 +15,7 @@ from harness.classifier import FINE_TUNE_STD, Classifier
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_beit
 from methods import ablations, published
-from methods.dalle import STRIDE, load_tokenizer
+from methods.dalle import STRIDE
 from methods.masking import Algorithm1, BlockMask, block_mask, masked_indices, pick, random_mask, scaled
 from methods.targets import Pixels, Target, Tokens, tokenizer
 
@@ -177,7 +177,7 @@ class BEiT:
                 raise UserError("--methods beit@intermediate: its training images have no labels: drop it, or give --data with class folders")
             return Classifier(vit, context.classes, mean=self.mean, std=self.std, augment=context.recipe.augment, head_std=FINE_TUNE_STD)
         limit = None if self.recover == "all" else config.patches if self.masking == "algorithm-1" else self.blocks(config).target
-        targets: Target = Tokens(load_tokenizer(context.assets["tokenizer"])) if self.target == "tokens" else Pixels(config.patch, self.normalise_pixels)
+        targets: Target = Tokens(context.assets["tokenizer"]) if self.target == "tokens" else Pixels(config.patch, self.normalise_pixels)
         return BEiTObjective(vit, targets, limit, Normalize(self.mean, self.std), self.deviation(config))
 
 
@@ -231,3 +231,13 @@ class BEiTObjective(nn.Module):
             valid = torch.ones_like(valid)
         prediction = self.head(pick(self.encode(images, mask), index))
         return self.targets.loss(prediction, self.targets(batch, images, index), valid)
+
+    @torch.no_grad()
+    def pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray | str:
+        """The targets' `sheet` of a batch; words where nothing is hidden."""
+        if not batch["mask"].any():
+            return "nothing is hidden from it"
+        training, images = self.training, self.normalize(batch["image"])
+        prediction = self.eval().head(self.encode(images, batch["mask"]))  # without drop path
+        self.train(training)
+        return self.targets.sheet(batch, images, prediction, batch["mask"], self.normalize)

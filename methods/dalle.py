@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -140,10 +141,18 @@ class Tokenizer(nn.Module):
             return F.linear(x if index is None else pick(x, index), head.weight.flatten(1), head.bias).argmax(-1)
 
 
-def save_tokenizer(path: Path, encoder: Encoder, config: dict[str, int]) -> None:
-    """Write an encoder, with the arguments of `Tokenizer` that rebuild it, atomically."""
-    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    write_atomically(path, lambda stream: torch.save({"format": FORMAT, "config": config, "state": state}, stream))
+@torch.no_grad()
+def decode(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Tokens (B, h, w) -> pixels in [0, 1] (B, 3, 8h, 8w), each the middle of its distribution."""
+    output = decoder(F.one_hot(tokens, decoder.blocks.input.in_channels).permute(0, 3, 1, 2).float())
+    return unmap_pixels(torch.sigmoid(output[:, :3].float()))
+
+
+def save_tokenizer(path: Path, encoder: Encoder, decoder: Decoder, config: dict[str, int]) -> None:
+    """Write an encoder, with the arguments of `Tokenizer` that rebuild it, and the decoder for pictures of tokens, atomically."""
+    encoding, decoding = ({k: v.detach().cpu().contiguous() for k, v in part.state_dict().items()} for part in (encoder, decoder))
+    content = {"format": FORMAT, "config": config, "state": encoding, "decoder": decoding}
+    write_atomically(path, lambda stream: torch.save(content, stream))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -172,6 +181,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
     raise JobFailed(f"{path} has format {content['format']}, this version reads {FORMAT}")
 
 
+def load_decoder(path: Path) -> Decoder | str:
+    """The decoder of a tokenizer's file: kept in it, or OpenAI's decoder.pkl beside encoder.pkl; else, in words, why there is none.
+
+    It makes pictures and no number, so that nothing here may end a training.
+    """
+    try:
+        if path.suffix == ".pkl":
+            beside = path.with_name("decoder.pkl")
+            decoder = read_released(beside) if beside.is_file() else None
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True).get("decoder")
+            decoder = network_of(state) if state is not None else None
+    except Exception as error:  # a damaged file: told, and nothing else
+        return f"the tokenizer's decoder cannot be read ({type(error).__name__})"
+    if not isinstance(decoder, Decoder):
+        return "decoder.pkl does not lie beside encoder.pkl" if path.suffix == ".pkl" else "the tokenizer was made before its decoder was kept"
+    return decoder.eval().requires_grad_(False)
+
+
 def read_released(path: Path) -> Encoder | Decoder:
     """OpenAI's encoder.pkl or decoder.pkl: pickled modules, whose tensors are taken and whose classes are not run. Sizes are those of the tensors.
 
@@ -183,10 +211,15 @@ def read_released(path: Path) -> Encoder | Decoder:
         raise UserError(f"{path}: no part of DALL-E's dVAE: it holds {unnamed[0]}, expected encoder.pkl or decoder.pkl of openai/DALL-E")
     state = {k[:-1] + {"w": "weight", "b": "bias"}[k[-1]]: v for k, v in state.items()}
     try:
-        first, last = state["blocks.input.weight"].shape, state["blocks.output.conv.weight"].shape
-        blocks = len({k.split(".")[2] for k in state if k.startswith("blocks.group_1.block_")})
-        network = Encoder(first[0], last[0], blocks) if first[1] == 3 else Decoder(last[1], first[1], blocks, first[0])
-        network.load_state_dict(state, strict=True)
+        return network_of(state)
     except (KeyError, IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(f"{path}: no part of DALL-E's dVAE: {' '.join(str(error).split())[:300]}") from error
+
+
+def network_of(state: Mapping[str, Tensor]) -> Encoder | Decoder:
+    """The encoder or decoder with these tensors, which say its sizes. Raises what missing names and wrong shapes raise."""
+    first, last = state["blocks.input.weight"].shape, state["blocks.output.conv.weight"].shape
+    blocks = len({k.split(".")[2] for k in state if k.startswith("blocks.group_1.block_")})
+    network = Encoder(first[0], last[0], blocks) if first[1] == 3 else Decoder(last[1], first[1], blocks, first[0])
+    network.load_state_dict(state, strict=True)
     return network

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.augment import TrainTransform
 from harness.spec import Augment, JobFailed, Recipe, UserError, ViTConfig, within
 from methods.codebook import start_from_images
-from methods.dalle import STRIDE, Decoder, Encoder, logit_laplace, map_pixels, save_tokenizer, unmap_pixels
+from methods.dalle import STRIDE, Decoder, Encoder, decode, logit_laplace, map_pixels, save_tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,8 +141,7 @@ class DVAEObjective(nn.Module):
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images (B, 3, 8h, 8w) -> their arg-max codes (B, h, w) and reconstructions in [0, 1] (B, 3, 8h, 8w)."""
         codes = self.encoder(map_pixels(images.float() / 255)).argmax(dim=1)
-        output = self.decoder(F.one_hot(codes, self.maker.codes).permute(0, 3, 1, 2).float())
-        return codes, unmap_pixels(torch.sigmoid(output[:, :3].float()))
+        return codes, decode(self.decoder, codes)
 
     @torch.no_grad()
     def check(self, loader: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
@@ -181,8 +180,8 @@ class DVAEObjective(nn.Module):
         return contact_sheet([images.float() / 255, self.reconstruct(images)[1]])
 
     def save_asset(self, path: Path) -> None:
-        """Write the tokenizer's file, the encoder only; `methods.dalle.load_tokenizer` reads it."""
-        save_tokenizer(path, self.encoder, {"width": self.maker.width, "codes": self.maker.codes, "blocks": self.maker.blocks})
+        """Write the tokenizer's file; `methods.dalle.load_tokenizer` reads it, and `load_decoder` what pictures of tokens are made with."""
+        save_tokenizer(path, self.encoder, self.decoder, {"width": self.maker.width, "codes": self.maker.codes, "blocks": self.maker.blocks})
 
 
 def contact_sheet(rows: Sequence[Tensor]) -> np.ndarray:

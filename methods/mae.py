@@ -16,7 +16,7 @@ from harness.augment import Normalize, color_jitter, crop_resize, random_resized
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_mae, sincos_positions
 from methods import ablations, published
-from methods.dalle import STRIDE, load_tokenizer
+from methods.dalle import STRIDE
 from methods.masking import BlockMask, block_mask, fixed_size_box, grid_mask, noise_for, pick, scaled, shuffle_by
 from methods.targets import Components, Pixels, Target, Tokens, tokenizer
 
@@ -151,7 +151,7 @@ class MAE:
         assert vit is not None
         target: Target = Pixels(vit.config.patch, self.normalise_pixels)
         if self.target != "pixels":
-            target = Tokens(load_tokenizer(context.assets["tokenizer"])) if self.target == "tokens" else Components(vit.config.patch, self.components)
+            target = Tokens(context.assets["tokenizer"]) if self.target == "tokens" else Components(vit.config.patch, self.components)
         normalize = Normalize(self.mean, self.std)
         return MAEObjective(vit, self.mask_ratio, self.decoder(vit.config), target, normalize, self.mask_tokens == "encoder")
 
@@ -236,10 +236,10 @@ class MAEObjective(nn.Module):
         return pick(self.decode(self.latent(images, order), order, first=0), restore), (restore >= self.kept).to(images.dtype)
 
     @torch.no_grad()
-    def pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray | None:
-        """`Pixels.sheet` of a batch; None for targets that are no pixels."""
+    def pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray | str:
+        """The target's `sheet` of a batch."""
         images = self.normalize(batch["image"])
-        return self.target.sheet(images, *self.predict(images, batch["noise"]), self.normalize) if isinstance(self.target, Pixels) else None
+        return self.target.sheet(batch, images, *self.predict(images, batch["noise"]), self.normalize)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
         """{"image": (B, 3, H, W) uint8 or float, "noise": (B, N)} -> {"loss": mean over the hidden patches, "weight": their number, ...}."""

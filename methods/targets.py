@@ -1,12 +1,15 @@
 """What masked patches are predicted as: their pixels, their principal components, or the tokens of a discrete VAE.
 
 A target has `outputs` (numbers predicted for a patch), is called with (batch, normalised images, patch indices (B, K)), and computes the loss over
-the valid places together with their number as `weight`, by which `harness.train` weighs the parts of a batch.
+the valid places together with their number as `weight`, by which `harness.train` weighs the parts of a batch. Its `sheet` draws what was predicted from
+(batch, normalised images (B, 3, H, W), predictions for all patches (B, N, outputs), mask (B, N), 1 or True where hidden, the Normalize that was applied):
+rows of images, uint8 (R*H, B*W, 3), or in words why it cannot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from harness.augment import Normalize
 from harness.spec import Asset, ViTConfig
-from methods.dalle import Tokenizer, load_tokenizer
+from methods.dalle import STRIDE, decode, load_decoder, load_tokenizer
 from methods.dvae import contact_sheet, for_grid
 from methods.masking import images_of, normalise_patches, patch_pixels, pick
 
@@ -26,10 +29,14 @@ if TYPE_CHECKING:
 
 
 class Tokens:
-    """Targets of token prediction. Holds the tokenizer outside the objective's modules: it is neither trained nor saved with it. On a GPU it is halved."""
+    """Targets of token prediction. Holds the tokenizer outside the objective's modules: it is neither trained nor saved with it. On a GPU it is halved.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.outputs = tokenizer, tokenizer.codes
+    `file` is where it came from, and its decoder, which only `sheet` reads.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.tokenizer = file, load_tokenizer(file)
+        self.outputs = self.tokenizer.codes
 
     def __call__(self, batch: Mapping[str, Tensor], images: Tensor, index: Tensor) -> Tensor:
         """Tokens (B, K) of the patches `index` (B, K)."""
@@ -47,6 +54,22 @@ class Tokens:
         count = valid.sum()
         return {"loss": loss, "weight": count, "accuracy": (prediction.detach().argmax(-1) == target).sum() / count}
 
+    def sheet(self, batch: Mapping[str, Tensor], images: Tensor, prediction: Tensor, mask: Tensor, normalize: nn.Module) -> np.ndarray | str:
+        """The tokenizer's views above what is seen of them, above their own tokens decoded, above the same with the hidden patches' tokens as predicted.
+
+        The third row is the best that predictions could give: what the fourth lacks against it the method has not guessed, the rest the tokenizer lost.
+        """
+        if isinstance(decoder := load_decoder(self.file), str):
+            return decoder
+        if decoder.blocks.input.in_channels != self.outputs:
+            return f"the decoder is of {decoder.blocks.input.in_channels} tokens, the tokenizer of {self.outputs}"
+        view, hidden = batch["tokenizer_image"], mask.bool()
+        own = self(batch, images, torch.arange(mask.shape[1], device=view.device).expand_as(mask))
+        (height, width), decoder = (side // STRIDE for side in view.shape[2:]), decoder.to(view.device)
+        decoded = [decode(decoder, t.reshape(-1, height, width)) for t in (own, torch.where(hidden, prediction.argmax(-1), own))]
+        grey = hidden.reshape(-1, 1, height, width).repeat_interleave(STRIDE, 2).repeat_interleave(STRIDE, 3)
+        return contact_sheet([view.float() / 255, (view.float() / 255).masked_fill(grey, 0.5), *decoded])
+
 
 class Pixels:
     """Targets of pixel regression: the normalised image's pixels, patch by patch; with `normalise` each patch by its own mean and deviation."""
@@ -63,14 +86,9 @@ class Pixels:
         """Mean squared error over the valid places."""
         return mean_squared(prediction, target, valid)
 
-    def sheet(self, images: Tensor, prediction: Tensor, mask: Tensor, normalize: nn.Module) -> np.ndarray:
-        """Images above what the encoder sees of them, above their hidden patches as predicted; uint8 (3H, B*W, 3).
-
-        Args:
-            images: normalised (B, 3, H, W).
-            prediction: (B, N, P*P*3); a normalised patch gets back its own mean and deviation, which only the image knows.
-            mask: (B, N), 1 where hidden.
-        """
+    def sheet(self, batch: Mapping[str, Tensor], images: Tensor, prediction: Tensor, mask: Tensor, normalize: nn.Module) -> np.ndarray | str:
+        """Images above what the encoder sees of them, above their hidden patches as predicted. A normalised patch gets back its own mean and deviation,
+        which only the image knows."""
         pixels, grid, hidden = patch_pixels(images, self.patch), (images.shape[2] // self.patch, images.shape[3] // self.patch), mask[:, :, None].bool()
         if self.normalise:
             prediction = prediction * (pixels.var(dim=-1, keepdim=True) + 1e-6).sqrt() + pixels.mean(dim=-1, keepdim=True)
@@ -117,6 +135,10 @@ class Components(nn.Module):
             self.learn(images)
         with torch.autocast(images.device.type, enabled=False):
             return (pick(patch_pixels(images, self.patch), index) - self.mean) @ self.basis
+
+    def sheet(self, batch: Mapping[str, Tensor], images: Tensor, prediction: Tensor, mask: Tensor, normalize: nn.Module) -> np.ndarray | str:
+        """As `Pixels`: patches from their components, the rest of a patch at the mean."""
+        return Pixels(self.patch, False).sheet(batch, images, prediction @ self.basis.T + self.mean, mask, normalize)
 
     def loss(self, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Mean squared error over the valid places."""

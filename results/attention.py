@@ -93,7 +93,7 @@ def picture(folder: Path) -> bytes | None:
             mixed = faint + np.asarray(bright, dtype=np.float32)[..., None] * np.array([0.65, 0.55, 0.1], dtype=np.float32)
             tile = Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
             box = (column * SIDE // columns, row * SIDE // rows, (column + 1) * SIDE // columns - 1, (row + 1) * SIDE // rows - 1)
-            ImageDraw.Draw(tile).rectangle(box, outline=(255, 60, 60))
+            ImageDraw.Draw(tile).rectangle(box, outline=(255, 60, 60), width=2)
             sheet.paste(tile, ((j + 1) * (SIDE + 4), i * (SIDE + 4)))
     stream = io.BytesIO()
     sheet.save(stream, format="PNG", optimize=True)

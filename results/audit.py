@@ -12,10 +12,11 @@ from typing import Any
 
 from results.ancestry import Archive, Step
 from results.cells import Sheet
+from results.origins import device
 from results.selection import trials_of, tried
 
 UNKNOWN, NONE, UNTRAINED = "not known", "none", "not trained"  # what is not trained has no augmentation, EMA or precision to be unequal in
-VERDICTS = ("unequal", UNKNOWN, "equal")
+VERDICTS, ALONE = ("unequal", UNKNOWN, "equal"), "single row"
 TRICKS = ("scales", "flip", "tta", "crops")  # fields of evaluators that score an image more than once
 READ_OUT = ("by", "pooling", "layer", "taps", "k")
 TOLERANCE = {"device-hours": 0.1, "FLOPs": 0.01}  # measured, so never equal to the last digit
@@ -42,8 +43,8 @@ class Item:
 
     @property
     def verdict(self) -> str:
-        """equal, unequal, or not known."""
-        return UNKNOWN if self.equal is None else "equal" if self.equal else "unequal"
+        """equal, unequal, or not known; a single row is none of them."""
+        return ALONE if len(self.values) < 2 else UNKNOWN if self.equal is None else "equal" if self.equal else "unequal"
 
     def grouped(self) -> dict[str, list[str]]:
         """Value -> the methods that had it."""
@@ -90,7 +91,10 @@ def audit(
         values = {m: [(s.record or {}).get(field) for steps in runs for s in steps] for m, runs in of_seeds.items()}
         known = {m: float(sum(v)) / len(of_seeds[m]) for m, v in values.items()
                  if all(of_seeds[m]) and None not in v and not any(s.foreign for steps in of_seeds[m] for s in steps)}
-        return Item(name, {m: (f"{known[m]:.3g}{unit}" if known[m] else NONE) if m in known else UNKNOWN for m in before}, known, TOLERANCE[name.split()[-1]])
+        on = {m: " and ".join(sorted({device(s) for steps in runs for s in steps} - {""})) for m, runs in of_seeds.items()} if field == "device_hours" else {}
+        apart = len(set(on.values()) - {""}) > 1  # an hour of a GPU is not an hour of a processor
+        words = {m: f"{v:.3g}{unit}{f' on {on[m]}' if apart else ''}" if v else NONE for m, v in known.items()}
+        return Item(name, {m: words.get(m, UNKNOWN) for m in before}, None if apart else known, TOLERANCE[name.split()[-1]])
 
     items = [
         Item("pre-training length", of_training(lambda steps: _each(_trained(steps), length))),
@@ -269,19 +273,23 @@ def seeds_of(sheet: Sheet) -> dict[str, str]:
     return {m: NONE if not n else str(min(n)) if len(n) == 1 else f"{min(n)} to {max(n)}" for m, n in counts.items()}
 
 
-def of_sheet(sheet: Sheet, archive: Archive) -> tuple[Item, ...]:
-    """The audit of a table; () where fewer than two rows have a score."""
-    found = trails(sheet, archive)
-    if len(found) < 2:
+def of_sheet(sheet: Sheet, archive: Archive, least: int = 1) -> tuple[Item, ...]:
+    """The audit of a table: what its rows had, of a single row too; () where fewer than `least` rows have a score."""
+    if len(found := trails(sheet, archive)) < least:
         return ()
     trials, seeds = trials_of(sheet, archive), seeds_of(sheet)
     return audit(found, {m: tried(trials, m) for m in found}, {m: seeds[m] for m in found}, repeats(sheet, archive))
 
 
+def compared(items: Sequence[Item]) -> bool:
+    """Whether there are two rows: one cannot be equal or unequal to anything."""
+    return any(len(i.values) > 1 for i in items)
+
+
 def stamp(items: Sequence[Item]) -> str:
-    """The audit in a line for under a table."""
+    """The audit in a line for under a table, "" for a single row."""
     unequal, unknown = ([i.name for i in items if i.equal is wanted] for wanted in (False, None))
-    if not items:
+    if not compared(items):
         return ""
     said = f"Fairness audit: {sum(i.equal is True for i in items)} of {len(items)} items equal"
     said += f"; unequal: {', '.join(unequal)}" if unequal else ""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from harness.spec import UserError
+from harness.store import Store
 from results.ancestry import Archive, Step
-from results.audit import VERDICTS, Item, audit, of_sheet
+from results.audit import VERDICTS, Item, audit, compared, of_sheet
+from results.budget import Budget
 from results.cells import sheets
 from results.table import add_choice, choose
 
@@ -25,6 +29,7 @@ class Audit:
         parser.add_argument("--plan", action="store_true", help="look at what `run` with these flags would do, before launching")
         parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
         parser.add_argument("--data", help="with --plan: as for run")
+        parser.add_argument("--pretrain-data", metavar="DIR", help="with --plan: as for run")
         parser.add_argument("--tuning", choices=("shared", "published"), help="with --plan: as for run")
         parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --plan: as for run")
         add_choice(parser)
@@ -38,8 +43,8 @@ class Audit:
         if args.plan:
             found = [("plan", planned(args))]
         else:
-            if args.data or args.tuning or args.set:
-                raise UserError("audit: --data, --tuning and --set describe a plan: add --plan, or leave them out")
+            if args.data or args.pretrain_data or args.tuning or args.set:
+                raise UserError("audit: --data, --pretrain-data, --tuning and --set describe a plan: add --plan, or leave them out")
             choice = choose(args)
             archive = Archive(choice.folders)
             found = [(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive))
@@ -59,8 +64,11 @@ def as_row(item: Item) -> dict[str, Any]:
 def as_text(title: str, items: Sequence[Item]) -> str:
     """An audit for reading: unequal items first, equal ones in one line each."""
     if not items:
-        return f"{title}: fewer than two rows with a score, nothing to compare"
+        return f"{title}: no row with a score, nothing to compare"
     width = max(len(i.name) for i in items)
+    if not compared(items):
+        method = next(iter(items[0].values))
+        return "\n".join([f"{title}: one row, nothing to compare it with; {method} had", *(f"{i.name:{width}}  {i.values[method]}" for i in items)])
     lines = [f"{title}: {sum(i.equal is True for i in items)} of {len(items)} items equal"]
     for item in sorted(items, key=lambda i: VERDICTS.index(i.verdict)):
         groups = item.grouped()
@@ -70,7 +78,7 @@ def as_text(title: str, items: Sequence[Item]) -> str:
 
 
 def planned(args: argparse.Namespace) -> tuple[Item, ...]:
-    """The audit of a plan: what is known before anything has run."""
+    """The audit of a plan: what is known before anything has run; device-hours as `run --dry-run` estimates them for this machine (`results.budget`)."""
     from harness.jobs import Node
     from harness.plan import Planner
     from harness.request import Request
@@ -78,20 +86,26 @@ def planned(args: argparse.Namespace) -> tuple[Item, ...]:
     if not args.methods or not args.evals:
         raise UserError("audit --plan: name --methods and --evals, as for run")
     words = {flag: tuple(w.strip() for w in getattr(args, flag).split(",") if w.strip()) for flag in ("methods", "evals")}
-    request = Request(words["methods"], words["evals"], args.protocol or "demo", args.backbone, data=args.data, settings=tuple(args.set), tuning=args.tuning)
+    request = Request(words["methods"], words["evals"], args.protocol or "demo", args.backbone, data=args.data, pretrain_data=args.pretrain_data,
+                      settings=tuple(args.set), tuning=args.tuning)
+
+    plan = Planner(request).plan()
+    hours = Budget(plan, Store((args.runs or [Path("runs")])[0]), True, None).estimates
 
     def trail(role: str, node: Node) -> list[Step]:
-        return [Step(role, node.key, None, expected(node)), *(s for name, parent in node.parents.items() for s in trail(name, parent))]
+        step = Step(role, node.key, None, {**expected(node), "device_hours": hours[node.key].hours})
+        return [step, *(s for name, parent in node.parents.items() for s in trail(name, parent))]
 
     found: dict[str, dict[str, tuple[Step, ...]]] = {}
-    for cell in Planner(request).plan().cells:
+    for cell in plan.cells:
         if cell.node is not None:
             found.setdefault(cell.about["method"], {})[cell.about["eval"]] = tuple(trail("evaluation", cell.node))
-    return audit(found, dict.fromkeys(found, "1 for each evaluator"), dict.fromkeys(found, "1")) if len(found) > 1 else ()
+    items = audit(found, dict.fromkeys(found, "1 for each evaluator"), dict.fromkeys(found, "1")) if found else ()
+    return tuple(replace(i, name=f"{i.name}, estimated") if i.name.endswith("device-hours") else i for i in items)
 
 
 def expected(node: Any) -> Mapping[str, Any]:
-    """What a record will say, as far as the plan knows it: images where the length is in steps."""
+    """What a record will say, as far as the plan knows it: images where the length is in steps; nothing is computed where nothing is trained."""
     recipe = node.identity.get("recipe")
     images = recipe["iterations"] * recipe["batch"] if recipe and recipe["iterations"] is not None else None if recipe else 0
-    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "facts": {}}
+    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "flops": None if recipe else 0.0, "facts": {}}

@@ -18,6 +18,7 @@ from results.reference.names import EVALUATORS, METHODS, counterpart
 from results.reference.paper_table import Column, PaperTable, Row
 from results.reference.published import LOWER_IS_BETTER, METRICS, SOURCES, Published
 from results.reference.remarks import remarks_on
+from results.staleness import Staleness, with_stale
 from results.standing import Standing, choices, compare
 
 LAYOUTS = {table.name: table for table in (*beit_tables.TABLES, *mae_tables.TABLES)}
@@ -50,9 +51,9 @@ def paper_table(name: str) -> PaperTable:
     return LAYOUTS[name]
 
 
-def fill(table: PaperTable, results: Iterable[Result]) -> list[Field]:
-    """All fields of a table, row by row, each with the measured value that comes closest to its protocol."""
-    cells = measured(results)
+def fill(table: PaperTable, results: Iterable[Result], staleness: Staleness | None = None) -> list[Field]:
+    """All fields of a table, row by row, each with the measured value that comes closest to its protocol. `staleness` stars what is stale."""
+    cells = measured(results, staleness)
     fields = []
     for row in table.rows:
         for column in table.columns:
@@ -64,13 +65,14 @@ def fill(table: PaperTable, results: Iterable[Result]) -> list[Field]:
     return fields
 
 
-def measured(results: Iterable[Result]) -> list[Cell]:
+def measured(results: Iterable[Result], staleness: Staleness | None = None) -> list[Cell]:
     """Cells of all settings that were measured, newest first: unlike in an ordinary table, 300 and 800 epochs of a method both count."""
     grouped: dict[tuple[str, ...], list[Result]] = {}
     for r in sorted(results, key=lambda r: r.start, reverse=True):
         if r.lineage:
             grouped.setdefault((r.method, r.eval, r.protocol, r.backbone, r.data, r.tuning, r.settings), []).append(r)
-    return [cell for members in grouped.values() for sheet in sheets(members) for cell in sheet.cells.values()]
+    found = [sheet for members in grouped.values() for sheet in sheets(members)]
+    return [cell for sheet in found for cell in (with_stale(sheet, staleness) if staleness else sheet).cells.values()]
 
 
 def grid_of(table: PaperTable, fields: list[Field]) -> Grid:
@@ -110,7 +112,9 @@ def _measured(field: Field, notes: Notes) -> Entry:
     cell, digits = standing.cell, max(1, field.number.digits)
     difference = f"{standing.difference:+.{digits}f}".replace("-", "−")
     texts = [*standing.notes, *standing.differences, *choices(cell), *cell.remarks, *([f"not complete: {cell.reason}"] if cell.reason else [])]
-    return Entry(f"{number(cell, True, digits)}, {difference} {standing.verdict.partition(':')[0]}", tuple(notes.mark(t) for t in texts))
+    marks = tuple(notes.mark(t) for t in (*texts, *(f"stale: {s}" for s in cell.stale)))
+    said = f"{number(cell, True, digits)}, {difference} {standing.verdict.partition(':')[0]}"
+    return Entry(said, marks, signs=("*",) * bool(cell.stale), faint=cell.n_pretrain == 1)
 
 
 def _kept_out(standing: Standing) -> str:

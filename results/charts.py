@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 COLOURS = 8
 WIDTH = 376.0  # three charts side by side on a desktop
-FONT = 6.6  # width of a character at the page's 12 px, for how much room a label needs
+MOST = 24  # names that a chart can hold: of more the best are shown
+FONT = 7.2  # width of a character at the page's 12 px in a broad font (DejaVu Sans), for how much room a label needs
 
 
 def colour(number: int) -> str:
@@ -114,9 +115,12 @@ class Dot:
     published: float | None = None
 
 
-def dots(rows: Sequence[Dot], label: str, order: Sequence[str]) -> str:
+def dots(rows: Sequence[Dot], label: str, order: Sequence[str], higher_is_better: bool = True) -> str:
     """Scores from top to bottom: the mean as a bar (a disc where the axis does not begin at zero), its interval as whiskers, each seed a small dot, a
     published number a diamond."""
+    if len(rows) > MOST:
+        best = {d.name for d in sorted(rows, key=lambda d: d.value, reverse=higher_is_better)[:MOST]}
+        rows, label = [d for d in rows if d.name in best], f"{label}: the best {MOST} of {len(rows)}"
     room = min(170.0, max(len(d.name) for d in rows) * FONT + 16)
     width, height = WIDTH, 30.0 + 24 * len(rows) + 36
     values = [v for d in rows for v in (d.value, *d.seeds, *(d.interval or ()), *((d.published,) if d.published is not None else ()))]
@@ -140,8 +144,8 @@ def dots(rows: Sequence[Dot], label: str, order: Sequence[str]) -> str:
         if d.published is not None:
             px = x(d.published)
             parts.append(f'<path d="M{px:.1f} {y - 6:.1f}l5 6l-5 6l-5 -6z" class="published"><title>published: {d.published:g}</title></path>')
-        end = max([d.value, *(d.interval or ()), *((d.published,) if d.published is not None else ())])
-        parts += [text(x(end) + 6, y + 4, f"{d.value:.1f}", "tick"), "</g>"]
+        end = max(x(v) for v in (d.value, *(d.interval or ()), *((d.published,) if d.published is not None else ())))
+        parts += [text(max(end, x(d.value) + (0 if low == 0.0 else 6)) + 6, y + 4, f"{d.value:.1f}", "tick"), "</g>"]
     return svg(width, height, [text(4, 12, label, "label"), *parts], label)
 
 
@@ -164,11 +168,12 @@ def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: s
     taken = [(x(a) - 6, y(b) - 6, x(a) + 6, y(b) + 6) for _, a, b in points]
     for point in points:
         name, a, b = point
-        label, anchor, box = beside(x(a), y(b), clipped(name, 160), taken, width)
-        taken.append(box)
         parts.append(f'<g class="{colour(order.index(name))}"><title>{html.escape(f"{name}: {b:.2f} at {a:.3g}")}</title>'
-                     f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" class="{"dot" if point in front else "ring"}"/>'
-                     f'{text(*label, clipped(name, 160), "name", anchor)}</g>')
+                     f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" class="{"dot" if point in front else "ring"}"/></g>')
+        if len(points) <= MOST or point in front:
+            label, anchor, box = beside(x(a), y(b), clipped(name, 160), taken, width)
+            taken.append(box)
+            parts.append(text(*label, clipped(name, 160), "name", anchor))
     return svg(width, height, parts, f"{y_label} against {x_label}")
 
 
@@ -191,15 +196,19 @@ def beside(x: float, y: float, words: str, taken: Sequence[Box], width: float) -
 
 def rank_diagram(mean: Mapping[str, float], critical: float, groups: Sequence[Sequence[str]]) -> str:
     """Mean ranks on a line, best on the left; a thick bar joins methods within the critical difference (Demsar 2006, Figure 1)."""
-    names = list(mean)
+    names = list(mean)[:MOST]
+    groups = [shown for group in groups if len(shown := [n for n in group if n in names]) > 1]
+    groups = [g for i, g in enumerate(groups) if not any(set(g) <= set(h) for h in groups[:i])]  # where names are left out, groups may fall together
     half = (len(names) + 1) // 2
-    room = min(190.0, max(map(len, names)) * FONT + 60)
+    room = min(206.0, max(map(len, names)) * FONT + 76)
     width, top = 640.0, 58.0 + 12 * len(groups)
     height = top + 20 * half + 14
-    x = Scale(1, len(names), room, width - room)
-    parts = [line(x.start, 46, x.end, 46, "axis"), line(x(1), 14, x(1 + critical), 14, "axis"), line(x(1), 10, x(1), 18, "axis"),
-             line(x(1 + critical), 10, x(1 + critical), 18, "axis"), text(x(1 + critical) + 6, 18, f"critical difference {critical:.2f}", "tick")]
-    for place in range(1, len(names) + 1):
+    last = len(names) if len(names) == len(mean) else max(2, math.ceil(mean[names[-1]]))
+    x = Scale(1, last, room, width - room)
+    end = x(min(1 + critical, last))
+    parts = [line(x.start, 46, x.end, 46, "axis"), line(x(1), 14, end, 14, "axis"), line(x(1), 10, x(1), 18, "axis"),
+             *([line(end, 10, end, 18, "axis")] if 1 + critical <= last else []), text(end + 6, 18, f"critical difference {critical:.2f}", "tick")]
+    for place in range(1, last + 1, math.ceil(last / MOST)):
         parts += [line(x(place), 42, x(place), 46, "axis"), text(x(place), 36, str(place), "tick", "middle")]
     for i, group in enumerate(groups):
         parts.append(line(x(mean[group[0]]) - 4, 56 + 12 * i, x(mean[group[-1]]) + 4, 56 + 12 * i, "group"))
@@ -208,5 +217,6 @@ def rank_diagram(mean: Mapping[str, float], critical: float, groups: Sequence[Se
         y = top + 20 * (i if left else len(names) - 1 - i) + 8
         end = room - 8 if left else width - room + 8
         parts += [line(x(mean[name]), 46, x(mean[name]), y, "axis"), line(x(mean[name]), y, end, y, "axis"),
-                  text(end + (-6 if left else 6), y + 4, f"{clipped(name, room - 36)} {mean[name]:.2f}", "name", "end" if left else "start")]
-    return svg(width, height, parts, "Mean ranks: " + ", ".join(f"{n} {r:.2f}" for n, r in mean.items()))
+                  text(end + (-6 if left else 6), y + 4, f"{clipped(name, room - 52)} {mean[name]:.2f}", "name", "end" if left else "start")]
+    parts += [text(4, height - 4, f"the best {len(names)} of {len(mean)}", "tick")] if len(names) < len(mean) else []
+    return svg(width, height, parts, "Mean ranks: " + ", ".join(f"{n} {mean[n]:.2f}" for n in names))

@@ -51,7 +51,7 @@ class Claim:
         """Name -> content of all that is kept but the report. Without runs folders what only they can tell is left out (stars, audit)."""
         order = [list(dict.fromkeys(name for r in self.requests for name in getattr(r, kind))) for kind in ("methods", "evals")]
         found = {f"table.{end}": Table.render(results, format, *order, folders=runs) + "\n" for end, format in (("md", "markdown"), ("json", "json"))}
-        found |= {f"{name}.md": Table.render_layout(name, results) + "\n" for name in self.layouts}
+        found |= {f"{name}.md": Table.render_layout(name, results, archive=Archive(tuple(runs))) + "\n" for name in self.layouts}
         audits = [as_text(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, Archive(tuple(runs)))) for s in sheets(results, *order)]
         return {**found, "seeds.csv": scores(results), **({"audit.txt": "\n\n".join(audits) + "\n"} if runs else {})}
 

@@ -48,10 +48,11 @@ _LATEX = {
 
 
 def latex(grids: Sequence[Grid], rows: Rows) -> str:
-    r"""Floating tables for \usepackage{booktabs}."""
+    r"""Floating tables for \usepackage{booktabs,xcolor}; a single seed is grey."""
 
     def field(entry: Entry) -> str:
         text = rf"\textbf{{{_latex(entry.text)}}}" if entry.bold else _latex(entry.text)
+        text = rf"\textcolor{{gray}}{{{text}}}" if entry.faint else text
         marks = [*map(_latex, entry.signs), *entry.marks]
         return text + _latex(entry.beside and f", {entry.beside}") + (rf"\textsuperscript{{{','.join(marks)}}}" if marks else "")
 

@@ -102,6 +102,8 @@ def number(cell: Cell, show_n: bool, digits: int = 1, spread: str = "std") -> st
     """"16.1 ± 0.4 (n=3)" or "16.1 (15.1 to 17.1) (n=3)"; with several fine-tuning seeds "(n=3×2)"; a dash when there is no score."""
     if cell.value is None:
         return DASH
+    if abs(cell.value) >= 1e9:  # no score: hundreds of digits would bury the table
+        return f"{cell.value:.3g}" + (f" (n={cell.n})" if show_n else "")
     shown = f" ± {cell.std:.{digits}f}" if cell.std is not None else ""
     if spread == "ci95":
         shown = f" ({cell.ci95[0]:.{digits}f} to {cell.ci95[1]:.{digits}f})" if cell.ci95 else ""
@@ -137,14 +139,20 @@ def remarks(sheet: Sheet) -> tuple[str, ...]:
     tested = [c for c in sheet.cells.values() if c.undecided is not None]
     if any(c.undecided for c in tested):
         found.append("†: not distinguishable from the best of its column (paired t-test by pre-training seed, Holm's correction over all its pairs, 5 %).")
-    gaps = {(c.eval, c.metric.name): c.detectable for c in sheet.cells.values() if c.detectable is not None}
-    if gaps:
-        listed = ", ".join(f"{evaluator} {metric} {gap:.1f}" for (evaluator, metric), gap in gaps.items())
-        found.append(f"Power: the gap that this test would find in 4 of 5 repetitions with these seeds, at Holm's strictest step: {listed}.")
+    found += power([c for c in sheet.cells.values() if (c.eval, c.metric) in {(t.eval, t.metric) for t in tested}])
     ranks = ranks_of(sheet)
     if ranks is not None and len(ranks.evaluators) > 2:
         found.append(sentence(ranks))
     return tuple(found)
+
+
+def power(tested: Sequence[Cell]) -> list[str]:
+    """Which gap the tests of these columns would find. Where it is above 100 %, or cannot be computed from so few seeds: that they would find none."""
+    gaps = {f"{c.eval} {c.metric.name}": c.detectable for c in tested if c.detectable is not None and not (c.metric.unit == "%" and c.detectable > 100)}
+    never = [n for n in dict.fromkeys(f"{c.eval} {c.metric.name}" for c in tested) if n not in gaps]
+    listed = ", ".join(f"{name} {gap:.1f}" for name, gap in gaps.items())
+    said = [f"Power: the gap that this test would find in 4 of 5 repetitions with these seeds, at Holm's strictest step: {listed}."] if gaps else []
+    return [*said, *([f"Power: no gap that there can be would this test find in 4 of 5 repetitions with these seeds: {', '.join(never)}."] if never else [])]
 
 
 def fine_tuning_spread(sheet: Sheet) -> str:

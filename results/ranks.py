@@ -10,6 +10,7 @@ from harness.spec import Metric
 from results.cells import Sheet
 
 DIAGRAM_FROM = 5  # evaluators; below, the test has next to no power
+LISTED = 20  # methods that a line under a table names
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def cliques(mean: Mapping[str, float], critical: float) -> tuple[tuple[str, ...]
 
 def sentence(ranks: Ranks) -> str:
     """The ranks in a line for under a table."""
-    said = f"Mean rank over {len(ranks.evaluators)} evaluators (1 is best): {', '.join(f'{m} {r:.1f}' for m, r in ranks.mean.items())}"
+    listed = [f"{m} {r:.1f}" for m, r in ranks.mean.items()]
+    listed = listed if len(listed) <= LISTED else [*listed[:LISTED], f"and {len(listed) - LISTED} more"]
+    said = f"Mean rank over {len(ranks.evaluators)} evaluators (1 is best): {', '.join(listed)}"
     if ranks.critical is not None:
         said += f"; less than {ranks.critical:.1f} apart is no difference (Nemenyi, 5 %, as if evaluators were independent)"
     return said + (f"; without {', '.join(ranks.left_out)}, not scored everywhere." if ranks.left_out else ".")

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import os
-import re
-import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,14 +22,15 @@ from harness.collect import Result
 from harness.spec import UserError
 from results import attention, charts, masks
 from results.ancestry import Archive, Step
-from results.audit import of_sheet, stamp
+from results.audit import compared, of_sheet, stamp
 from results.beside import LAYOUTS, fill, grid_of
 from results.cells import Cell, Sheet, sheets
-from results.costs import LEGEND, cost_grid, cost_of, hours
+from results.costs import LEGEND, cost_grid, cost_of
 from results.curves import curves_of
 from results.formats import APART, web
 from results.grid import grid
 from results.image_noise import noise
+from results.origins import commands, environment_of, made
 from results.ranks import ranks_of, sentence
 from results.selection import selected_on_test, selected_on_train, trials_of
 from results.staleness import Staleness, with_stale
@@ -39,8 +38,7 @@ from results.standing import with_published
 from results.table import add_choice, choose
 
 PICTURES, RECORDS = 2_500_000, 1_000_000  # bytes of pictures and of records that a page takes in; the rest is linked
-SETTING = re.compile(r"[\w@:+-]+(\.\w+)+=\S+")  # a deviation that --set made; a plugin's own notes are sentences
-NAMES = {"pictures": "images, what is shown of them if that is less, and their reconstructions"}
+BIG, BROAD = 50_000, 1000  # a picture of more bytes is taken in as JPEG, of no more pixels across
 MADE = {"what is hidden (grey)": masks.picture, "attention of the last block: image, and where the boxed patch looks": attention.picture}  # of pre-trainings
 FILES = ("record.json", "log.txt", "job.json", "metrics.jsonl", "outcomes.npz", "checkpoint")
 NOISE = ("How far each score would move on other test images of the same kind, by a paired bootstrap over the stored outcomes (200 draws), checkpoints held "
@@ -102,7 +100,7 @@ class Page:
                     self._anchors.setdefault(place(cell), f"score-{len(self._anchors)}")
         parts = [self.part(sheet) for sheet in found]
         papers = [web([grid_of(table, fields)], []) for table in LAYOUTS.values() if any(r.lineage for r in results)
-                  for fields in [fill(table, results)] if any(f.standing for f in fields)]
+                  for fields in [fill(table, results, staleness)] if any(f.standing for f in fields)]
         newest = max((str(r.get("end"))[:10] for r in self.records(results)), default="none")
         done = sum(r.status == "done" for r in results)
         sizes = [(len({getattr(r, k) for r in results}), name) for k, name in (("method", "method"), ("eval", "evaluator"), ("protocol", "protocol"))]
@@ -131,7 +129,7 @@ class Page:
         said = filter(None, (selected_on_train(sheet, trials), selected_on_test(sheet, trials), stamp(items)))
         table = replace(table, rows=tuple(rows), below=(*table.below, *said))
         ranks = ranks_of(sheet)
-        pictures, left_out = self.pictures(sheet)
+        pictures, without = self.pictures(sheet)
         pretraining, evaluations = curves_of(sheet, self.archive)
         curves = [{"title": title, "svg": Markup(svg)} for title, series in (*pretraining, *evaluations)
                   if (svg := charts.lines(series, "step", "loss", sheet.methods))]
@@ -144,7 +142,8 @@ class Page:
             "rank_diagram": charts.rank_diagram(ranks.mean, ranks.critical, ranks.groups) if ranks and ranks.critical is not None else "",
             "noise": self.noise(sheet) if self.image_noise else [], "noise_said": NOISE,
             "curves": curves, "legend": [(m, charts.colour(i)) for i, m in enumerate(sheet.methods)],
-            "samples": pictures, "left_out": f"{left_out} more pictures lie in the runs folders: this page would be too big with them." if left_out else "",
+            "samples": [group for trained in (True, False) if (group := [p for p in pictures if p["trained"] is trained])], "without": without,
+            "audit_title": "Is the comparison fair?" if compared(items) else "What the row had",
             "audit": [{"verdict": i.verdict, "name": i.name, "said": "; ".join(f"{', '.join(m)}: {v}" if len(i.grouped()) > 1 else v
                                                                                 for v, m in i.grouped().items())} for i in items],
             "commands": commands(sheet),
@@ -159,7 +158,7 @@ class Page:
                                c.published.value if c.published else None) for c in cells]
             if rows:
                 label = f"{name} {metric.name} ({metric.unit})" + ("" if metric.higher_is_better else ", lower is better")
-                found.append(charts.dots(rows, label, sheet.methods))
+                found.append(charts.dots(rows, label, sheet.methods, metric.higher_is_better))
         return found
 
     def pareto(self, sheet: Sheet) -> list[str]:
@@ -198,27 +197,39 @@ class Page:
             found += [(title, reason, "", "", "", "", "")] if reason else []
         return found
 
-    def pictures(self, sheet: Sheet) -> tuple[list[dict[str, str]], int]:
-        """PNG files of the first score of each method and evaluator and of what it was built from, masks and attention of its pre-training; and how many
-        there was no room for."""
-        shown, left_out = [], 0
+    def pictures(self, sheet: Sheet) -> tuple[list[dict[str, Any]], list[str]]:
+        """PNG files of the first score of each method and evaluator and of what it was built from, masks and attention of its pre-training; and, in words,
+        what there is no picture of, or no room for. Trainings first, then each evaluator's first picture of every method (they are of the same images),
+        the second, and so on, so that what there is no room for is no method's alone."""
+        entries: list[tuple[tuple[int, int], str, bytes]] = []
+        evals = [name for name, _ in sheet.columns]
+        shown, without, left_out = [], [], 0
         for cell in sheet.cells.values():
             for step in self.archive.steps(cell.results[0]) if cell.results else ():
                 if step.folder is None or step.folder in self._shown:
                     continue
                 self._shown.add(step.folder)
                 files = sorted([*step.folder.glob("samples/*.png"), *step.folder.glob("pictures.png")])
-                found = {NAMES.get(path.stem, path.stem.replace("_", " ")): path.read_bytes() for path in files}
+                found = {reconstructed(step) if path.stem == "pictures" else path.stem.replace("_", " "): path.read_bytes() for path in files}
                 for title, made_of in MADE.items() if step.kind == "pretrain" else ():
                     found |= {title: content} if (content := made_of(step.folder)) is not None else {}
                 where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
-                for title, content in found.items():
-                    if (size := len(content) * 4 // 3) > self._room["pictures"]:
-                        left_out += 1
-                        continue
-                    self._room["pictures"] -= size
-                    shown.append({"title": f"{cell.method}, {where}: {title}", "data": f"data:image/png;base64,{base64.b64encode(content).decode()}"})
-        return shown, left_out
+                if reason := ((step.record or {}).get("facts") or {}).get("no_pictures"):
+                    without.append(f"{cell.method}, {where}: no reconstructions, since {reason}.")
+                turns = [(i, evals.index(cell.eval)) if step.role == "evaluation" else (0, 0) for i in range(1, 1 + len(found))]
+                entries += [(turn, f"{cell.method}, {where}: {title}", content) for turn, (title, content) in zip(turns, found.items(), strict=True)]
+        for turn, title, content in sorted(entries, key=lambda entry: entry[0]):
+            try:
+                broad, data = inlined(content)
+            except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
+                without.append(f"{title}: the picture is damaged.")
+                continue
+            if len(data) > self._room["pictures"]:
+                left_out += 1
+                continue
+            self._room["pictures"] -= len(data)
+            shown.append({"title": title, "data": data, "broad": broad, "trained": turn == (0, 0)})
+        return shown, [*without, *([f"{left_out} more pictures lie in the runs folders: this page would be too big with them."] if left_out else [])]
 
     def scores(self, sheet: Sheet) -> list[dict[str, Any]]:
         """Provenance of each method and evaluator: all its seeds, step by step."""
@@ -247,6 +258,27 @@ class Page:
         return [(name, quote(os.path.relpath(folder.resolve() / name, self.base))) for name in FILES if (folder / name).exists()] if folder else []
 
 
+def reconstructed(step: Step) -> str:
+    """What the rows of a training's pictures are."""
+    made_by = {*((step.record or {}).get("parents") or {}), *(step.identity.get("files") or {})}
+    last = "their own tokens decoded, and the predicted ones" if "tokenizer" in made_by else "and what is predicted"
+    return f"images, what is shown of them, {last}" if step.kind == "pretrain" else "images, and what is made of them again"
+
+
+def inlined(content: bytes) -> tuple[bool, str]:
+    """Whether a PNG is broader than a chart, and its data URL; smaller where it is big: photographs at the papers' sizes would fill the page."""
+    from PIL import Image
+
+    kind = "png"
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = image.size
+        if len(content) > BIG:
+            kind, stream, share = "jpeg", io.BytesIO(), min(1.0, BROAD / width)
+            image.convert("RGB").resize((round(width * share), max(1, round(height * share)))).save(stream, format="JPEG", quality=88)
+            content = stream.getvalue()
+    return width > 1.3 * charts.WIDTH, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def place(cell: Cell) -> tuple[str, ...]:
     """What the metrics of one evaluation have in common."""
     return cell.protocol, cell.backbone, cell.data, cell.tuning, cell.method, cell.eval
@@ -255,45 +287,3 @@ def place(cell: Cell) -> tuple[str, ...]:
 def rank_test(p: float | None) -> str:
     """Friedman's test in words."""
     return "" if p is None else f" Friedman's test that all methods are alike: p = {p:.2g}."
-
-
-def made(step: Step) -> str:
-    """When, from which commit and on what a node was made."""
-    if step.record is None:
-        return ""
-    git, hardware = step.record.get("git") or {}, step.record.get("hardware") or {}
-    commit = f"commit {str(git['commit'])[:10]}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else "commit not known"
-    when = str(step.record.get("end"))[:16].replace("T", " ")
-    return f"{when}, {commit}, {hardware.get('device', 'device not known')}, {hours(step.record.get('device_hours'))} h"
-
-
-def commands(sheet: Sheet) -> list[str]:
-    """The command line that makes each row, with what deviates from its recipes."""
-    lines = []
-    for method in sheet.methods:
-        cells = [c for c in sheet.cells.values() if c.method == method and c.results]
-        if not cells:
-            continue
-        evals = dict.fromkeys(c.eval for c in cells)
-        seeds, eval_seeds = (sorted({getattr(r, k) for c in cells for r in c.results}) for k in ("seed", "eval_seed"))
-        words = ["--methods", method, "--evals", ",".join(evals), "--protocol", sheet.protocol, "--backbone", sheet.backbone, "--tuning", sheet.tuning,
-                 "--seeds", ",".join(map(str, seeds))]
-        words += ["--eval-seeds", ",".join(map(str, eval_seeds))] if eval_seeds != [0] else []
-        words += [] if sheet.data == "generated data" else ["--data", "DATA"]
-        words += ["--pretrain-data", "IMAGES"] if ", pre-trained on " in sheet.data else []
-        for setting in dict.fromkeys(found[0] for c in cells for d in c.deviations if (found := SETTING.match(d))):
-            words += ["--set", setting]
-        lines.append("python -m harness run " + " ".join(map(shlex.quote, words)))
-    return lines
-
-
-def environment_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
-    """Versions and hardware with the number of records that have each."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for record in records:
-        hardware, git = record.get("hardware") or {}, record.get("git") or {}
-        counts[("commit", f"{git.get('commit') or 'not known'}{' with changes' if git.get('dirty') else ''}")] += 1
-        counts[("device", f"{hardware.get('device')}, {hardware.get('cpu')}, {hardware.get('cores')} cores, {hardware.get('threads')} threads")] += 1
-        counts[("precision", str(record.get("precision")))] += 1
-        counts.update((name, version) for name, version in (record.get("packages") or {}).items())
-    return [(name, value, count) for (name, value), count in sorted(counts.items())]

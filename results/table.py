@@ -54,11 +54,12 @@ class Table:
         """
         archive = Archive(tuple(folders)) if folders else None
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
-        found = [with_stale(sheet, Staleness(archive)) for sheet in found] if archive else found
+        staleness = Staleness(archive, data=True) if archive else None
+        found = [with_stale(sheet, staleness) for sheet in found] if staleness else found
         rows, grids = [], []
         for sheet in found:
             cells = [sheet.cell(method, name, metric) for method in sheet.methods for name, metric in sheet.columns]
-            items = of_sheet(sheet, archive) if archive else ()
+            items = of_sheet(sheet, archive, 2) if archive else ()
             fairness = {"audit": {v: [i.name for i in items if i.verdict == v] for v in VERDICTS}} if items and format == "json" else {}
             rows += [{**cell.as_row(), **(cell_cost(cell, sheet, archive) if archive and cost else {}), **fairness} for cell in cells]
             table = grid(sheet, spread)
@@ -99,14 +100,15 @@ class Table:
         return 0
 
     @staticmethod
-    def render_layout(name: str, results: Iterable[Result], format: str = "markdown") -> str:
-        """A paper's table as text, what was measured beside its numbers; without any result the published numbers alone.
+    def render_layout(name: str, results: Iterable[Result], format: str = "markdown", archive: Archive | None = None) -> str:
+        """A paper's table as text, what was measured beside its numbers, starred where it is stale if the runs folders are given; without any result the
+        published numbers alone.
 
         Raises:
             UserError: no such layout.
         """
         table = paper_table(name)
-        fields = fill(table, results)
+        fields = fill(table, results, Staleness(archive, data=True) if archive else None)
         return FORMATS[format]([grid_of(table, fields)], rows_of(table, fields)).rstrip("\n")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -119,7 +121,7 @@ class Table:
             paper_table(args.layout)  # a wrong name is said before anything is read
         choice = choose(args, needed=args.layout is None)
         if args.layout is not None:
-            print(self.render_layout(args.layout, choice.results, args.format))
+            print(self.render_layout(args.layout, choice.results, args.format, Archive(choice.folders)))
         else:
             print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, choice.folders, args.cost))
         return 0

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from harness.optim import parameter_groups
 from harness.plugins import TrainContext
 from harness.randomness import generator, seed_all
+from harness.run import save_picture
 from harness.spec import ViTConfig
 from harness.vit import ViT
 from methods.beit import BEiT, BEiTObjective, BEiTPixel, Pixels, Tokens
@@ -154,6 +155,41 @@ def test_every_vit_parameter_is_trained_and_the_tokenizer_is_not(method: BEiT, t
     assert ("tokenizer_image" in given) == (method.target == "tokens")
     hidden = given["mask"].sum(dim=1)
     assert (hidden <= method.blocks(SMALL).target).all() and (hidden.min() > 0) == (method.masking != "none")
+
+
+def test_the_pictures_decode_the_predicted_tokens(tmp_path: Path) -> None:
+    """A method that guesses every token paints what the tokenizer makes of its own; wrong guesses show, and only where something was hidden."""
+    given, file = samples(BEiT()), tokenizer_file(tmp_path / "asset.pt", (32, 48))
+    recipe = BEiT().recipe(family("demo"), SMALL)
+    assert recipe is not None
+    objective = BEiT().objective(ViT(SMALL, 0.5), TrainContext(SMALL, recipe, 10, {"tokenizer": file}))
+    own = objective.targets(given, given["image"], torch.arange(24).expand(4, -1))
+    objective.head = nn.Identity()
+    for guess in (own, own.where(~given["mask"], (own + 1) % 16), own.where(given["mask"], (own + 1) % 16)):
+        objective.encode = lambda images, mask, guess=guess: nn.functional.one_hot(guess, 16).float()
+        sheet = torch.from_numpy(objective.pictures(given)).permute(2, 0, 1)
+        rows = [row.reshape(3, 32, 4, 48).transpose(0, 2).transpose(1, 2) for row in sheet.split(32, dim=1)]  # 4 of (B, 3, H, W)
+        grey = given["mask"].reshape(4, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(rows[0])
+        assert torch.equal(rows[0], given["tokenizer_image"]) and (rows[1][grey] == 128).all() and torch.equal(rows[1][~grey], rows[0][~grey])
+        assert torch.equal(rows[3], rows[2]) == torch.equal(guess.where(given["mask"], own), own)
+    assert objective.training
+
+
+def test_why_there_are_no_pictures_of_tokens_is_said(tmp_path: Path) -> None:
+    """A tokenizer of before its decoder was kept still makes tokens; so does one whose file is damaged by the time that pictures are made."""
+    given, file = samples(BEiT()), tokenizer_file(tmp_path / "asset.pt", (32, 48))
+    content = torch.load(file, weights_only=True)
+    torch.save({k: v for k, v in content.items() if k != "decoder"}, file)
+    targets = Tokens(file)
+    prediction, whole = torch.zeros(4, 24, 16), (given, given["image"])
+    assert targets.sheet(*whole, prediction, given["mask"], nn.Identity()) == "the tokenizer was made before its decoder was kept"
+    file.write_bytes(b"damaged")
+    assert "cannot be read" in targets.sheet(*whole, prediction, given["mask"], nn.Identity())
+    nothing = BEiT(masking="none", recover="all").objective(ViT(SMALL), TrainContext(SMALL, None, 10, {"tokenizer": tokenizer_file(file, (32, 48))}))
+    assert nothing.pictures(samples(BEiT(masking="none"))) == "nothing is hidden from it"
+    path = tmp_path / "pictures.png"  # the words end up in the record, which the report reads
+    assert save_picture(path, "nothing is hidden from it") == {"no_pictures": "nothing is hidden from it"} and not path.exists()
+    assert save_picture(path, np.zeros((2, 2, 3), dtype=np.uint8)) == {} and path.exists()
 
 
 def test_views_share_the_box_and_have_eight_pixels_a_patch() -> None:

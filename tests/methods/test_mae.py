@@ -35,6 +35,7 @@ from harness.randomness import generator, seed_all
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
 from harness.vit import ViT
 from methods.mae import MAE, MAEObjective
+from methods.targets import Components
 
 ARRAYS, GROUPS = golden("mae_pretrain"), golden("mae_pretrain_groups")
 RUNS = cases(ARRAYS, holds="loss")
@@ -177,3 +178,16 @@ def test_the_pictures_show_the_images_what_is_visible_and_the_prediction(normali
     rows = sheet.split(32, dim=1)
     assert (rows[0].int() - shown).abs().max() <= 1 and (rows[2].int() - shown).abs().max() <= 1
     assert torch.equal(rows[1][:, :8], rows[0][:, :8]) and all(len(colour.unique()) == 1 for colour in rows[1][:, 8:])
+
+
+def test_pictures_of_components_are_what_the_components_hold() -> None:
+    """With all of a patch's components nothing is lost; with one, each hidden patch is the mean patch and a multiple of one pattern."""
+    vit = ViTConfig(size=(32, 48), patch=8, width=24, depth=1, heads=2)
+    images, every = torch.randint(0, 256, (8, 3, 32, 48), dtype=torch.uint8), torch.arange(24).expand(8, -1)
+    for count, lost in ((192, False), (1, True)):
+        objective = MAEObjective(ViT(vit), 0.75, (16, 1, 2), Components(8, count), Normalize(IMAGENET_MEAN, IMAGENET_STD))
+        batch = {"image": images, "noise": torch.rand(8, 24)}
+        objective.prepare(batch)
+        objective.predict = lambda x, noise, own=objective.target: (own({}, x, every), torch.ones(8, 24))  # type: ignore[method-assign]
+        rows = torch.from_numpy(objective.pictures(batch)).permute(2, 0, 1).split(32, dim=1)
+        assert ((rows[2].int() - torch.cat(list(images), dim=2)).abs().max() > 50) == lost

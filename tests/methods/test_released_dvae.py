@@ -19,7 +19,7 @@ from torch import nn
 
 from harness.cli import main
 from harness.spec import UserError
-from methods.dalle import Decoder, load_tokenizer, read_released
+from methods.dalle import Decoder, decode, load_decoder, load_tokenizer, read_released
 
 ARRAYS = golden("dalle_encoder")
 ENCODER, DECODER = (next(k.split("/")[0] for k in ARRAYS if k.startswith(f"{part}_blocks")) for part in ("encoder", "decoder"))
@@ -85,6 +85,19 @@ def test_openais_pickles_give_openais_tokens(zipped: bool, stubs: Stubs, tmp_pat
     np.testing.assert_allclose(output.numpy(), ARRAYS[f"{DECODER}/output"], atol=2e-5)
     with pytest.raises(UserError, match="decoder"):
         load_tokenizer(tmp_path / f"{DECODER}.pkl")
+
+
+def test_the_decoder_beside_the_encoder_makes_pictures_if_it_is_there(stubs: Stubs, tmp_path: Path) -> None:
+    encoder, decoder = tmp_path / "encoder.pkl", tmp_path / "decoder.pkl"
+    assert load_decoder(encoder) == "decoder.pkl does not lie beside encoder.pkl"
+    torch.save(original(DECODER, stubs), decoder)
+    remove()
+    found = load_decoder(encoder)
+    assert isinstance(found, Decoder)
+    pixels = decode(found, torch.from_numpy(ARRAYS[f"{DECODER}/input_tokens"]))
+    np.testing.assert_allclose(pixels.numpy(), ARRAYS[f"{DECODER}/reconstruction"], atol=2e-5)
+    decoder.write_bytes(decoder.read_bytes()[:100])  # pictures are no reason to end a training
+    assert load_decoder(encoder) == "the tokenizer's decoder cannot be read (UserError)"
 
 
 class Evil:

@@ -2,16 +2,21 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from folders import written
 
 from harness.canonical import canonical
+from harness.plan import Planner
+from harness.request import Request
 from harness.spec import Augment, Recipe, UserError, ViTConfig
+from harness.store import Store
 from harness.vit import ViT
 from results.ancestry import Step
 from results.audit import Item, audit, parameters, stamp
-from results.audit_command import Audit, as_text
+from results.audit_command import Audit, as_text, planned
 
 
 def trail(length: int = 100, hours: float = 1.0, tokenizer: bool = False, **fields: object) -> dict[str, tuple[Step, ...]]:
@@ -65,6 +70,19 @@ def test_measured_items_are_means_over_all_seeds() -> None:
     assert item.verdict == "not known"  # of one seed of a
 
 
+def test_hours_of_different_devices_are_not_one_measure() -> None:
+    hours = "pre-training device-hours"
+
+    def on(name: str) -> dict[str, tuple[Step, ...]]:
+        hardware = {"device": "cpu", "cpu": name} if "GPU" not in name else {"device": name, "cpu": "any"}
+        return {"linear": tuple(replace(s, record={**(s.record or {}), "hardware": hardware}) for s in trail()["linear"])}
+
+    assert verdicts(a=on("A"), b=on("A"))[hours] == "equal"
+    methods, same = {"a": on("A"), "b": on("a GPU")}, {"a": "1", "b": "1"}
+    item = next(i for i in audit(methods, same, same) if i.name == hours)
+    assert item.verdict == "unequal" and item.values == {"a": "1 h on A", "b": "1 h on a GPU"}
+
+
 def test_what_is_not_known_is_not_called_equal() -> None:
     # A checkpoint of somebody else's: nobody knows its images or labels, and two such rows are not equal for that.
     found = verdicts(a=trail(files={"weights": "0" * 64}), b=trail(files={"weights": "1" * 64}))
@@ -87,6 +105,14 @@ def test_the_stamp_names_what_is_unequal() -> None:
     assert as_text("t", items).splitlines()[1:] == ["unequal    y  a: 1; b: 2", "not known  z  a: 1; b: not known", "equal      x  1"]
 
 
+def test_a_single_row_says_what_it_had_and_is_compared_with_nothing() -> None:
+    # Its trials are of interest before there is a rival: a value of a sweep was chosen among three.
+    items = audit({"a": trail()}, {"a": "3 on linear"}, {"a": "1"})
+    lines = as_text("t", items).splitlines()
+    assert lines[0] == "t: one row, nothing to compare it with; a had" and "hyper-parameter trials 3 on linear" in (" ".join(line.split()) for line in lines)
+    assert {i.verdict for i in items} == {"single row"} and stamp(items) == "" and as_text("t", ()).startswith("t: no row with a score")
+
+
 @pytest.mark.parametrize("config", [
     ViTConfig(size=(32, 32), patch=8, width=32, depth=2, heads=2), ViTConfig(size=(32, 48), patch=8, width=32, depth=2, heads=2, relative_bias="shared"),
     ViTConfig(size=(32, 32), patch=8, width=32, depth=3, heads=2, relative_bias="block", positions="none", layer_scale=0.1, key_bias=False),
@@ -103,5 +129,20 @@ def test_a_plan_is_audited_before_anything_runs(capsys: pytest.CaptureFixture[st
     assert Audit().run(parser.parse_args([*words, "--format", "json"])) == 0
     items = {i["item"]: i["verdict"] for i in json.loads(capsys.readouterr().out)[0]["items"]}
     assert items["labels used in pre-training"] == "unequal" and items["linear: fine-tuning recipe"] == "equal" and items["architecture"] == "equal"
+    assert items["pre-training FLOPs"] == "not known" and items["pre-training device-hours, estimated"] in ("equal", "unequal", "not known")
     with pytest.raises(UserError, match="add --plan"):
         Audit().run(parser.parse_args(["--tuning", "shared", "--runs", str(Path("nowhere"))]))
+
+
+def test_a_plan_says_the_hours_that_were_measured_for_the_like(smoke_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("results.budget.hardware_here", lambda: "Test, 2 threads")
+    monkeypatch.setattr("results.budget.shipped", lambda: ())
+    Store(tmp_path).prepare()
+    node = Planner(Request(("mae",), ("linear",), "smoke", data=str(smoke_data))).plan().nodes[0]
+    hardware = {"device": "cpu", "cpu": "Test", "threads": 2, "cores": 2}
+    written(tmp_path, node, 2.0, images_seen=node.recipe.iterations * node.recipe.batch, hardware=hardware)
+    parser = argparse.ArgumentParser()
+    Audit.add_arguments(parser)
+    words = ["--plan", "--methods", "mae,scratch,supervised", "--evals", "linear", "--protocol", "smoke", "--data", str(smoke_data), "--runs", str(tmp_path)]
+    hours = next(i for i in planned(parser.parse_args(words)) if i.name == "pre-training device-hours, estimated")
+    assert hours.values == {"mae": "2 h", "scratch": "none", "supervised": "not known"} and hours.verdict == "not known"

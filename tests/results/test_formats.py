@@ -127,9 +127,26 @@ def test_a_dagger_says_which_methods_cannot_be_told_from_the_best() -> None:
     assert len(marked) == 1 and marked[0].startswith("| b ")
 
 
-def test_one_seed_is_grey_in_html() -> None:
-    grey = [line for line in Table.render(SEEDS, "html").splitlines() if 'class="single"' in line]
-    assert len(grey) == 1 and '<th scope="row">d</th>' in grey[0]
+def test_a_gap_that_cannot_be_is_said_in_words() -> None:
+    # Differences of two seeds, -30 and +10: such a spread hides any gap in percent, and a note "the gap that would be found: 340.1" helps nobody.
+    wild = [cell(m, "e", s, {"mIoU": v}) for m, scores in {"a": (60.0, 50.0), "b": (30.0, 60.0)}.items() for s, v in enumerate(scores)]
+    said = "- Power: no gap that there can be would this test find in 4 of 5 repetitions with these seeds: e mIoU."
+    assert [line for line in Table.render(wild).splitlines() if "Power" in line] == [said]
+    # A unit without a ceiling keeps its number.
+    error = (Metric("nats", "nat", higher_is_better=False),)
+    assert "repetitions with these seeds, at Holm" in Table.render([cell(r.method, "e", r.seed, {"nats": r.metrics["mIoU"]}, error) for r in wild])
+
+
+def test_one_seed_is_grey_where_a_format_has_grey_and_bold_in_none() -> None:
+    best = [cell(m, "e", s, {"mIoU": v}) for m, v, seeds in (("a", 1.0, 2), ("b", 9.0, 1)) for s in range(seeds)]
+    for results, name in ((SEEDS, "d"), (best, "b")):
+        grey = [line for line in Table.render(results, "html").splitlines() if 'class="single"' in line]
+        assert len(grey) == 1 and f'<th scope="row">{name}</th>' in grey[0]
+        assert [line[0] for line in Table.render(results, "latex").splitlines() if r"\textcolor{gray}" in line] == [name]
+    for format, sign in (("markdown", "**"), ("html", "<strong>"), ("latex", r"\textbf")):
+        assert sign not in Table.render(best, format) and "†" not in Table.render(best, format) and "textdagger" not in Table.render(best, format)
+    rows = {r["method"]: r for r in json.loads(Table.render(best, "json"))}
+    assert (rows["b"]["n_pretrain"], rows["b"]["std"], rows["b"]["ci95"], rows["b"]["undecided"], rows["b"]["detectable"]) == (1, None, None, None, None)
 
 
 def test_the_interval_can_stand_behind_the_mean() -> None:
@@ -171,6 +188,10 @@ def test_a_character_that_latex_has_no_glyph_for_is_told_by_its_number() -> None
     assert "Zoë {[}U+2603{]}" in text and "☃" not in text
 
 
+def test_a_number_that_is_no_score_does_not_bury_the_table() -> None:
+    assert "| m        |   1e+308 |" in Table.render([cell("m", "e", 0, {"mIoU": 1e308})])
+
+
 def test_footnote_marks_go_on_after_z() -> None:
     notes = Notes()
     marks = [notes.mark(str(i)) for i in range(30)]
@@ -183,11 +204,11 @@ def test_a_hundred_methods_and_no_results() -> None:
     assert json.loads(Table.render([], "json")) == []
 
 
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex with booktabs (texlive-latex-recommended)")
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex with booktabs and xcolor (texlive-latex-recommended)")
 def test_latex_compiles(tmp_path: Path) -> None:
     others = [Table.render_layout(name, [], "latex") for name in LAYOUTS] + [Table.render([cell("Zoë ☃ 模型", "e", 0, {"mIoU": 1.0})], "latex")]
     text = "\n\\clearpage\n".join([*(path.read_text() for path in sorted(SNAPSHOTS.glob("*.tex"))), *others])
-    (tmp_path / "t.tex").write_text("\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n" + text + "\\end{document}\n")
+    (tmp_path / "t.tex").write_text("\\documentclass{article}\n\\usepackage{booktabs,xcolor}\n\\begin{document}\n" + text + "\\end{document}\n")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "t.pdf").stat().st_size > 1000

@@ -1,10 +1,12 @@
 """The report: one page that needs nothing else, says what the records say, and works in a browser.
 
-screens/ shows how the three-seed demo's page looked in Chromium (800 and 400 pixels wide), and the pictures of a smoke run (400), for the next one who
-changes its style.
+screens/ shows how the page looked in Chromium at desktop and phone width (1280, shown smaller, and 400): that of the three-seed demo, light and dark, and
+the pictures of a smoke run; for the next one who changes its style.
 """
 
 import argparse
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from harness.spec import UserError
 from harness.store import Store, write_json
 from results import charts
 from results.curves import curve
-from results.report import Report
+from results.report import Report, inlined
 
 EVIL = "<script>alert(1)</script>&'\""
 
@@ -34,8 +36,10 @@ def runs(tmp_path: Path) -> Path:
     for method, values in scores.items():
         for seed, value in enumerate(values):
             training = Node("pretrain", "m", {"seed": seed, "method": method, "recipe": None, "plugin": {}}, about={"labels": False})
-            folder = written(root, training, 2.0, flops=1e12, images_seen=7200, peak_memory_bytes=2**30)
-            Image.new("RGB", (4, 4)).save(folder / "pictures.png")
+            facts = {"no_pictures": "its decoder is gone"} if method == "beit" else {}
+            folder = written(root, training, 2.0, flops=1e12, images_seen=7200, peak_memory_bytes=2**30, facts=facts)
+            if not facts:
+                Image.new("RGB", (4, 4)).save(folder / "pictures.png")
             (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {3.0 / (i + 1)}}}\n' for i in range(200)) + "broken\n")
             for name, metric in (("linear", "top-1"), ("ade20k", "mIoU")):
                 plain = {"seed": seed, "eval": name, "data": {}, "plugin": {}, "recipe": None}
@@ -65,7 +69,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_twice(runs: Path) -> None:
     page = made(runs)
     assert page == made(runs) and len(page) < 3_000_000
     wanted = [*re.findall(r"\b(?:src|href)=[\"']([^\"']+)", page), *re.findall(r"url\(([^)]+)\)", page)]
-    assert wanted and not [w for w in wanted if not w.startswith(("data:image/png;base64,", "#", "runs/"))]
+    assert wanted and not [w for w in wanted if not w.startswith(("data:image/", "#", "runs/"))]
     assert all((runs.parent / w).exists() for w in wanted if w.startswith("runs/")), "a link to a file that is not there"
     anchors = set(re.findall(r'id="([^"]+)"', page))
     assert {w[1:] for w in wanted if w.startswith("#")} <= anchors and "://" not in page.split("</style>")[1].replace("file://", "")
@@ -79,10 +83,37 @@ def test_the_page_says_what_the_records_say(runs: Path) -> None:
                 "Training curves", "Pictures", "Is the comparison fair?", "Commands"]
     assert re.findall(r"<h3>(.*?)</h3>", page) == headings
     assert "c0ffeec0ff" in page and "mae, linear: first image" in page
-    assert "mae, pre-training: images, what is shown of them if that is less, and their reconstructions" in page
+    assert "mae, pre-training: images, what is shown of them, and what is predicted" in page and "since its decoder is gone" in page
     command = "python -m harness run --methods mae --evals ade20k,linear --protocol demo --backbone tiny --tuning published --seeds 0,1,2"
     assert command in page
     assert "Evaluation noise only" not in made(runs, "--no-image-noise")
+
+
+def test_a_big_picture_is_taken_in_smaller() -> None:
+    # Twelve photographs at 224 pixels, four rows: 7 MB as PNG, and the page had no room for any.
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 2688, 3), dtype=np.uint8)).save(stream, format="PNG")
+    broad, data = inlined(stream.getvalue())
+    with Image.open(io.BytesIO(base64.b64decode(data.removeprefix("data:image/jpeg;base64,")))) as image:
+        assert broad and image.size == (1000, 112) and len(data) < len(stream.getvalue()) / 10
+    Image.new("RGB", (64, 64)).save(small := io.BytesIO(), format="PNG")
+    assert inlined(small.getvalue()) == (False, f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}")
+
+
+def test_pictures_go_by_turns(runs: Path) -> None:
+    # By method, the first one's eight pictures would take the room of all others.
+    for folder in runs.glob("evaluate-*-m-*"):
+        if (folder / "samples").is_dir():
+            Image.new("RGB", (4, 4)).save(folder / "samples" / "second.png")
+    order = re.findall(r"<figcaption>(\w+, \w+: (?:first|second)[^<]*)", made(runs, "--methods", "mae,beit"))
+    assert order == [f"{m}, {e}: {p}" for p in ("first image", "second") for e in ("ade20k", "linear") for m in ("mae", "beit")]
+
+
+def test_a_damaged_picture_costs_the_picture_and_not_the_page(runs: Path) -> None:
+    for path in runs.glob("evaluate-linear-*/samples/first_image.png"):
+        path.write_bytes(path.read_bytes()[:20])
+    page = made(runs)
+    assert "mae, linear: first image: the picture is damaged." in page and "mae, ade20k: first image</figcaption><img" in page
 
 
 def test_a_page_that_cannot_be_written_is_one_line(runs: Path) -> None:
@@ -103,6 +134,17 @@ def test_only_a_bar_from_zero_is_drawn_as_a_bar() -> None:
     # The length of a bar that begins at 80 would show 83 as three times 81.
     assert "<rect" not in charts.dots([charts.Dot("a", 83.0, (82.0, 84.0)), charts.Dot("b", 81.0, None)], "top-1", ["a", "b"])
     assert charts.dots([charts.Dot("a", 30.0, None), charts.Dot("b", 5.0, None)], "top-1", ["a", "b"]).count("<rect") == 2
+
+
+def test_of_a_hundred_methods_charts_show_the_best() -> None:
+    # A hundred names overlap; at the wrong end of the ranking they would be the wrong ones.
+    names = [f"method-{i:03d}" for i in range(100)]
+    bars = charts.dots([charts.Dot(n, 20.0 + i, None) for i, n in enumerate(names)], "error", names, higher_is_better=False)
+    assert "error: the best 24 of 100" in bars and "method-023" in bars and "method-024" not in bars
+    ranks = charts.rank_diagram({n: 1.0 + i for i, n in enumerate(names)}, 30.0, [names[i : i + 31] for i in range(70)])
+    assert "the best 24 of 100" in ranks and "method-023" in ranks and "method-024" not in ranks and ranks.count('class="group"') == 1
+    points = charts.scatter([(n, 1.0 + i, 50.0 - i) for i, n in enumerate(names)], "h", "score", names)
+    assert points.count("<circle") == 100 and points.count('class="name"') == 1  # the first is cheaper and better than all others
 
 
 def test_the_front_of_a_scatter_is_what_nothing_beats() -> None:
@@ -131,6 +173,8 @@ heads[1].focus(); heads[1].click(); out.push(rows().map(r => r.cells[1].textCont
 heads[1].click(); out.push(rows().map(r => r.cells[1].textContent[0]).join(""));
 const input = document.querySelector("[data-filter]"); input.value = "BEIT"; input.dispatchEvent(new Event("input"));
 out.push(rows().filter(r => !r.hidden).length, performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length);
+location.hash = document.querySelector("#rows-1 td a").hash; dispatchEvent(new Event("hashchange"));
+out.push(document.querySelector(location.hash).closest("details").open);
 document.body.dataset.found = out.join(" ");
 </script>"""
 
@@ -141,5 +185,5 @@ def test_in_a_browser_sorting_and_filtering_work_and_nothing_is_requested(runs: 
     page.write_text(made(runs, "--no-image-noise", "--evals", "linear").replace("</body>", SCRIPT + "</body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={runs.parent / 'profile'}", "--dump-dom"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert 'data-found="552 255 1 0"' in done.stdout, re.findall(r'data-found="[^"]*"', done.stdout)
+    assert 'data-found="552 255 1 0 true"' in done.stdout, re.findall(r'data-found="[^"]*"', done.stdout)
     assert "CONSOLE" not in done.stderr

@@ -66,4 +66,6 @@ def test_a_stale_number_is_starred_with_the_reason(tmp_path: Path, images: Path)
     text = Table.render([result], folders=archive.roots)
     assert "50.0 * [" in text and "stale: linear was version 0" in text and "Starred: stale" in text
     assert json.loads(Table.render([result], "json", folders=archive.roots))[0]["stale"]
+    (images / "b.png").write_bytes(b"22")
+    assert "stale: data folder has changed since" in Table.render([result], folders=archive.roots)
     assert "*" not in Table.render([result])  # without its folder nothing is known

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas
 import pytest
@@ -14,6 +15,7 @@ from harness.canonical import canonical
 from harness.collect import Result
 from harness.spec import Metric
 from protocols.paper import BACKBONES, paper
+from results.ancestry import Archive
 from results.beside import LAYOUTS, fill, paper_table
 from results.cells import sheets
 from results.reference.names import EVALUATORS, counterpart
@@ -202,6 +204,14 @@ def test_an_ordinary_table_shows_the_published_number_with_its_source() -> None:
     assert [(r["published"], r["published_source"]) for r in rows] == [(83.6, "MAE-paper Table 3"), (None, None)]
     text = Table.render(results)
     assert "**83.5 ± 0.1 (n=2)**, published 83.6 [a]" in text and "- [a] published: MAE-paper Table 3" in text and text.count("published 8") == 1
+
+
+def test_beside_a_paper_a_single_seed_is_grey_too_and_a_stale_number_starred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("results.staleness.Staleness.reasons", lambda self, result: ("imagenet was version 0, is 1",))
+    text = Table.render_layout("mae-table3", measured(83.6), archive=Archive((tmp_path,)))
+    assert "83.6 (n=1), 0.0 no verdict * [" in text.replace("+", "") and "stale: imagenet was version 0, is 1" in text
+    assert r"\textcolor{gray}{83.6 (n=1)" in Table.render_layout("mae-table3", measured(83.6), "latex")
+    assert "textcolor" not in Table.render_layout("mae-table3", measured(83.5, 83.7), "latex")
 
 
 def test_what_was_never_published_is_told_unless_the_methods_paper_has_it() -> None:

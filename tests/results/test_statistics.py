@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from results.statistics import compare, detectable_effect, differences, holm, interval, paired_p, summarise
 
@@ -35,6 +36,21 @@ def test_many_seeds_get_the_bootstraps_interval_with_its_acceleration() -> None:
     assert (low, high) == interval(values)  # the same twice: a table must not change when it is printed again
     few = interval(values[:19])
     assert few[1] - np.mean(values[:19]) == pytest.approx(np.mean(values[:19]) - few[0])
+
+
+def test_the_bootstraps_interval_is_efrons_formula() -> None:
+    """BCa written down again from Efron 1987 (and Efron & Tibshirani 1993, eq. 14.10 to 14.15), with draws of its own."""
+    values = np.random.default_rng(0).exponential(1.0, 40)
+    means = np.random.default_rng(1).choice(values, (60_000, 40)).mean(axis=1)
+    bias = norm.ppf((means < values.mean()).mean())
+    without = (values.sum() - values) / 39  # the jackknife's means
+    gaps = without.mean() - without
+    acceleration = (gaps**3).sum() / (6 * (gaps**2).sum() ** 1.5)
+    places = [norm.cdf(bias + (bias + norm.ppf(q)) / (1 - acceleration * (bias + norm.ppf(q)))) for q in (0.025, 0.975)]
+    low, high = np.quantile(means, places)
+    plain = np.quantile(means, (0.025, 0.975))
+    assert interval([float(v) for v in values]) == pytest.approx((low, high), abs=0.015)  # 9999 draws: about 0.005 at the ends
+    assert low - plain[0] > 0.02 and high - plain[1] > 0.03  # so that plain percentiles would not pass
 
 
 def test_holms_correction() -> None:
