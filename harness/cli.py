@@ -6,6 +6,7 @@ Exit codes: 0 all done, 1 some cell failed, 2 usage or bad input (nothing starte
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -226,19 +227,14 @@ def command_list(args: argparse.Namespace) -> int:
             print(f"{name:16} {'there' if folder.is_dir() else 'made on first use' if name in setting.generates else 'yours, with --data DIR'}: {folder}")
     else:
         for name, plugin in plugins.importable(args.what).items():
-            print(f"{name:16} {getattr(plugin, 'summary', '')}{source(plugin)}")
+            source = getattr(plugin, "source", "")
+            print(f"{name:16} {getattr(plugin, 'summary', '')}{source and f' [{source}]'}")
             for variant, fields in getattr(plugin, "variants", {}).items():
                 origin = getattr(plugin, "variant_sources", {}).get(variant, "")
                 print(f"{name + '@' + variant:16} {', '.join(f'{k}={v}' for k, v in fields.items())}{f' [{origin}]' if origin else ''}")
         if args.what in ("methods", "evals"):
             print(f"groups: {', '.join(plugins.groups(args.what))}")
     return 0
-
-
-def source(plugin: Any) -> str:
-    """' [source]' of a plugin that names one."""
-    text = getattr(plugin, "source", "")
-    return f" [{text}]" if text else ""
 
 
 def command_status(args: argparse.Namespace) -> int:
@@ -269,6 +265,7 @@ def command_status(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m harness` and of the script `harness`."""
+    gc.set_threshold(100_000, 10, 10)  # imports and records are a million objects and no garbage: looking for it took a quarter of a command's time
     try:
         check_packages()
         top = parser()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from harness.spec import UserError
-from results.ancestry import Archive, Step
+from results.ancestry import Step
 from results.audit import VERDICTS, Item, audit, of_sheet
 from results.cells import sheets
 from results.table import add_choice, choose
@@ -41,7 +41,7 @@ class Audit:
             if args.data or args.tuning or args.set:
                 raise UserError("audit: --data, --tuning and --set describe a plan: add --plan, or leave them out")
             choice = choose(args)
-            archive = Archive(choice.folders)
+            archive = choice.archive
             found = [(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive))
                      for s in sheets(choice.results, choice.methods, choice.evals)]
         if args.format == "json":
