@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from harness.request import Keep, Plan
     from harness.store import Store
 
-LISTS = ("methods", "evals", "protocols", "backbones", "datasets", "runs")
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
@@ -81,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     run.set_defaults(go=command_run)
 
     listing = commands.add_parser("list", help="methods, evals, protocols, backbones, datasets, runs")
-    listing.add_argument("what", choices=LISTS)
+    listing.add_argument("what", choices=("methods", "evals", "protocols", "backbones", "datasets", "runs"))
     listing.add_argument("--protocol", default="demo")
     listing.add_argument("--runs", default="runs")
     listing.set_defaults(go=command_list)
@@ -256,7 +254,7 @@ def command_status(args: argparse.Namespace) -> int:
     found = found or [f for f in folders if args.run in f.name]
     if len(found) != 1:
         what = "no such run" if not found else f"{len(found)} runs fit"
-        raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)])}")
+        raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)], most=200)}")
     state, record = store.explain(found[0], away), read_record(found[0])
     print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}", *load("commands", "table").explain(found[0]), sep="\n")
     print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
