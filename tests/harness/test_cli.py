@@ -95,6 +95,6 @@ def test_a_wrong_key_names_the_nearest_runs_alone(tmp_path: Path, capsys: pytest
         folder = tmp_path / f"evaluate-coco-mae-{number:016x}"
         folder.mkdir()
         (folder / "job.json").write_text("{}")
-    assert cli.main(["status", "evaluate-coco-mae-000000000000004x", "--runs", str(tmp_path)]) == 2
+    assert cli.main(["status", "evaluate-coco-mea-0000000000000042", "--runs", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "no such run: did you mean evaluate-coco-mae-000000000000004" in said and "nearest of 100" in said and said.count("evaluate-coco") < 8
+    assert "no such run: did you mean evaluate-coco-mae-0000000000000042? nearest of 100: " in said and said.count("evaluate-coco") == 7
