@@ -2,74 +2,63 @@
 
 Wall-clock seconds of the command line, imports and planning included, and processor seconds of it and its children. The fake's commands are
 small shell scripts (tests/slurm/fake_slurm.py); nothing is trained. The smoke protocol's data is made first if it is not there. The rival gets a
-tenth of the plan. With a folder as argument, a dated JSON is written there.
+tenth of the plan.
 
-    .venv/bin/python benchmarks/slurm_scale.py [benchmarks/results]
+What grows how: planning and writing jobs linearly with nodes (0.3 ms and a file each); calls of sbatch with the number of groups of equal shape and equal
+dependency, one for each pre-training and method here, not with nodes; squeue is called once. Two to three seconds of imports do not grow.
+
+    .venv/bin/python benchmarks/slurm_scale.py [benchmarks/results] [rounds, default 3]
 """
 
 from __future__ import annotations
 
-import datetime
-import os
-import resource
-import subprocess
+import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "slurm"))
 
 from fake_slurm import FakeSlurm
+from overhead import EVALS, METHODS, spent
+from report import keep
 
-from harness.provenance import processor, versions
-from harness.store import write_json
-
-ROOT = Path(__file__).resolve().parents[1]
-METHODS = "scratch,supervised,supervised@mean,beit,beit@random,beit-pixel,mae,mae@pixels,mae@dec-depth-1,mae@mask-ratio-50"
-EVALS = "imagenet,inat2018,places365,linear,linear@beit,partial,partial@0.5,partial@1,ade20k,coco"
+GOALS = {"run": "< 10 s", "status": "< 3 s"}
 
 
-def measure(words: list[str], folder: Path, fake: FakeSlurm) -> tuple[float, float]:
-    """(wall, processor) seconds of a command; its exit code must be 0 or 3."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = {**os.environ, "PATH": f"{fake.folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "harness", *words], cwd=folder, env=environment, capture_output=True, text=True)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode not in (0, 3):
-        sys.exit(f"{' '.join(words)}: exit code {done.returncode}: {done.stderr}")
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def rows(folder: Path, seeds: int, max_array: int) -> dict[str, dict[str, Any]]:
-    """Submit, submit again (everything is in the queue), and status, in a folder of their own."""
+def measure(folder: Path, seeds: int, max_array: int) -> dict[str, tuple[float, float, int, int]]:
+    """(wall seconds, processor seconds, nodes in the queue, calls of sbatch) of submitting, submitting again (all is in the queue), and status."""
     folder.mkdir()
     fake = FakeSlurm(folder / "bin")
     (fake.folder / "scontrol").write_text("#!/bin/sh\necho MaxArraySize = 1001\n")
     (folder / "c.toml").write_text(f"max_array = {max_array}\n")
-    line = ["run", "--protocol", "smoke", "--methods", METHODS, "--evals", EVALS, "--seeds", ",".join(map(str, range(seeds))), "--eval-seeds", "0,1",
-            "--launcher", "slurm", "--cluster", "c.toml"]
+    line = ["run", "--protocol", "smoke", "--methods", ",".join(METHODS), "--evals", ",".join(EVALS), "--seeds", ",".join(map(str, range(seeds))),
+            "--eval-seeds", "0,1", "--launcher", "slurm", "--cluster", "c.toml"]
     out = {}
     for name, words in (("run", line), ("run again", line), ("status", ["status"])):
-        wall, cpu = measure(words, folder, fake)
-        out[name] = {"wall_s": round(wall, 2), "cpu_s": round(cpu, 2), "nodes": len(fake.queue), "calls_of_sbatch": len(fake.scripts)}
-        print(f"{seeds:3} seeds, max_array {max_array:4}, {name:9}: {wall:6.2f} s ({cpu:.2f} s of processor), {len(fake.queue)} nodes, "
-              f"{len(fake.scripts)} calls of sbatch", flush=True)
+        wall, cpu, _ = spent(["-m", "harness", *words], folder, first_on_path=fake.folder)
+        out[name] = wall, cpu, len(fake.queue), len(fake.scripts)
     return out
 
 
 def main() -> None:
-    """Print the lines."""
+    """Measure, print, and keep."""
+    rounds, rows = int(sys.argv[2]) if len(sys.argv) > 2 else 3, list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        rows(folder / "warm", 1, 1000)  # data, caches
-        result = {"arrays": rows(folder / "arrays", 10, 1000), "rival, a tenth": rows(folder / "rival", 1, 1)}
-    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {processor()}")
+        measure(folder / "warm", 1, 1000)  # data, caches
+        kinds = {"": (10, 1000), "rival, a tenth of the plan: ": (1, 1)}
+        found = [{kind: measure(folder / f"{number}{bool(kind)}", *size) for kind, size in kinds.items()} for number in range(rounds)]
+    for kind in kinds:
+        for name in ("run", "run again", "status"):
+            walls, cpus, nodes, calls = zip(*(one[kind][name] for one in found), strict=True)
+            rows.append({"name": f"{kind}{name}", "value": statistics.median(walls), "unit": "s", "spread": [min(walls), max(walls)], "rounds": rounds,
+                         **({"goal": GOALS[name]} if not kind and name in GOALS else {}), "processor_s": statistics.median(cpus), "nodes": nodes[0],
+                         "calls_of_sbatch": calls[0]})
+            print(f"{kind}{name}: {rows[-1]['value']:.2f} s ({rows[-1]['processor_s']:.2f} s of processor), {nodes[0]} nodes, {calls[0]} calls of sbatch")
     if len(sys.argv) > 1:
-        day = datetime.date.today().isoformat()
-        body = {"date": day, "processor": processor(), "load": os.getloadavg()[0], "versions": versions(), **result}
-        write_json(Path(sys.argv[1]) / f"slurm-scale-{day}.json", body)
+        keep("slurm-scale", rows, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

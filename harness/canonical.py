@@ -20,31 +20,31 @@ def canonical(value: Any) -> Any:
 
     A field with metadata {"identity": False} says where something lies, not what it is, and is left out.
     """
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):  # 50 and 50.0 are the same number and must be the same key
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, (list, tuple)):
+        return [canonical(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f for f in dataclasses.fields(value) if f.init and f.metadata.get("identity", True)]
         body = {f.name: canonical(getattr(value, f.name)) for f in fields}
         return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **body}
     if isinstance(value, Mapping):
         return {str(k): canonical(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [canonical(v) for v in value]
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)  # 50 and 50.0 are the same number and must be the same key
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
     raise TypeError(f"{value!r} has no canonical form")
 
 
-def canonical_json(value: Any) -> str:
-    """Canonical JSON text: sorted keys, no spaces, shortest floats that round-trip."""
-    return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+def canonical_json(value: Any, done: bool = False) -> str:
+    """Canonical JSON text: sorted keys, no spaces, shortest floats that round-trip. `done`: the value has its canonical form already."""
+    return json.dumps(value if done else canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def digest(value: Any) -> str:
+def digest(value: Any, done: bool = False) -> str:
     """First 16 hex digits of the sha256 of the canonical JSON: the key of a job."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical_json(value, done).encode()).hexdigest()[:16]
 
 
 def restore(data: Any) -> Any:

@@ -6,6 +6,7 @@ Exit codes: 0 all done, 1 some cell failed, 2 usage or bad input (nothing starte
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -21,8 +22,6 @@ from harness.spec import UserError, suggest
 if TYPE_CHECKING:
     from harness.request import Keep, Plan
     from harness.store import Store
-
-LISTS = ("methods", "evals", "protocols", "backbones", "datasets", "runs")
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     run.set_defaults(go=command_run)
 
     listing = commands.add_parser("list", help="methods, evals, protocols, backbones, datasets, runs")
-    listing.add_argument("what", choices=LISTS)
+    listing.add_argument("what", choices=("methods", "evals", "protocols", "backbones", "datasets", "runs"))
     listing.add_argument("--protocol", default="demo")
     listing.add_argument("--runs", default="runs")
     listing.set_defaults(go=command_list)
@@ -226,19 +225,14 @@ def command_list(args: argparse.Namespace) -> int:
             print(f"{name:16} {'there' if folder.is_dir() else 'made on first use' if name in setting.generates else 'yours, with --data DIR'}: {folder}")
     else:
         for name, plugin in plugins.importable(args.what).items():
-            print(f"{name:16} {getattr(plugin, 'summary', '')}{source(plugin)}")
+            source = getattr(plugin, "source", "")
+            print(f"{name:16} {getattr(plugin, 'summary', '')}{source and f' [{source}]'}")
             for variant, fields in getattr(plugin, "variants", {}).items():
                 origin = getattr(plugin, "variant_sources", {}).get(variant, "")
                 print(f"{name + '@' + variant:16} {', '.join(f'{k}={v}' for k, v in fields.items())}{f' [{origin}]' if origin else ''}")
         if args.what in ("methods", "evals"):
             print(f"groups: {', '.join(plugins.groups(args.what))}")
     return 0
-
-
-def source(plugin: Any) -> str:
-    """' [source]' of a plugin that names one."""
-    text = getattr(plugin, "source", "")
-    return f" [{text}]" if text else ""
 
 
 def command_status(args: argparse.Namespace) -> int:
@@ -260,7 +254,7 @@ def command_status(args: argparse.Namespace) -> int:
     found = found or [f for f in folders if args.run in f.name]
     if len(found) != 1:
         what = "no such run" if not found else f"{len(found)} runs fit"
-        raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)])}")
+        raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)], most=200)}")
     state, record = store.explain(found[0], away), read_record(found[0])
     print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}", *load("commands", "table").explain(found[0]), sep="\n")
     print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
@@ -269,6 +263,7 @@ def command_status(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m harness` and of the script `harness`."""
+    gc.set_threshold(100_000, 10, 10)  # imports and records are a million objects and no garbage: looking for it took a quarter of a command's time
     try:
         check_packages()
         top = parser()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from harness.jobs import read_job
 from harness.spec import Metric, UserError
-from harness.store import Store, read_json, read_record
+from harness.store import State, Store, read_json, read_record
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mappin
     )
 
 
-def collect(roots: Iterable[Path]) -> list[Result]:
-    """All evaluation cells found in runs folders, those of trials left out.
+def collect(roots: Iterable[Path], read: Callable[[Path], Mapping[str, Any] | None] = read_record) -> list[Result]:
+    """All evaluation cells found in runs folders, those of trials left out. `read`: folder -> its record, for one who has read them already.
 
     Raises:
         UserError: a runs folder is missing or of another version, or a record is unreadable.
@@ -70,15 +70,16 @@ def collect(roots: Iterable[Path]) -> list[Result]:
         for folder in store.folders():
             if not folder.name.startswith("evaluate-"):
                 continue
-            job = read_job(folder / "job.json")
+            record = read(folder)
+            job = record or read_job(folder / "job.json")  # which say the same
             if "trial" in job["about"]:  # scored on what a sweep has held out: `results.selection` counts it
                 continue
-            state, record = store.explain(folder), read_record(folder)
+            state = State("done") if record else store.explain(folder)
             try:
                 found = result_of(job["about"], state.status, state.reason, record, job["key"])
             except (KeyError, TypeError, ValueError) as error:
                 name = "record.json" if record else "job.json"
                 raise UserError(f"{folder / name}: damaged ({type(error).__name__}: {error}): move its folder away, then run again") from error
-            usage = read_json(folder / "usage.json")  # a job without a record has started all the same
-            results.append(found if record or not isinstance(usage, dict) else replace(found, start=str(usage.get("start", ""))))
+            usage = None if record else read_json(folder / "usage.json")  # a job without a record has started all the same
+            results.append(replace(found, start=str(usage.get("start", ""))) if isinstance(usage, dict) else found)
     return results

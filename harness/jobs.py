@@ -37,13 +37,13 @@ class Node:
     def __post_init__(self) -> None:
         body = {"schema": SCHEMA, "kind": self.kind, **self.identity, "parents": {role: p.key for role, p in self.parents.items()}}
         object.__setattr__(self, "identity", body)
-        object.__setattr__(self, "key", digest(body))
+        object.__setattr__(self, "key", digest(body, done=True))
 
     @cached_property
     def settings(self) -> str:
         """The key without the seeds: what results must share to be averaged."""
         body = {k: v for k, v in self.identity.items() if k not in ("seed", "eval_seed", "parents")}
-        return digest({**body, "parents": {role: p.settings for role, p in self.parents.items()}})
+        return digest({**body, "parents": {role: p.settings for role, p in self.parents.items()}}, done=True)
 
     @property
     def recipe(self) -> Any:

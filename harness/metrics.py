@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,9 @@ class Metrics:
     def __init__(self, path: Path, stage: str, step: int) -> None:
         self.path, self.stage = path, stage
         lines = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a killed job may be half written
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(ValueError):  # the last line of a killed job may be half written
+                entry = json.loads(line)
                 if entry["stage"] != stage or entry["step"] <= step:
                     lines.append(line)
         path.write_text("".join(line + "\n" for line in lines))

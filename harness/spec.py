@@ -265,9 +265,11 @@ def fields_of_type(value: Any) -> Mapping[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(value) if f.init}
 
 
-def suggest(word: str, valid: Iterable[str]) -> str:
-    """"did you mean X? valid: ...", for an error message about an unknown name."""
+def suggest(word: str, valid: Iterable[str], most: int = 500) -> str:
+    """"did you mean X? valid: ...", for an error message about an unknown name; where they have more than `most` characters the five nearest."""
     names: Sequence[str] = sorted(valid)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}valid: {', '.join(names) if names else 'none'}"
+    if len(text := ", ".join(names)) > most:
+        return f"{hint}nearest of {len(names)}: {', '.join(difflib.get_close_matches(word, names, n=5, cutoff=0.0))}"
+    return f"{hint}valid: {text or 'none'}"

@@ -252,4 +252,4 @@ class Store:
         """All node folders, sorted by name."""
         if not self.root.is_dir():
             return []
-        return sorted(p for p in self.root.iterdir() if (p / "job.json").exists())
+        return sorted((p for p in self.root.iterdir() if (p / "job.json").exists()), key=lambda p: p.name)

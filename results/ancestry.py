@@ -41,10 +41,11 @@ class Step:
 
 @dataclass
 class Archive:
-    """The nodes of runs folders by key; of copies of a node the first that has a record counts."""
+    """The nodes of runs folders by key; of copies of a node the first that has a record counts. Each file is read once."""
 
     roots: tuple[Path, ...]
     _folders: dict[str, list[Path]] = field(default_factory=dict, repr=False)
+    _chosen: dict[str, Path | None] = field(default_factory=dict, repr=False)
     _jobs: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     _records: dict[Path, Mapping[str, Any] | None] = field(default_factory=dict, repr=False)
 
@@ -55,23 +56,29 @@ class Archive:
 
     def folder(self, key: str) -> Path | None:
         """A node's folder, the one with a record first."""
-        found = self._folders.get(key, [])
-        return next((f for f in found if self.record(f) is not None), found[0] if found else None)
+        if key not in self._chosen:
+            found = self._folders.get(key, [])
+            self._chosen[key] = next((f for f in found if self.record(f) is not None), found[0] if found else None)
+        return self._chosen[key]
+
+    def read(self, folder: Path) -> Mapping[str, Any] | None:
+        """The record of a folder, None where there is none. Raises UserError when it cannot be read."""
+        if folder not in self._records:
+            self._records[folder] = read_record(folder)
+        return self._records[folder]
 
     def record(self, folder: Path | None) -> Mapping[str, Any] | None:
         """The record of a folder, None where there is none that can be read."""
-        if folder is not None and folder not in self._records:
-            try:
-                self._records[folder] = read_record(folder)
-            except UserError:
-                self._records[folder] = None
-        return self._records[folder] if folder is not None else None
+        try:
+            return None if folder is None else self.read(folder)
+        except UserError:
+            return None
 
     def jobs(self) -> Mapping[str, Mapping[str, Any]]:
-        """Key -> job.json of all nodes that can be read, each key once."""
+        """Key -> what job.json says of each node that can be read, or its record, which says the same."""
         for key, folders in self._folders.items() if not self._jobs else ():
             with contextlib.suppress(UserError):
-                self._jobs[key] = read_job(folders[0] / "job.json")
+                self._jobs[key] = self.record(self.folder(key)) or read_job(folders[0] / "job.json")
         return self._jobs
 
     def steps(self, result: Result) -> tuple[Step, ...]:

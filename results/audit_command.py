@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from harness.spec import UserError
 from harness.store import Store
-from results.ancestry import Archive, Step
+from results.ancestry import Step
 from results.audit import VERDICTS, Item, audit, compared, of_sheet
 from results.budget import Budget
 from results.cells import sheets
@@ -46,7 +46,7 @@ class Audit:
             if args.data or args.pretrain_data or args.tuning or args.set:
                 raise UserError("audit: --data, --pretrain-data, --tuning and --set describe a plan: add --plan, or leave them out")
             choice = choose(args)
-            archive = Archive(choice.folders)
+            archive = choice.archive
             found = [(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive))
                      for s in sheets(choice.results, choice.methods, choice.evals)]
         if args.format == "json":

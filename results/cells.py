@@ -109,10 +109,12 @@ def _sheet(key: SheetKey, results: Sequence[Result], first_methods: Sequence[str
     methods = _ordered((r.method for r in results), first_methods)
     evals = _ordered((r.eval for r in results), first_evals)
     columns = tuple((name, metric) for name in evals for metric in _metrics(r for r in results if r.eval == name))
-    cells, counted_by = {}, dict[tuple[str, str], list[Result]]()
+    cells, counted_by, by_cell = {}, dict[tuple[str, str], list[Result]](), dict[tuple[str, str], list[Result]]()
+    for result in results:
+        by_cell.setdefault((result.method, result.eval), []).append(result)
     for method in methods:
         for name in evals:
-            counted, remarks = select([r for r in results if (r.method, r.eval) == (method, name)])
+            counted, remarks = select(by_cell.get((method, name), ()))
             counted_by[method, name] = counted
             for metric in (m for e, m in columns if e == name):
                 blank = Cell(method, name, metric, protocol, backbone, data, tuning, remarks=remarks)

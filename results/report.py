@@ -64,7 +64,7 @@ class Report:
             UserError: no results, none that a flag asks for, or a page that cannot be written.
         """
         choice = choose(args)
-        page = Page(Archive(choice.folders), args.out.resolve().parent, not args.no_image_noise)
+        page = Page(choice.archive, args.out.resolve().parent, not args.no_image_noise)
         text = page.render(choice.results, choice.methods, choice.evals)
         if args.out.is_dir():
             raise UserError(f"--out {args.out}: is a folder: name a file, as in {args.out / 'report.html'}")

@@ -39,13 +39,17 @@ def trials_of(sheet: Sheet, archive: Archive) -> dict[tuple[str, str], Trials]:
     """(method, evaluator) -> its trials under the sheet's protocol, backbone, data and tuning."""
     jobs = archive.jobs()
     found: dict[tuple[str, str], Trials] = {}
+    known: dict[str, tuple[str, str]] = {}  # seeds share their settings, and 10,000 records have a few hundred
     for job in jobs.values():
         about = job.get("about") or {}
         if job["kind"] != "evaluate" or about.get("tuning", "published") != sheet.tuning or any(
                 about.get(k) != getattr(sheet, k) for k in ("protocol", "backbone", "data")):
             continue
-        trials, setting = found.setdefault((about["method"], about["eval"]), Trials()), setting_of(job, jobs)
-        fields, value = digest(names_of(setting)), digest(setting)
+        trials, same = found.setdefault((about["method"], about["eval"]), Trials()), about.get("settings") or job["key"]
+        if same not in known:
+            setting = setting_of(job, jobs)
+            known[same] = digest(names_of(setting)), digest(setting)
+        fields, value = known[same]
         trials.tried.setdefault(fields, set()).add(value)
         if sweep := about.get("sweep"):
             trials.sweeps[sweep["key"]] = max(sweep["trials"], trials.sweeps.get(sweep["key"], 0))

@@ -46,13 +46,13 @@ class Table:
 
     @staticmethod
     def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = (), spread: str = "std",
-               folders: Sequence[Path] = (), cost: bool = False) -> str:
+               folders: Sequence[Path] = (), cost: bool = False, archive: Archive | None = None) -> str:
         """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear.
 
         `spread`: std or ci95, what stands behind a mean. With the runs folders that the results came from, the table stars what is stale, flags what was
-        selected on test and carries the stamp of the fairness audit, and on `cost` columns of cost.
+        selected on test and carries the stamp of the fairness audit, and on `cost` columns of cost. `archive`: these folders, where they have been read.
         """
-        archive = Archive(tuple(folders)) if folders else None
+        archive = archive or (Archive(tuple(folders)) if folders else None)
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
         staleness = Staleness(archive, data=True) if archive else None
         found = [with_stale(sheet, staleness) for sheet in found] if staleness else found
@@ -123,7 +123,7 @@ class Table:
         if args.layout is not None:
             print(self.render_layout(args.layout, choice.results, args.format, Archive(choice.folders)))
         else:
-            print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, choice.folders, args.cost))
+            print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, cost=args.cost, archive=choice.archive))
         return 0
 
 
@@ -132,7 +132,7 @@ class Choice:
     """What the flags of a command leave of the runs folders, and the order of rows and columns that they ask for."""
 
     results: list[Result]
-    folders: tuple[Path, ...]
+    archive: Archive
     methods: tuple[str, ...]
     evals: tuple[str, ...]
 
@@ -156,7 +156,8 @@ def choose(args: argparse.Namespace, needed: bool = True) -> Choice:
     folders = tuple(dict.fromkeys(args.runs or [Path("runs")]))
     if not needed and not args.runs:
         folders = tuple(f for f in folders if f.is_dir())
-    results = collect(folders)
+    archive = Archive(folders)
+    results = collect(folders, archive.read)
     if not results and needed:
         shown = " ".join(map(str, folders))
         raise UserError(f"--runs {shown}: no results there: `python -m harness run --methods ... --evals ... --runs {folders[0]}` makes some")
@@ -166,7 +167,7 @@ def choose(args: argparse.Namespace, needed: bool = True) -> Choice:
     methods = chosen("methods", args.methods, {r.method for r in results})
     evals = chosen("evals", args.evals, {r.eval for r in results})
     results = [r for r in results if (not methods or r.method in methods) and (not evals or r.eval in evals)]
-    return Choice(results, folders, methods, evals)
+    return Choice(results, archive, methods, evals)
 
 
 def chosen(flag: str, wanted: str | None, present: Collection[str]) -> tuple[str, ...]:

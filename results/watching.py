@@ -18,7 +18,9 @@ def overview(store: Store, away: Mapping[str, State]) -> list[tuple[str, str]]:
     lines = []
     for folder in store.folders():
         try:
-            state, job, record = store.explain(folder, away), read_job(folder / "job.json"), read_record(folder)
+            record = read_record(folder)
+            job = record or read_job(folder / "job.json")  # which say the same
+            state = State("done") if record else store.explain(folder, away)
         except UserError as error:
             lines.append(("damaged", f"{'damaged':12} {folder.name}: {error}"))
             continue

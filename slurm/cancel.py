@@ -38,7 +38,7 @@ class Cancel:
             for word in args.run:
                 fitting = {n: j for n, j in queue.items() if n == Path(word).name or n.rsplit("-", 1)[-1].startswith(word)}
                 if not fitting:
-                    raise UserError(f"cancel {word}: no such run in the queue: {suggest(word, queue)}")
+                    raise UserError(f"cancel {word}: no such run in the queue: {suggest(word, queue, most=200)}")
                 chosen |= fitting
         if not chosen:
             print("nothing is in the queue")

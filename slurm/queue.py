@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ OF_PROCESSES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVI
                 "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SILENT_S = 600.0  # a running job that has reported no step for so long is shown as silent
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED", "SUSPENDED")
+NO_CLUSTER = "no SLURM cluster answers on this machine ({}): run this on a login node of the cluster, when it is up"
 
 
 def ask(*words: str) -> str:
@@ -44,11 +46,12 @@ def ask(*words: str) -> str:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env=outside(os.environ))
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else "no answer in 120 s" if isinstance(error, subprocess.TimeoutExpired) else error
-        raise UserError(f"{words[0]}: {reason}: run this where SLURM's commands work, on a login node of the cluster") from error
+        raise UserError(NO_CLUSTER.format(f"{words[0]}: {reason}")) from error
     if done.returncode != 0:
-        lines = [line.split("error: ")[-1] for line in done.stderr.strip().splitlines()]
-        remedy = "" if words[0] == "sbatch" else ": is this a login node, and the cluster up?"
-        raise UserError(f"{words[0]}: {': '.join(lines[-2:]) or f'exit code {done.returncode}'}{remedy}")
+        lines = [re.split("(?:error|fatal): ", line)[-1] for line in done.stderr.strip().splitlines()]
+        if lines and re.search("configuration source|slurm controller", lines[-1]):
+            raise UserError(NO_CLUSTER.format(f"{words[0]}: {lines[-1]}"))
+        raise UserError(f"{words[0]}: {': '.join(lines[-2:]) or f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -88,3 +88,13 @@ def test_seeds(text: str) -> None:
 def test_seeds_refused(text: str) -> None:
     with pytest.raises(UserError, match="--seeds"):
         request_module.integers("--seeds", text)
+
+
+def test_a_wrong_key_names_the_nearest_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(100):
+        folder = tmp_path / f"evaluate-coco-mae-{number:016x}"
+        folder.mkdir()
+        (folder / "job.json").write_text("{}")
+    assert cli.main(["status", "evaluate-coco-mea-0000000000000042", "--runs", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no such run: did you mean evaluate-coco-mae-0000000000000042? nearest of 100: " in said and said.count("evaluate-coco") == 7

@@ -25,7 +25,7 @@ def made(method: str, evaluator: str, **fields: str) -> Result:
 def found(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     """Results that stand for those of the runs folders."""
     listed = [made("beit", "coco"), made("mae", "ade20k"), made("mae", "coco"), made("mae", "coco", protocol="paper", key="p")]
-    monkeypatch.setattr(results.table, "collect", lambda folders: listed)
+    monkeypatch.setattr(results.table, "collect", lambda folders, read: listed)
     return listed
 
 
@@ -133,6 +133,6 @@ def test_the_help_names_all_layouts_unbroken() -> None:
 
 def test_runs_can_be_repeated_and_listed(found: list[Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(results.table, "collect", lambda folders: asked.extend(folders) or found)
+    monkeypatch.setattr(results.table, "collect", lambda folders, read: asked.extend(folders) or found)
     run("--runs", "a", "b", "--runs", "c", "a")
     assert asked == [Path("a"), Path("b"), Path("c")]

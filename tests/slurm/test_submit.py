@@ -201,7 +201,8 @@ def test_states_for_status(fake: FakeSlurm, store: Store, capsys: pytest.Capture
     fake.set("100", "PENDING", "", "BeginTime")
     assert queued(store)[nodes[0].folder].status == "pending", "and when it is put back it waits"
     (fake.folder / "down").write_text("")
-    assert queued(store) == {} and "the queue is not shown: squeue: Unable to contact slurm controller" in capsys.readouterr().err
+    said = "the queue is not shown: no SLURM cluster answers on this machine (squeue: Unable to contact slurm controller (connect failure)): run this"
+    assert queued(store) == {} and said in capsys.readouterr().err
     with pytest.raises(UserError, match="Unable to contact"):
         slurm(store).launch(nodes, store, quiet)
 
