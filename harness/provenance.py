@@ -14,7 +14,8 @@ from typing import Any
 
 from harness.store import RECORD_SCHEMA, read_json, write_json
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "pycocotools", "faster-coco-eval")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "opencv-python-headless",
+            "mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "pycocotools", "faster-coco-eval")
 
 
 def versions() -> dict[str, str]:

@@ -271,3 +271,11 @@ def suggest(word: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}valid: {', '.join(names) if names else 'none'}"
+
+
+LARGE = 96  # views with sides from here on are resized by torch, smaller ones by PIL, so that the demo's pixels stay what they were
+
+
+def pixels(vit: ViTConfig, side: int | None = None) -> dict[str, str]:
+    """What an identity says of resizing by torch. A view is as large as the input or `side`, a quarter larger for scoring, or has 8 pixels a patch (dVAE)."""
+    return {"pixels": "torch"} if max(*vit.size, *(8 * g for g in vit.grid), side or 0) >= 0.8 * LARGE else {}
