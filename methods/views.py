@@ -17,6 +17,7 @@ from harness.spec import LARGE, Augment
 
 HUE, JITTERED, GREY = 0.1, 0.8, 0.2
 BRIGHTNESS, SATURATION = 0, 2
+DOWN = -0.499  # added where OpenCV rounds to the nearest and PIL down
 LUMA = (0.299, 0.587, 0.114)
 BLUR = (0.1, 2.0)  # radius in pixels of a view of 224
 
@@ -100,9 +101,9 @@ def recoloured(whole: Tensor, made: Sequence[Tensor], steps: Sequence[tuple[int,
         if kind == SATURATION:
             for i, (r, g, b) in enumerate(planes):
                 grey = cv2.addWeighted(cv2.addWeighted(r, LUMA[0], g, LUMA[1], 0), 1, b, LUMA[2], 0)
-                planes[i] = np.stack([cv2.addWeighted(p, factor, grey, 1 - factor, -0.5) for p in (r, g, b)])  # PIL rounds down
+                planes[i] = np.stack([cv2.addWeighted(p, factor, grey, 1 - factor, DOWN) for p in (r, g, b)])
         else:
-            pivot = 0 if kind == BRIGHTNESS else int(np.dot(planes[0].mean((1, 2)), LUMA) + 0.5)
-            table = (np.arange(256) * factor + (1 - factor) * pivot).clip(0, 255).astype(np.uint8)
-            planes = [cv2.LUT(p.reshape(-1, p.shape[2]), table).reshape(p.shape) for p in planes]
+            pivot = 0 if kind == BRIGHTNESS else int(sum(weight * cv2.mean(p)[0] for weight, p in zip(LUMA, planes[0], strict=True)) + 0.5)
+            flat = [p.reshape(-1, p.shape[2]) for p in planes]
+            planes = [cv2.addWeighted(f, factor, f, 0, (1 - factor) * pivot + DOWN).reshape(p.shape) for f, p in zip(flat, planes, strict=True)]
     return [torch.from_numpy(p) for p in planes[1:]]
