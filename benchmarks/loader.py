@@ -361,14 +361,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for part in args.parts.split(",") for row in PARTS[part](args.photos, args.rounds)]
+    parts = args.parts.split(",")
+    rows = [row for part in parts for row in PARTS[part](args.photos, args.rounds)]
     if args.out:
         body = {
             "benchmark": "loader", "date": datetime.date.today().isoformat(),
             "hardware": {"processor": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
             "images": "contact sheets of photographs" if args.photos else "contact sheets of drawn scenes", "versions": versions(), "rows": rows,
         }
-        write_json(args.out / f"loader-{body['date']}.json", body)
+        write_json(args.out / f"{'-'.join(['loader', *(parts if len(parts) < len(PARTS) else ())])}-{body['date']}.json", body)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def recoloured(whole: Tensor, made: Sequence[Tensor], steps: Sequence[tuple[int,
     """Views uint8 (3, h, w) of an image after the steps of `draw_jitter`. Contrast turns about the mean grey of `whole`, as PIL's does."""
     import cv2
 
+    cv2.setNumThreads(0)  # a loader process has one core
     planes = [np.stack(cv2.split(np.ascontiguousarray(whole[:, ::8].permute(1, 2, 0).numpy()))), *(v.contiguous().numpy() for v in made)]
     for kind, factor in steps:
         if kind == SATURATION:
