@@ -23,7 +23,7 @@ except ImportError:
     simplejpeg = None
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
-ORIENTATION = 0x0112  # in EXIF
+ORIENTATION = 0x0112  # in EXIF; XMP spells it out, and PIL follows that too
 
 
 class Picture(Image.Image):
@@ -51,7 +51,7 @@ def decode_jpeg(data: bytes) -> Picture | None:
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
         if colour in ("CMYK", "YCCK") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or (
-            b"Exif\0\0" in data[:65536] and Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) != 1
+            (b"Exif\0\0" in data or b"Orientation" in data) and Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) != 1
         ):
             return None
         return Picture(torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))

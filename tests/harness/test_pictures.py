@@ -38,7 +38,10 @@ def jpeg(image: Image.Image, **how: Any) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("how", [{"subsampling": s} for s in (0, 1, 2)] + [{"quality": 40}, {"progressive": True}, {"restart_marker_rows": 2}], ids=str)
+KINDS = [*({"subsampling": s} for s in (0, 1, 2)), {"keep_rgb": True}, {"quality": 40}, {"progressive": True}, {"restart_marker_rows": 2}]
+
+
+@pytest.mark.parametrize("how", KINDS, ids=str)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_the_decoder_is_pils_to_the_bit(mode: str, how: dict[str, Any]) -> None:
     """simplejpeg installed or not must not change a number: it is in no key."""
@@ -51,11 +54,13 @@ def test_what_simplejpeg_cannot_do_is_pils(tmp_path: Path) -> None:
     """CMYK, images that EXIF turns, and damaged files: converted, upright, and refused as before."""
     exif = Image.Exif()
     exif[harness.pictures.ORIENTATION] = 6
-    cases = {"cmyk": jpeg(scene(mode="CMYK")), "turned": jpeg(scene(), exif=exif), "png": b"\x89PNG", "cut": jpeg(scene())[:-900]}
+    late = jpeg(scene(), exif=exif, icc_profile=bytes(200_000))  # profiles come before it in some files
+    xmp = jpeg(scene(), xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>')
+    cases = {"cmyk": jpeg(scene(mode="CMYK")), "turned": jpeg(scene(), exif=exif), "late": late, "xmp": xmp, "png": b"\x89PNG", "cut": jpeg(scene())[:-900]}
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
         assert decode_jpeg(data) is None
-    assert load_rgb(tmp_path / "cmyk").size == (403, 301) and load_rgb(tmp_path / "turned").size == (301, 403)
+    assert load_rgb(tmp_path / "cmyk").size == (403, 301) and {load_rgb(tmp_path / n).size for n in ("turned", "late", "xmp")} == {(301, 403)}
     for name in ("png", "cut"):
         with pytest.raises(BadImage, match=rf"{name}: cannot be read as an image \((?!.*object at)"):
             load_rgb(tmp_path / name)
