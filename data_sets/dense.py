@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_sets.labelled import Labelled
-from harness.data import BadImage, Count, ade20k_classes, load_rgb, read_json_file
+from harness.data import BadImage, Count, load_rgb, read_json_file
 from harness.spec import UserError
 
 LABELS_LOOKED_AT = 1000  # annotation pictures that a quick check opens
@@ -31,7 +31,19 @@ class ADE20K(Labelled):
 
     def count(self, split: str, root: Path) -> tuple[int, int]:
         """Images and classes of a split."""
-        return len(list((root / "images" / split).glob("*.jpg"))), len(ade20k_classes(root))
+        return len(list((root / "images" / split).glob("*.jpg"))), len(self.classes(root))
+
+    def classes(self, root: Path) -> tuple[str, ...]:
+        """Class names 1..n of objectInfo150.txt (tab-separated: Idx, Ratio, Train, Val, Stuff, Name)."""
+        path = root / "objectInfo150.txt"
+        try:
+            rows = [line.split("\t") for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        except OSError:
+            raise UserError(f"{path}: missing: it is part of the ADEChallengeData2016 archive") from None
+        names = tuple(row[-1].strip() for row in rows if row[0].strip().isdigit())
+        if not names:
+            raise UserError(f"{path}: no rows of Idx, Ratio, Train, Val, Stuff, Name")
+        return names
 
     def check(self, root: Path) -> None:
         """Each image has its annotation; some annotations are opened."""
@@ -95,6 +107,14 @@ class COCO(Labelled):
         body = read_json_file(root / "annotations" / f"instances_{split}.json")
         return len(body["images"]), len(body["categories"])
 
+    def classes(self, root: Path) -> tuple[tuple[int, str], ...]:
+        """(category id, name) of the training annotations, by id; ids may have gaps."""
+        path = root / "annotations" / "instances_train2017.json"
+        body = read_json_file(path)
+        if not isinstance(body, dict):
+            raise UserError(f"{path}: not in COCO's layout (a list, expected images, annotations, categories)")
+        return tuple(sorted((int(c["id"]), str(c["name"])) for c in body.get("categories", ())))
+
     def check(self, root: Path) -> None:
         """Both annotation files: their references, their instances, the image files that they name; and the categories are the same."""
         named = []
@@ -142,7 +162,7 @@ class COCO(Labelled):
 
 def number_of_classes(root: Path) -> int:
     """Classes of a set in ADE20K's layout. Raises UserError for more than the shifted labels can number."""
-    classes = len(ade20k_classes(root))
+    classes = len(ADE20K().classes(root))
     if classes > IGNORED:
         raise UserError(f"{root / 'objectInfo150.txt'}: {classes} classes: at most {IGNORED}, shifted by one the next would be {IGNORED}, which is ignored")
     return classes

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from data_sets import shards
 from harness.data import SUFFIXES, BadImage, Count, ImageList, images_below, read_json_file
 from harness.spec import UserError, suggest
 
@@ -46,7 +47,7 @@ class Labelled:
             images = self.read(split, root)
             for index in range(len(images)):
                 step(1)
-                if images.pixels is None and (problem := undecodable(images.path(index))):
+                if problem := undecodable(images, index):
                     yield problem
             if images.labels is None:
                 continue
@@ -59,14 +60,12 @@ class Labelled:
             seen |= dict.fromkeys(paths, split)
 
 
-def undecodable(path: Path) -> str:
-    """What is wrong with an image file, "" when it can be read."""
-    from harness.data import load_rgb
-
-    if not path.is_file():
-        return f"{path}: missing"
+def undecodable(images: ImageList, index: int) -> str:
+    """What is wrong with an image, "" when it can be read."""
+    if images.pixels is None and not images.path(index).is_file():
+        return f"{images.path(index)}: missing"
     try:
-        load_rgb(path)
+        images.load(index)
     except BadImage as error:
         return str(error).split(": mend")[0]
     return ""
@@ -97,17 +96,19 @@ class Folder(Labelled):
 
 
 class ImageNet(Labelled):
-    """ImageNet-1K: SPLIT/<class>/*.JPEG; a class's index is its place among the sorted folder names of train."""
+    """ImageNet-1K: SPLIT/<class>/*.JPEG; a class's index is its place among the sorted folder names of train. Or shards: see `data_sets.shards`."""
 
     folder = "imagenet"
     official: ClassVar[Mapping[str, Count]] = {"train": Count(1_281_167, 1000), "val": Count(50_000, 1000)}
 
     def read(self, split: str, root: Path) -> ImageList:
-        """Images of train or val; the flat validation archive is refused."""
+        """Images of train or val, in class folders or in tar shards; the flat validation archive is refused."""
         train, folder = root / "train", root / split
+        if not train.is_dir() and shards.tars(root, "train"):
+            return shards.read(split, root)
         for needed in (train, folder):
             if not needed.is_dir():
-                raise UserError(f"{needed}: no such folder: expected train/<class>/*.jpg and val/<class>/*.jpg in {root}")
+                raise UserError(f"{needed}: no such folder: expected train/<class>/*.jpg and val/<class>/*.jpg, or train-*.tar and val-*.tar, in {root}")
         classes = class_names(train)
         if not classes:
             raise UserError(f"{train}: no class folders: expected train/<class>/*.jpg")
@@ -122,14 +123,14 @@ class ImageNet(Labelled):
 
 
 class ImageFolder(ImageNet):
-    """A user's class folder: train/ and val/ as ImageNet has them, or classes alone, of which a fifth is then held out as val."""
+    """A user's class folder: train and val as ImageNet has them, or classes alone, of which a fifth is then held out as val."""
 
     folder = None
     official: ClassVar[Mapping[str, Count]] = {}
 
     def read(self, split: str, root: Path) -> ImageList:
         """Images of train or val."""
-        if (root / "train").is_dir():
+        if (root / "train").is_dir() or shards.tars(root, "train"):
             return super().read(split, root)
         classes = class_names(root)
         files = [f for f in images_below(root) if "/" in f]

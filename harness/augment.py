@@ -1,7 +1,7 @@
 """Image augmentation: PIL RGB images and a generator in, uint8 tensors out; normalisation is a module on the device.
 
-Every draw comes from the sample's own generator. RandAugment is timm's, which draws from Python's and numpy's global generators:
-these are seeded from the sample's generator right before the call (so one process must not transform in several threads).
+Views from 96 pixels on are cut and resized by torch (`harness.pictures`). Every draw comes from the sample's own generator. RandAugment is timm's, which
+draws from Python's and numpy's: these are seeded from the sample's right before the call (so one process must not transform in several threads).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Augment, UserError
+from harness.pictures import BICUBIC, Picture, resize, values_of
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, LARGE, Augment, UserError
 
-BICUBIC = Image.Resampling.BICUBIC
 Box = tuple[int, int, int, int]
 
 
@@ -35,7 +35,7 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised float images (B, 3, H, W)."""
-        return (images.float() - self.shift) * self.scale
+        return images.to(torch.float32, copy=True).sub_(self.shift).mul_(self.scale)  # one copy: on a CPU its memory is most of the cost
 
 
 def random_resized_crop_box(
@@ -69,6 +69,8 @@ def crop_resize(image: Image.Image, box: Box, size: tuple[int, int], resample: I
     Cropped first and resized then, as torchvision does: PIL's resize(box=...) would let pixels outside the box into its border.
     """
     top, left, h, w = box
+    if min(size) >= LARGE:
+        return Picture(resize(values_of(image)[:, top : top + h, left : left + w], size, resample))
     if (top, left, h, w) != (0, 0, image.height, image.width):
         image = image.crop((left, top, left + w, top + h))
     return image if (h, w) == size else image.resize((size[1], size[0]), resample)
@@ -76,7 +78,7 @@ def crop_resize(image: Image.Image, box: Box, size: tuple[int, int], resample: I
 
 def to_tensor(image: Image.Image) -> Tensor:
     """uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return values_of(image).contiguous()
 
 
 def color_jitter(image: Image.Image, rng: np.random.Generator, strength: tuple[float, float, float]) -> Image.Image:
@@ -178,9 +180,6 @@ class EvalTransform:
             new_h, new_w = cover_h, max(cover_w, int(cover_h * w / h))
         else:
             new_h, new_w = max(cover_h, int(cover_w * h / w)), cover_w
-        if (new_h, new_w) != (h, w):
-            image = image.resize((new_w, new_h), BICUBIC)
+        image = crop_resize(image, (0, 0, h, w), (new_h, new_w))
         top, left = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
-        if self.size != (new_h, new_w):
-            image = image.crop((left, top, left + self.size[1], top + self.size[0]))
-        return {"image": to_tensor(image)}
+        return {"image": to_tensor(crop_resize(image, (top, left, *self.size), self.size))}

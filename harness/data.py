@@ -6,9 +6,11 @@ sets have the same layouts and go through the same code. Class names and counts 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,14 +34,19 @@ class BadImage(JobFailed):
 class ImageList:
     """Images of one split. `files` are relative to `root`; `labels` is int64 or None; `classes` are the names that labels index.
 
-    `pixels` uint8 (n, H, W, 3) holds the images themselves where they are no files of their own (CIFAR); `files` are then names only.
+    Where the images are no files of their own, `files` are names only: `pixels` gives an image, uint8 (H, W, 3) or PIL's, by its index, and some by an
+    array of them, as an array (n, H, W, 3) does (CIFAR) and `data_sets.shards` too.
     """
 
     root: Path
     files: Sequence[str]
     labels: np.ndarray | None
     classes: tuple[str, ...]
-    pixels: np.ndarray | None = None
+    pixels: Any = None
+
+    def __post_init__(self) -> None:
+        with suppress(UnicodeEncodeError):  # one buffer instead of a million counted strings: loader processes share it, and their memory stays flat
+            object.__setattr__(self, "files", np.asarray(self.files, dtype=np.dtypes.StringDType()))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,7 +61,8 @@ class ImageList:
             return load_rgb(self.path(index))
         from PIL import Image
 
-        return Image.fromarray(self.pixels[index])
+        found = self.pixels[index]
+        return Image.fromarray(found) if isinstance(found, np.ndarray) else found
 
     def subset(self, indices: Iterable[int]) -> ImageList:
         """The images at these positions, in this order; the classes stay."""
@@ -69,8 +77,8 @@ class ImageList:
         return self.subset(sorted(order[held:].tolist())), self.subset(sorted(order[:held].tolist()))
 
 
-def load_rgb(path: Path, size: tuple[int, int] | None = None) -> Any:
-    """An image file as a PIL RGB image, turned upright by its EXIF orientation; gray, palette and CMYK are converted.
+def load_rgb(path: Path, size: tuple[int, int] | None = None, data: bytes | None = None) -> Any:
+    """An image file, or its content, as a PIL RGB image, turned upright by its EXIF orientation; gray, palette and CMYK are converted.
 
     Labels of pixels are made for the upright image or for the stored one (facebookresearch/detectron2#788, #5366): with `size`, the (width, height)
     that they are for, an image that has it as stored only is not turned. detectron2 and mmcv always turn, torchvision and pycocotools never.
@@ -78,10 +86,15 @@ def load_rgb(path: Path, size: tuple[int, int] | None = None) -> Any:
     Raises:
         BadImage: it is missing, truncated or no image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from harness.pictures import decode_jpeg
 
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes() if data is None else data
+        if (picture := decode_jpeg(data)) is not None:
+            return picture
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             upright: Any = ImageOps.exif_transpose(image) if image.getexif() else image
             if upright.size != size == image.size:
@@ -92,7 +105,8 @@ def load_rgb(path: Path, size: tuple[int, int] | None = None) -> Any:
                 upright = upright.convert("RGBA")
             return upright if upright.mode == "RGB" else upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: cannot be read as an image ({error}): mend or remove it, or add --retry --on-bad-image skip") from error
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise BadImage(f"{path}: cannot be read as an image ({reason}): mend or remove it, or add --retry --on-bad-image skip") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -114,6 +128,7 @@ class DataSet(Protocol):
         splits: what `read` takes; ("train", "val") for a set that something can be trained on.
         official: split -> what a complete copy has; empty where nobody says.
         label_files: names of files whose content, and not only their size, is part of the data's fingerprint, besides .json, .txt and .csv.
+    Those of dense tasks have `classes(root)` as well.
     """
 
     folder: ClassVar[str | None]
@@ -264,25 +279,3 @@ def read_images(name: str, split: str, folder: Path) -> ImageList:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: needed for {name}; give its place with --data")
     return data_set(name).read(split, folder)
-
-
-def ade20k_classes(folder: Path) -> tuple[str, ...]:
-    """Class names 1..n of objectInfo150.txt (tab-separated: Idx, Ratio, Train, Val, Stuff, Name)."""
-    path = folder / "objectInfo150.txt"
-    try:
-        rows = [line.split("\t") for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        raise UserError(f"{path}: missing: it is part of the ADEChallengeData2016 archive") from None
-    names = tuple(row[-1].strip() for row in rows if row[0].strip().isdigit())
-    if not names:
-        raise UserError(f"{path}: no rows of Idx, Ratio, Train, Val, Stuff, Name")
-    return names
-
-
-def coco_classes(folder: Path) -> tuple[tuple[int, str], ...]:
-    """(category id, name) of COCO's training annotations, by id; ids may have gaps."""
-    path = folder / "annotations" / "instances_train2017.json"
-    body = read_json_file(path)
-    if not isinstance(body, dict):
-        raise UserError(f"{path}: not in COCO's layout (a list, expected images, annotations, categories)")
-    return tuple(sorted((int(c["id"]), str(c["name"])) for c in body.get("categories", ())))

@@ -126,7 +126,6 @@ class Local:
         if gpus():
             each = processes_here()
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[slot * each : (slot + 1) * each])
-            environment.setdefault("HARNESS_WORKERS", str(threads))
         with open(job.parent / "log.txt", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.run", str(job)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,

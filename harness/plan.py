@@ -16,7 +16,7 @@ from harness.canonical import canonical, digest
 from harness.jobs import Node, ordered
 from harness.request import Cell, Plan, Request, names, resolve_precision
 from harness.settings import Settings
-from harness.spec import Asset, JobFailed, Overrides, Recipe, UserError, ViTConfig, suggest
+from harness.spec import Asset, JobFailed, Overrides, Recipe, UserError, ViTConfig, pixels, suggest
 from harness.spec import Protocol as Setting
 
 
@@ -130,7 +130,7 @@ class Planner:
         maker, notes = self.settings.apply(name, maker)
         recipe, more = self.recipe(self.recipe_of(name, maker, self.vit), name)
         sets = self.train_sets(maker)
-        identity = {"plugin": canonical(maker), "version": maker.version, "recipe": canonical(recipe), "seed": seed}
+        identity = {"plugin": canonical(maker), "version": maker.version, "recipe": canonical(recipe), "seed": seed, **pixels(self.vit)}
         notes = (*notes, *more)
         about = {"title": f"{role} {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name}
         return self.node("asset", name, identity, {}, about, sets), notes
@@ -163,7 +163,7 @@ class Planner:
         sets = self.train_sets(method) if trains else ()
         identity = {
             "plugin": canonical(method), "version": method.version, "recipe": canonical(recipe), "vit": canonical(vit), "seed": seed,
-            "files": {role: sha256 for role, (_, sha256) in files.items()},
+            **(pixels(vit) if trains else {}), "files": {role: sha256 for role, (_, sha256) in files.items()},
         }
         about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name,
                  "backbone": self.backbone, "labels": bool(getattr(method, "needs_labels", False))}
@@ -196,7 +196,7 @@ class Planner:
             eval_seed = parent.identity.get("eval_seed", 0)
         identity = {
             "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(recipe), "use_head": overrides.use_head,
-            "seed": about["seed"], "eval_seed": eval_seed,
+            "seed": about["seed"], "eval_seed": eval_seed, **pixels(vit, getattr(evaluator, "size", None)),
         }
         about["deviations"] = [*about["deviations"], *notes, *(evaluator.notes(self.setting, vit) if hasattr(evaluator, "notes") else ())]
         prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]

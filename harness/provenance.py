@@ -18,7 +18,8 @@ from harness.ranks import number_from, own_rank
 from harness.spec import UserError
 from harness.store import RECORD_SCHEMA, read_json, read_record, write_json
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "pycocotools", "faster-coco-eval")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "opencv-python-headless",
+            "mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "pycocotools", "faster-coco-eval")
 MODES = ("highest", "medium")  # torch's names: products by MKL; by oneDNN, which may use bf16 (HARNESS_GEMM)
 LARGEST_ERROR = 1e-6  # of oneDNN's products, relative; fp32 has 4e-7, the bf16 of processors with AMX 3e-3 (performance.md, item 4)
 

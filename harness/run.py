@@ -36,7 +36,7 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
     identity, where = job["identity"], job["where"]
     device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU") else "cpu")
     precision = (identity.get("recipe") or {}).get("precision", "fp32")
-    last = [0.0]
+    last, threads = [0.0], number_from("HARNESS_THREADS", default=1)  # on a GPU the cores are free to load, on a CPU a loader process takes them from the step
 
     def report(progress: Progress) -> None:
         if own_rank():
@@ -51,7 +51,7 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
     seed = identity["seed"] if "eval_seed" not in identity else identity["seed"] * 1_000_003 + identity["eval_seed"]
     return Session(
         dir=folder, seed=seed, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, report=report,
-        folders={k: Path(v) for k, v in where["folders"].items()}, workers=number_from("HARNESS_WORKERS", 0, 0),
+        folders={k: Path(v) for k, v in where["folders"].items()}, workers=number_from("HARNESS_WORKERS", 0, threads if device.type == "cuda" else 0),
         on_bad_image=where["on_bad_image"], on_oom=where.get("on_oom", "fail"), checkpoint_every_s=number_from("HARNESS_CHECKPOINT_S", 0, 30),
         should_stop=should_stop, log=log, micro_batch=number_from("HARNESS_MICRO_BATCH"),
         force_accumulation=os.environ.get("HARNESS_FORCE_ACCUMULATION", "") not in ("", "0"),

@@ -5,6 +5,7 @@ The order is a function of (seed, epoch) and what is drawn for an image of its p
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +80,7 @@ def loader(samples: Dataset[dict[str, Tensor]], batches: Any, workers: int, pin:
 
 
 def _one_thread(worker: int) -> None:
+    gc.freeze()  # a collection would write to every object that was here before the fork, and copy its page: 90 MB a worker
     torch.set_num_threads(1)
 
 

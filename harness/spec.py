@@ -273,3 +273,11 @@ def suggest(word: str, valid: Iterable[str], most: int = 500) -> str:
     if len(text := ", ".join(names)) > most:
         return f"{hint}nearest of {len(names)}: {', '.join(difflib.get_close_matches(word, names, n=5, cutoff=0.0))}"
     return f"{hint}valid: {text or 'none'}"
+
+
+LARGE = 96  # views with sides from here on are resized by torch, smaller ones by PIL, so that the demo's pixels stay what they were
+
+
+def pixels(vit: ViTConfig, side: int | None = None) -> dict[str, str]:
+    """What an identity says of resizing by torch. A view is as large as the input or `side`, a quarter larger for scoring, or has 8 pixels a patch (dVAE)."""
+    return {"pixels": "torch"} if max(*vit.size, *(8 * g for g in vit.grid), side or 0) >= 0.8 * LARGE else {}

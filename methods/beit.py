@@ -10,7 +10,7 @@ import torch
 from PIL import Image as PIL
 from torch import Tensor, nn
 
-from harness.augment import Normalize, TrainTransform, color_jitter, crop_resize, random_resized_crop_box, to_tensor
+from harness.augment import Normalize, TrainTransform
 from harness.classifier import FINE_TUNE_STD, Classifier
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_beit
@@ -18,6 +18,7 @@ from methods import ablations, published
 from methods.dalle import STRIDE
 from methods.masking import Algorithm1, BlockMask, block_mask, masked_indices, pick, random_mask, scaled
 from methods.targets import Pixels, Target, Tokens, tokenizer
+from methods.views import same_box
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,17 +131,13 @@ class BEiT:
         if self.intermediate:
             return TrainTransform(vit.size, recipe.augment)
         blocks = self.blocks(vit)
-        view = (STRIDE * vit.grid[0], STRIDE * vit.grid[1])
+        wanted = [(vit.size, PIL.Resampling.BICUBIC)]
+        if self.target == "tokens":
+            wanted.append(((STRIDE * vit.grid[0], STRIDE * vit.grid[1]), PIL.Resampling.LANCZOS))
+        names = ("image", "tokenizer_image")[: len(wanted)]
 
         def sample(image: PIL.Image, rng: np.random.Generator) -> dict[str, Tensor]:
-            if recipe.augment.color_jitter is not None:
-                image = color_jitter(image, rng, recipe.augment.color_jitter)
-            if rng.random() < recipe.augment.flip:
-                image = image.transpose(PIL.Transpose.FLIP_LEFT_RIGHT)
-            box = random_resized_crop_box(rng, image.height, image.width, recipe.augment.crop_scale, recipe.augment.crop_ratio)
-            made = {"image": to_tensor(crop_resize(image, box, vit.size))}
-            if self.target == "tokens":
-                made["tokenizer_image"] = to_tensor(crop_resize(image, box, view, PIL.Resampling.LANCZOS))
+            made = dict(zip(names, same_box(image, rng, recipe.augment, wanted), strict=True))
             if self.masking in ("block", "algorithm-1"):
                 made["mask"] = torch.from_numpy(block_mask(rng, blocks if self.masking == "block" else Algorithm1(*vit.grid, blocks.minimum)))
             else:

@@ -1,17 +1,24 @@
-"""Views of an image for methods that compare views: crop, colour jitter with hue, grey, blur, solarisation, flip (BYOL's set; recipes A13, A14)."""
+"""Views of an image. For methods that compare views: crop, colour jitter with hue, grey, blur, solarisation, flip (BYOL's set; recipes A13, A14).
+For BEiT: one box at two sizes, from one decode (`same_box`; recipes A6)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from harness.augment import BICUBIC, color_jitter, crop_resize, random_resized_crop_box, to_tensor
-from harness.spec import Augment
+from harness.pictures import resize, values_of
+from harness.spec import LARGE, Augment
 
 HUE, JITTERED, GREY = 0.1, 0.8, 0.2
+BRIGHTNESS, SATURATION = 0, 2
+DOWN = -0.499  # added where OpenCV rounds to the nearest and PIL down
+LUMA = (0.299, 0.587, 0.114)
 BLUR = (0.1, 2.0)  # radius in pixels of a view of 224
 
 
@@ -54,3 +61,50 @@ def shift_hue(image: Image.Image, turn: float) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
     step = int(turn * 255) % 256
     return Image.merge("HSV", (hue.point([(h + step) % 256 for h in range(256)]), saturation, value)).convert("RGB")
+
+
+def same_box(
+    image: Image.Image, rng: np.random.Generator, augment: Augment, wanted: Sequence[tuple[tuple[int, int], Image.Resampling]]
+) -> list[Tensor]:
+    """An image jittered, mirrored, cut to a random box and resized to each (size, filter): uint8 (3, h, w) each.
+
+    Where all are large, they are cut first and jittered and mirrored then, at a tenth of the cost. Contrast still turns about the grey of the whole image
+    (of every eighth row), and what is clipped is clipped after the resize.
+    """
+    large, steps = min(min(size) for size, _ in wanted) >= LARGE, []
+    if augment.color_jitter is not None and not large:
+        image = color_jitter(image, rng, augment.color_jitter)
+    elif augment.color_jitter is not None:
+        steps = draw_jitter(rng, augment.color_jitter)
+    if (flip := rng.random() < augment.flip) and not large:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    top, left, h, w = box = random_resized_crop_box(rng, image.height, image.width, augment.crop_scale, augment.crop_ratio)
+    if not large:
+        return [to_tensor(crop_resize(image, box, size, resample)) for size, resample in wanted]
+    values, left = values_of(image), image.width - left - w if flip else left
+    made = [resize(values[:, top : top + h, left : left + w], size, resample) for size, resample in wanted]
+    made = recoloured(values, made, steps) if steps else made
+    return [(view.flip(2) if flip else view).contiguous() for view in made]
+
+
+def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) -> list[tuple[int, float]]:
+    """What `harness.augment.color_jitter` draws, as steps: brightness (0), contrast (1) and saturation (2) in random order, each with its factor."""
+    return [(int(i), rng.uniform(max(0.0, 1 - strength[i]), 1 + strength[i])) for i in rng.permutation(3) if strength[i] > 0]
+
+
+def recoloured(whole: Tensor, made: Sequence[Tensor], steps: Sequence[tuple[int, float]]) -> list[Tensor]:
+    """Views uint8 (3, h, w) of an image after the steps of `draw_jitter`. Contrast turns about the mean grey of `whole`, as PIL's does."""
+    import cv2
+
+    cv2.setNumThreads(0)  # a loader process has one core
+    planes = [np.stack(cv2.split(np.ascontiguousarray(whole[:, ::8].permute(1, 2, 0).numpy()))), *(v.contiguous().numpy() for v in made)]
+    for kind, factor in steps:
+        if kind == SATURATION:
+            for i, (r, g, b) in enumerate(planes):
+                grey = cv2.addWeighted(cv2.addWeighted(r, LUMA[0], g, LUMA[1], 0), 1, b, LUMA[2], 0)
+                planes[i] = np.stack([cv2.addWeighted(p, factor, grey, 1 - factor, DOWN) for p in (r, g, b)])
+        else:
+            pivot = 0 if kind == BRIGHTNESS else int(sum(weight * cv2.mean(p)[0] for weight, p in zip(LUMA, planes[0], strict=True)) + 0.5)
+            flat = [p.reshape(-1, p.shape[2]) for p in planes]
+            planes = [cv2.addWeighted(f, factor, f, 0, (1 - factor) * pivot + DOWN).reshape(p.shape) for f, p in zip(flat, planes, strict=True)]
+    return [torch.from_numpy(p) for p in planes[1:]]

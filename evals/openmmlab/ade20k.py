@@ -140,14 +140,14 @@ class ADE20K:
         from evals.openmmlab import loops, samples, session, upernet
         from evals.openmmlab.backbone import steps_by_running_statistics
         from evals.openmmlab.mean_iou import MeanIoU
-        from harness.data import ade20k_classes
+        from harness.data import data_set
         from harness.randomness import seed_all
 
         lent, recipe = context.session, context.recipe
         assert recipe is not None
         sizes = self.sizes(checkpoint.config, context.protocol)
         folder = lent.folders["ade20k"]
-        classes = ade20k_classes(folder)
+        classes = data_set("ade20k").classes(folder)
         with session.quiet(lent, "mmseg"):
             train = upernet.scenes(folder, "training", classes, upernet.train_pipeline(sizes, len(classes)))
             rest, held = samples.held_out(len(train), self.holdout)

@@ -134,7 +134,7 @@ class COCO:
         from evals.openmmlab.average_precision import AveragePrecision
         from evals.openmmlab.backbone import even_taps
         from evals.openmmlab.scenes import COCOScenes
-        from harness.data import coco_classes
+        from harness.data import data_set
         from harness.randomness import seed_all
 
         lent, recipe, vit = context.session, context.recipe, checkpoint.config
@@ -142,7 +142,7 @@ class COCO:
         paper = context.protocol.family == "paper"
         side, scales = self.input_side(context.protocol, vit), self.map_scales(vit)
         folder = lent.folders["coco"]
-        classes = coco_classes(folder)
+        classes = data_set("coco").classes(folder)
         with session.quiet(lent, "mmdet"):
             train = COCOScenes(folder, "train2017", classes, mask_rcnn.train_pipeline(side, self.jitter or ((0.1, 2.0) if paper else (0.75, 1.33))))
             rest, held = samples.held_out(len(train), self.holdout)

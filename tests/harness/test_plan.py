@@ -99,3 +99,10 @@ def test_a_recipe_is_read_before_it_is_paid_for(smoke_data: Path, harness: Calla
     assert shown[1].startswith("      lr 0.25, batch 32, 60 iterations") and shown[3].startswith("      lr 0.1 x 64/64 = 0.1, batch 64, 20 epochs")
     scratch = harness("run", "--methods", "scratch", *line[3:]).stdout.splitlines()
     assert scratch[1].startswith("[2/2]")  # nothing is trained, nothing is shown
+
+
+def test_keys_say_where_torch_resizes(smoke_data: Path) -> None:
+    """At 64 pixels, where PIL does, keys are what they always were; an evaluation at 384 has other pixels, its pre-training has not."""
+    small, large = (plan(smoke_data, "mae", "imagenet", settings=words).nodes for words in ((), ("imagenet.size=384",)))
+    assert ["pixels" in n.identity for n in small] == [False, False]
+    assert {n.kind: n.identity.get("pixels") for n in large} == {"pretrain": None, "evaluate": "torch"}

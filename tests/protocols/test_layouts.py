@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from harness.data import ade20k_classes, coco_classes, folder_names, read_images
+from harness.data import data_set, folder_names, read_images
 from harness.layout import check_layout
 from protocols import layouts
 from protocols.scenes import BACKGROUNDS, SHAPE_NAMES
@@ -145,7 +145,7 @@ def test_no_image_is_shared(smoke_data: Path) -> None:
 def test_ade20k_labels(smoke_data: Path) -> None:
     """Backgrounds are labelled, unlabelled is little, all classes occur in train, and every label picture fits its image."""
     root = smoke_data / folder_names()["ade20k"]
-    assert ade20k_classes(root) == (*BACKGROUNDS, *SHAPE_NAMES)
+    assert data_set("ade20k").classes(root) == (*BACKGROUNDS, *SHAPE_NAMES)
     pixels = np.zeros(256, np.int64)
     for path in sorted((root / "annotations/training").glob("*.png")):
         with Image.open(path) as labels, Image.open(root / "images/training" / f"{path.stem}.jpg") as image:
@@ -177,7 +177,7 @@ def annotations(root: Path, split: str) -> dict:
 def test_coco_annotations(smoke_data: Path) -> None:
     """Ids with gaps, images without objects, crowds as run lengths, and boxes that belong to their masks."""
     root = smoke_data / folder_names()["coco"]
-    ids = [i for i, _ in coco_classes(root)]
+    ids = [i for i, _ in data_set("coco").classes(root)]
     assert len(ids) >= 8 and ids != list(range(min(ids), min(ids) + len(ids)))
     body = annotations(root, "train")
     images = {i["id"]: i for i in body["images"]}

@@ -1,0 +1,151 @@
+"""The short way from a JPEG file to a crop gives PIL's pixels, and torchvision's crops."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision import transforms as tv
+from torchvision.transforms import functional as tvf
+
+import harness.pictures
+from harness.augment import EvalTransform, crop_resize, random_resized_crop_box, to_tensor
+from harness.data import BadImage, load_rgb
+from harness.pictures import Picture, decode_jpeg
+from harness.randomness import generator
+from harness.spec import Augment, ViTConfig, pixels
+from methods.views import same_box
+
+BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
+
+
+def scene(height: int = 301, width: int = 403, mode: str = "RGB") -> Image.Image:
+    """A picture with fine and coarse detail."""
+    rng = np.random.default_rng(height)
+    coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((width, height), BICUBIC)
+    return Image.fromarray((np.asarray(coarse) * 0.8 + rng.integers(0, 50, (height, width, 3))).astype(np.uint8)).convert(mode)
+
+
+def jpeg(image: Image.Image, **how: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", **how)
+    return stream.getvalue()
+
+
+KINDS = [*({"subsampling": s} for s in (0, 1, 2)), {"keep_rgb": True}, {"quality": 40}, {"progressive": True}, {"restart_marker_rows": 2}]
+
+
+@pytest.mark.parametrize("how", KINDS, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_decoder_is_pils_to_the_bit(mode: str, how: dict[str, Any]) -> None:
+    """simplejpeg installed or not must not change a number: it is in no key."""
+    data = jpeg(scene(mode=mode), **how)
+    ours = decode_jpeg(data)
+    assert isinstance(ours, Picture) and np.array_equal(np.asarray(ours), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_what_simplejpeg_cannot_do_is_pils(tmp_path: Path) -> None:
+    """CMYK, images that EXIF turns, and damaged files: converted, upright, and refused as before."""
+    exif = Image.Exif()
+    exif[harness.pictures.ORIENTATION] = 6
+    late = jpeg(scene(), exif=exif, icc_profile=bytes(200_000))  # profiles come before it in some files
+    xmp = jpeg(scene(), xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>')
+    cases = {"cmyk": jpeg(scene(mode="CMYK")), "turned": jpeg(scene(), exif=exif), "late": late, "xmp": xmp, "png": b"\x89PNG", "cut": jpeg(scene())[:-900]}
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        assert decode_jpeg(data) is None
+    assert load_rgb(tmp_path / "cmyk").size == (403, 301) and {load_rgb(tmp_path / n).size for n in ("turned", "late", "xmp")} == {(301, 403)}
+    for name in ("png", "cut"):
+        with pytest.raises(BadImage, match=rf"{name}: cannot be read as an image \((?!.*object at)"):
+            load_rgb(tmp_path / name)
+
+
+def test_without_simplejpeg_the_pixels_are_the_same_and_a_notice_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene()))
+    view = to_tensor(crop_resize(load_rgb(tmp_path / "a.jpg"), (5, 9, 200, 250), (224, 224)))
+    monkeypatch.setattr(harness.pictures, "simplejpeg", None)
+    with pytest.warns(UserWarning, match="pip install simplejpeg"):
+        plain = load_rgb(tmp_path / "a.jpg")
+    assert not isinstance(plain, Picture) and torch.equal(view, to_tensor(crop_resize(plain, (5, 9, 200, 250), (224, 224))))
+
+
+def test_a_picture_is_an_image_of_pils() -> None:
+    """Plugins get one where they had PIL's: what they call works, and what they draw is not lost."""
+    plain, picture = scene(), Picture(to_tensor(scene()))
+    assert picture.size == plain.size and picture.mode == "RGB" and np.array_equal(np.asarray(picture.convert("L")), np.asarray(plain.convert("L")))
+    assert np.array_equal(np.asarray(picture.rotate(90)), np.asarray(plain.rotate(90))) and picture.copy().tobytes() == plain.tobytes()
+    for image in (plain, picture):
+        ImageDraw.Draw(image).rectangle((0, 0, 300, 200), fill=(1, 2, 3))
+    assert torch.equal(to_tensor(picture), to_tensor(plain)) and to_tensor(picture)[:, 5, 5].tolist() == [1, 2, 3]
+
+
+class TorchDraws:
+    """A generator that draws as torchvision's transforms do, from torch's global generator in single precision."""
+
+    def uniform(self, low: float, high: float) -> float:
+        return torch.empty(1).uniform_(low, high).item()
+
+    def integers(self, end: int) -> int:
+        return int(torch.randint(0, end, size=(1,)).item())
+
+
+@pytest.mark.parametrize("height,width", [(375, 500), (500, 333), (40, 900)])
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 1.0)])
+def test_boxes_are_torchvisions_for_the_same_seed(height: int, width: int, scale: tuple[float, float]) -> None:
+    """The rule to the pixel, not only in distribution: the same draws give the same box, the central one of a panorama included."""
+    image, ratio = torch.zeros(3, height, width), (3 / 4, 4 / 3)
+    for seed in range(300):
+        torch.manual_seed(seed)
+        ours = random_resized_crop_box(TorchDraws(), height, width, scale, ratio)  # type: ignore[arg-type]
+        torch.manual_seed(seed)
+        assert ours == tuple(tv.RandomResizedCrop.get_params(image, scale, ratio))
+
+
+@pytest.mark.parametrize("size,resample", [(224, BICUBIC), (112, LANCZOS), (384, BICUBIC)])
+def test_views_are_within_a_twentieth_of_a_grey_level_of_pils(size: int, resample: Image.Resampling) -> None:
+    """Every crop of a training, enlarged or shrunk: what differs is rounding. (With the two passes in another order than PIL's it would be 0.27.)"""
+    apart = []
+    for seed in range(40):
+        box = random_resized_crop_box(generator(seed), 301, 403, (0.2, 1.0), (3 / 4, 4 / 3))
+        theirs = tvf.pil_to_tensor(tvf.resized_crop(scene(), *box, [size, size], tvf.InterpolationMode(resample.name.lower())))
+        apart.append((to_tensor(crop_resize(scene(), box, (size, size), resample)).int() - theirs.int()).abs())
+    away = torch.stack(apart).float()
+    assert 0 < away.mean((1, 2, 3)).max() < 0.05 and away.max() <= 2
+
+
+@pytest.mark.parametrize("height,width", [(301, 403), (150, 900), (224, 224)])
+def test_large_eval_views_are_torchvisions_crops(height: int, width: int) -> None:
+    """A crop off by one pixel is far more than 0.05 grey levels."""
+    theirs = tvf.pil_to_tensor(tv.Compose([tv.Resize(256, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(224)])(scene(height, width)))
+    ours = EvalTransform((224, 224))(scene(height, width))["image"]
+    assert ours.shape == theirs.shape and (ours.float() - theirs.float()).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("strength,apart", [(None, 0.05), ((0.4, 0.4, 0.4), 0.8)])
+def test_large_views_of_one_box_are_those_of_the_long_way(strength: tuple[float, float, float] | None, apart: float) -> None:
+    """BEiT's order is jitter, flip, crop; cut first, the same draws give the same picture: the grey of contrast is the whole image's, not the crop's."""
+    augment = Augment(crop_scale=(0.08, 1.0), color_jitter=strength)
+    wanted = [((224, 224), BICUBIC), ((112, 112), LANCZOS)]
+    away = []
+    for seed in range(12):
+        short = same_box(scene(), generator(seed), augment, wanted)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("harness.augment", "methods.views"):
+                patch.setattr(f"{module}.LARGE", math.inf)
+            long = same_box(scene(), generator(seed), augment, wanted)
+        assert [v.shape for v in short] == [v.shape for v in long] and all(v.is_contiguous() for v in short)
+        away += [float((a.float() - b.float()).abs().mean()) for a, b in zip(short, long, strict=True)]
+    assert np.mean(away) < apart
+
+
+def test_identities_say_which_resize_made_the_pixels() -> None:
+    """The demo's keys and pixels are what they were; views of 96 pixels and more have another rounding and another key."""
+    demo = ViTConfig(size=(64, 64), patch=8)
+    assert pixels(demo) == {} and pixels(ViTConfig()) == pixels(demo, 384) == {"pixels": "torch"}
+    assert pixels(ViTConfig(size=(64, 64), patch=4)) == {"pixels": "torch"}  # the tokenizer sees 8 pixels a patch: 128
