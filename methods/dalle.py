@@ -126,7 +126,7 @@ class Tokenizer(nn.Module):
         """Cast the residual branches, nine tenths of the work, to fp16, once. What they are added to and the logits stay in fp32.
 
         On two tokenizers that were trained here (256 codes, 65,536 places) 99.995 % of the tokens are then those of fp32. With everything in fp16 it is
-        99.5 % and 99.8 %, with the logits too 99.6 % and 99.8 %, with the 1x1 paths too 99.88 % and 99.90 %.
+        99.5 % and 99.7 %, with the logits too 99.6 % and 99.8 %, with the 1x1 paths too 99.88 % and 99.90 %.
         """
         for part in self.encoder.modules():
             if isinstance(part, ResidualBlock):
