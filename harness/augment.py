@@ -35,7 +35,8 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised float images (B, 3, H, W)."""
-        return images.to(torch.float32, copy=True).sub_(self.shift).mul_(self.scale)  # one copy: on a CPU its memory is most of the cost
+        wide = torch.promote_types(torch.float32, self.shift.dtype)
+        return images.to(wide, copy=True).sub_(self.shift).mul_(self.scale)  # one copy: on a CPU its memory is most of the cost
 
 
 def random_resized_crop_box(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.data import data_set, files_below
@@ -52,14 +54,18 @@ def fingerprint(name: str, folder: Path) -> str:
     cache = Path(platformdirs.user_cache_dir("vision-harness")) / "fingerprints" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.json"
     try:
         known = json.loads(cache.read_text())
-        stamp, files = str(known["stamp"]), dict(known["files"])
+        stamp, files, places = str(known["stamp"]), dict(known["files"]), list(known["places"])
     except (OSError, ValueError, KeyError, TypeError):
-        stamp, files = "", {}
-    current = folders_stamp(folder, extra)
-    if stamp and stamp == current:
+        stamp, files, places = "", {}, []
+    if stamp and stamp == stamp_of(places):
         return str(known["fingerprint"])
     paths = [f for f in files_below(folder) if f != GENERATED]
     many, lines, read = len(paths) >= MANY_FILES, [], {}
+    if many:
+        holders = {Path(name) for name in {os.path.dirname(f) for f in paths}}  # noqa: PTH120  # a million of them
+        labels = [f for f in paths if f.endswith(LABEL_FILES) or Path(f).name in extra]
+        places = [str(folder.resolve() / p) for p in (*sorted({a for h in holders for a in (h, *h.parents)} | {Path()}), *labels)]
+    current = stamp_of(places)
     for relative in paths:
         try:
             found = (folder / relative).stat()
@@ -77,18 +83,18 @@ def fingerprint(name: str, folder: Path) -> str:
     if read != files or many:
         from harness.checkpoint import write_atomically
 
-        body = json.dumps({"stamp": current if many else "", "files": {} if many else read, "fingerprint": result}).encode()
+        body = json.dumps({"stamp": current if many else "", "places": places, "files": {} if many else read, "fingerprint": result}).encode()
         write_atomically(cache, lambda stream: stream.write(body))
     return result
 
 
-def folders_stamp(folder: Path, extra: tuple[str, ...]) -> str:
-    """Times of all folders (they change when a file is added or removed) and sizes and times of the label files; no image is looked at."""
+def stamp_of(places: Sequence[str]) -> str:
+    """Times of folders (they change when an entry is added or removed) and sizes and times of label files, without a look at any image; "" if one is gone."""
     lines = []
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        lines.append(f"{parent} {Path(parent).stat().st_mtime_ns}")
-        for file in sorted(f for f in files if f.endswith(LABEL_FILES) or f in extra):
-            found = Path(parent, file).lstat()
-            lines.append(f"{file} {found.st_size} {found.st_mtime_ns}")
+    for place in places:
+        try:
+            found = Path(place).stat()
+        except OSError:
+            return ""
+        lines.append(f"{place} {found.st_mtime_ns} {'' if stat.S_ISDIR(found.st_mode) else found.st_size}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -52,9 +52,8 @@ class Session:
     `report` tells how far the job is; `should_stop` is true once a signal came: save, then raise `Interrupted`.
     `dtype`: the autocast type (torch.float32: none). `workers`: loader processes (0: this one). `folders`: name of a data set of the job -> its folder.
     `micro_batch`: most images at a time on this device; `force_accumulation`: also for losses that couple a batch; `on_oom`: end, or halve the micro-batch.
-    `milestones`: see `harness.checkpoint.States`. `nan_restarts`: see `harness.restarts`. `shard`: see `harness.sharding`.
-    `recompute`: the blocks of a dense evaluator's ViT are computed again in the backward pass: less memory, the same numbers; FLOPs count it.
-    """
+    `milestones`, `nan_restarts`, `shard`: see `harness.checkpoint.States`, `harness.restarts`, `harness.sharding`.
+    `recompute`: the blocks of a dense evaluator's ViT are computed again in the backward pass: less memory, the same numbers; FLOPs count it."""
 
     dir: Path
     seed: int

@@ -174,7 +174,7 @@ class BEiT:
                 raise UserError("--methods beit@intermediate: its training images have no labels: drop it, or give --data with class folders")
             return Classifier(vit, context.classes, mean=self.mean, std=self.std, augment=context.recipe.augment, head_std=FINE_TUNE_STD)
         limit = None if self.recover == "all" else config.patches if self.masking == "algorithm-1" else self.blocks(config).target
-        targets: Target = Tokens(context.assets["tokenizer"]) if self.target == "tokens" else Pixels(config.patch, self.normalise_pixels)
+        targets: Target = Tokens.read(context.assets["tokenizer"]) if self.target == "tokens" else Pixels(config.patch, self.normalise_pixels)
         return BEiTObjective(vit, targets, limit, Normalize(self.mean, self.std), self.deviation(config))
 
 

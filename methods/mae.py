@@ -151,7 +151,7 @@ class MAE:
         assert vit is not None
         target: Target = Pixels(vit.config.patch, self.normalise_pixels)
         if self.target != "pixels":
-            target = Tokens(context.assets["tokenizer"]) if self.target == "tokens" else Components(vit.config.patch, self.components)
+            target = Tokens.read(context.assets["tokenizer"]) if self.target == "tokens" else Components(vit.config.patch, self.components)
         normalize = Normalize(self.mean, self.std)
         return MAEObjective(vit, self.mask_ratio, self.decoder(vit.config), target, normalize, self.mask_tokens == "encoder")
 

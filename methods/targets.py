@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from harness.augment import Normalize
 from harness.spec import Asset, ViTConfig
-from methods.dalle import STRIDE, decode, load_decoder, load_tokenizer
+from methods.dalle import STRIDE, Tokenizer, decode, load_decoder, load_tokenizer
 from methods.dvae import contact_sheet, for_grid
 from methods.masking import images_of, normalise_patches, patch_pixels, pick
 
@@ -34,9 +34,13 @@ class Tokens:
     `file` is where it came from, and its decoder, which only `sheet` reads.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.tokenizer = file, load_tokenizer(file)
-        self.outputs = self.tokenizer.codes
+    def __init__(self, tokenizer: Tokenizer, file: Path | None = None) -> None:
+        self.tokenizer, self.file, self.outputs = tokenizer, file, tokenizer.codes
+
+    @classmethod
+    def read(cls, file: Path) -> Tokens:
+        """Targets by the tokenizer in an asset's file. Raises JobFailed when that is damaged."""
+        return cls(load_tokenizer(file), file)
 
     def __call__(self, batch: Mapping[str, Tensor], images: Tensor, index: Tensor) -> Tensor:
         """Tokens (B, K) of the patches `index` (B, K)."""
@@ -59,7 +63,7 @@ class Tokens:
 
         The third row is the best that predictions could give: what the fourth lacks against it the method has not guessed, the rest the tokenizer lost.
         """
-        if isinstance(decoder := load_decoder(self.file), str):
+        if isinstance(decoder := load_decoder(self.file) if self.file else "the tokenizer came from no file", str):
             return decoder
         if decoder.blocks.input.in_channels != self.outputs:
             return f"the decoder is of {decoder.blocks.input.in_channels} tokens, the tokenizer of {self.outputs}"

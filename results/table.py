@@ -121,7 +121,7 @@ class Table:
             paper_table(args.layout)  # a wrong name is said before anything is read
         choice = choose(args, needed=args.layout is None)
         if args.layout is not None:
-            print(self.render_layout(args.layout, choice.results, args.format, Archive(choice.folders)))
+            print(self.render_layout(args.layout, choice.results, args.format, choice.archive))
         else:
             print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, cost=args.cost, archive=choice.archive))
         return 0

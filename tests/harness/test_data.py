@@ -277,3 +277,15 @@ def test_fingerprint_of_a_large_set_sees_new_images(tmp_path: Path, monkeypatch:
     first = layout.fingerprint("inat2018", tmp_path)
     picture(tmp_path / "train_val2018/Aves/4/2.jpg")
     assert layout.fingerprint("inat2018", tmp_path) != first
+
+
+def test_fingerprint_of_a_large_set_sees_new_images_behind_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets often lie on another disk, one link for each part."""
+    monkeypatch.setattr(layout, "MANY_FILES", 1)
+    picture(tmp_path / "disk/a/1.jpg")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train").symlink_to(tmp_path / "disk")
+    first = layout.fingerprint("imagenet", tmp_path / "set")
+    assert layout.fingerprint("imagenet", tmp_path / "set") == first
+    picture(tmp_path / "disk/b/1.jpg")
+    assert layout.fingerprint("imagenet", tmp_path / "set") != first

@@ -180,7 +180,7 @@ def test_why_there_are_no_pictures_of_tokens_is_said(tmp_path: Path) -> None:
     given, file = samples(BEiT()), tokenizer_file(tmp_path / "asset.pt", (32, 48))
     content = torch.load(file, weights_only=True)
     torch.save({k: v for k, v in content.items() if k != "decoder"}, file)
-    targets = Tokens(file)
+    targets = Tokens.read(file)
     prediction, whole = torch.zeros(4, 24, 16), (given, given["image"])
     assert targets.sheet(*whole, prediction, given["mask"], nn.Identity()) == "the tokenizer was made before its decoder was kept"
     file.write_bytes(b"damaged")

@@ -26,6 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield gpu
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(False)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     torch.backends.cuda.enable_cudnn_sdp(True)
