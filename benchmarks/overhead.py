@@ -248,8 +248,7 @@ def main() -> None:
             for name, lines in curves.items():
                 day = datetime.date.today().isoformat()
                 plot(name, lines, args.out / f"overhead-{day}-{name.split()[0]}.png")
-    if args.out:
-        keep("overhead", rows, args.out, growth=curves)
+            keep("overhead", rows, args.out, growth=curves)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A file is {"benchmark", "date", "hardware", "versions", "rows", ...}; a row says what was measured ("name") and what came out: "ratio" (times as fast as the
 rival), or "value" with its "unit"; "spread" is [lowest, highest] of its "rounds", "goal" what was wanted. Everything else that a row has (other figures,
-groups of figures) stands in the last column. Files without these names are shown as well: text and whole numbers are what was measured, fractions the outcome.
+groups of figures) stands in the last column. "growth" is what grows -> what was measured -> points ("at", "processor_s", "peak_MB"). Files without these
+names are shown as well: text and whole numbers are what was measured, fractions the outcome.
 
     .venv/bin/python benchmarks/report.py          # writes benchmarks/RESULTS.md
 """
@@ -55,6 +56,10 @@ def line(row: Mapping[str, Any]) -> str:
     """A row of the table."""
     told = {k: v for k, v in row.items() if isinstance(v, (str, int)) and k not in MAIN} if "name" not in row else {}
     name = row.get("name") or ", ".join(f"{v}" if isinstance(v, str) else words(k, v) for k, v in told.items())
+    groups = [k for k, v in row.items() if isinstance(v, Mapping) and "median" in v] if not {"ratio", "value", "median"} & set(row) else []
+    for group in groups[:1]:  # the first of several outcomes; the others stand in the last column
+        whole = row[group]
+        name, row = f"{name}: {group}", {**{k: v for k, v in row.items() if k != group}, "ratio": whole["median"], "rounds": whole.get("rounds")}
     rounds = row.get("rounds", row.get("ratios"))
     low_high = row.get("spread") or ([min(rounds), max(rounds)] if isinstance(rounds, list) and rounds else None)
     main = row.get("ratio", row.get("value", row.get("median")))
@@ -70,10 +75,14 @@ def section(path: Path) -> str:
     """What one file says."""
     body = json.loads(path.read_text())
     hardware, used = body.get("hardware") or body.get("processor"), body.get("versions") or body.get("packages") or {}
-    facts = {k: v for k, v in body.items() if k not in ("benchmark", "date", "hardware", "processor", "versions", "packages", "rows")}
+    facts = {k: v for k, v in body.items() if k not in ("benchmark", "date", "hardware", "processor", "versions", "packages", "rows", "growth")}
     where = [str(hardware), *(words(k, v) for k, v in facts.items()), *(f"{k} {used[k]}" for k in ("python", "torch") if k in used)]
     plots = "".join(f"\n![{p.stem}](results/{p.name})\n" for p in sorted(path.parent.glob(f"{path.stem}-*.png")))
     rows = "\n".join(line(row) for row in body["rows"])
+    for grows, curves in body.get("growth", {}).items():
+        for what, points in curves.items():
+            shown = ", ".join(f"{p['at']:,}: {number(p['processor_s'])} s and {number(p['peak_MB'])} MB" for p in points)
+            rows += f"\n\nGrowth with {grows}, {what} (processor seconds, peak memory): {shown}."
     return f"## {body.get('benchmark') or path.stem[:-len('-0000-00-00')]}, {body['date']}\n\n{'; '.join(where)}\n\n{HEAD}\n{rows}\n{plots}"
 
 

@@ -263,7 +263,7 @@ def command_status(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m harness` and of the script `harness`."""
-    gc.set_threshold(100_000, 10, 10)  # imports and records are a million objects and no garbage: looking for it took a quarter of a command's time
+    gc.set_threshold(100_000, 50, 100)  # imports and records are a million objects and no garbage: looking for it took a quarter of a command's time
     try:
         check_packages()
         top = parser()
