@@ -64,7 +64,8 @@ def fingerprint(name: str, folder: Path) -> str:
     if many:
         holders = {Path(name) for name in {os.path.dirname(f) for f in paths}}  # noqa: PTH120  # a million of them
         labels = [f for f in paths if f.endswith(LABEL_FILES) or Path(f).name in extra]
-        places = [str(folder.resolve() / p) for p in (*sorted({a for h in holders for a in (h, *h.parents)} | {Path()}), *labels)]
+        folders = sorted({a for h in holders for a in (h, *h.parents)})
+        places = [str(folder.resolve() / p) for p in (Path(), *folders, *map(Path, labels))]
     current = stamp_of(places)
     for relative in paths:
         try:
