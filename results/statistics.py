@@ -118,10 +118,11 @@ def paired_p(values: Sequence[float]) -> float:
 
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's step-down correction (1979)."""
-    corrected, largest = list(p), 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):  # statsmodels' multipletests does the same, and then collects garbage: 1.3 s
-        largest = corrected[index] = min(1.0, max(largest, p[index] * (len(p) - rank)))
-    return corrected
+    if len(p) < 2:
+        return list(p)
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(v) for v in multipletests(p, method="holm")[1]]
 
 
 def detectable_effect(n: int, alpha: float = ALPHA) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -120,6 +121,7 @@ class Table:
         if args.layout is not None:
             paper_table(args.layout)  # a wrong name is said before anything is read
         choice = choose(args, needed=args.layout is None)
+        gc.freeze()  # statsmodels looks for garbage after each correction: among 10,000 records that takes a second, and they are none
         if args.layout is not None:
             print(self.render_layout(args.layout, choice.results, args.format, choice.archive))
         else:
