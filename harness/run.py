@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
+import importlib
 import math
 import os
 import shutil
@@ -201,10 +203,23 @@ def execute(path: Path, should_stop: Callable[[], bool] = lambda: False) -> int:
         return BUSY
 
 
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """For imports: torch and timm are a million objects and no garbage. Looking for it took 0.85 of 3.6 s of processor (benchmarks/LOG.md)."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callable[[], bool], log: Callable[[str], None]) -> int:
     """One try at a job whose lock is held: record.json, or failure.json, or a saved state."""
     try:
-        machine = set_up(folder)
+        with no_collections():
+            machine = set_up(folder)
+            importlib.import_module("harness.vit")
         if "HARNESS_RANK" in os.environ and not spreads(job):
             log("this job is done by one process: its plugin cannot use more")
             if own_rank():
