@@ -7,11 +7,12 @@ tenth of the plan.
 What grows how: planning and writing jobs linearly with nodes (0.3 ms and a file each); calls of sbatch with the number of groups of equal shape and equal
 dependency, one for each pre-training and method here, not with nodes; squeue is called once. Two to three seconds of imports do not grow.
 
-    .venv/bin/python benchmarks/slurm_scale.py [benchmarks/results] [rounds, default 3]
+    .venv/bin/python benchmarks/slurm_scale.py [benchmarks/results] [--rounds 3]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -44,7 +45,11 @@ def measure(folder: Path, seeds: int, max_array: int) -> dict[str, tuple[float, 
 
 def main() -> None:
     """Measure, print, and keep."""
-    rounds, rows = int(sys.argv[2]) if len(sys.argv) > 2 else 3, list[dict[str, Any]]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, help="folder for the dated JSON")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rounds, rows = args.rounds, list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         measure(folder / "warm", 1, 1000)  # data, caches
@@ -57,8 +62,8 @@ def main() -> None:
                          **({"goal": GOALS[name]} if not kind and name in GOALS else {}), "processor_s": statistics.median(cpus), "nodes": nodes[0],
                          "calls_of_sbatch": calls[0]})
             print(f"{kind}{name}: {rows[-1]['value']:.2f} s ({rows[-1]['processor_s']:.2f} s of processor), {nodes[0]} nodes, {calls[0]} calls of sbatch")
-    if len(sys.argv) > 1:
-        keep("slurm-scale", rows, Path(sys.argv[1]))
+    if args.out is not None:
+        keep("slurm-scale", rows, args.out)
 
 
 if __name__ == "__main__":

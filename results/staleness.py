@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from harness import plugins
 from harness.collect import Result
@@ -25,7 +24,7 @@ class Staleness:
     archive: Archive
     data: bool = False
     installed: Mapping[str, str] = field(default_factory=versions)
-    _prints: dict[tuple[str, str], str | None] = field(default_factory=dict, repr=False)
+    _changed: dict[tuple[Path, str, str | None], bool] = field(default_factory=dict, repr=False)
 
     def reasons(self, result: Result) -> tuple[str, ...]:
         """What has changed since a score was made, in words; () when nothing is known to have."""
@@ -49,22 +48,25 @@ class Staleness:
         return [f"{name} was {then[name]}, is {now[name]}" for name in sorted(then) if name in now and now[name] != then[name]]
 
     def sets(self, step: Step) -> list[str]:
-        """Data sets whose files are others now. One that is not where it was cannot be asked."""
+        """Data sets whose files are others now."""
         if not self.data or step.folder is None:
             return []
-        folders: Mapping[str, Any] = {}
-        with contextlib.suppress(UserError):
-            folders = (read_job(step.folder / "job.json").get("where") or {}).get("folders") or {}
         found = []
-        for name, folder in folders.items():
-            kind = name.partition(":")[0]
-            if (kind, folder) not in self._prints:
-                self._prints[kind, folder] = None
-                with contextlib.suppress(UserError, OSError):
-                    self._prints[kind, folder] = fingerprint(kind, Path(folder)) if Path(folder).is_dir() else None
-            now, then = self._prints[kind, folder], (step.identity.get("data") or {}).get(kind)
-            found += [f"data {kind} has changed since"] if now is not None and then is not None and now != then else []
+        for name, then in (step.identity.get("data") or {}).items():
+            place = (step.folder.parent, name, then)
+            if place not in self._changed:  # of ten thousand jobs that read the same set, one is asked where it lies
+                self._changed[place] = self.changed(step.folder / "job.json", name, then)
+            found += [f"data {name} has changed since"] if self._changed[place] else []
         return found
+
+    @staticmethod
+    def changed(job: Path, name: str, then: str | None) -> bool:
+        """Whether a set of a job is another now. One that is not where it was cannot be asked."""
+        with contextlib.suppress(UserError, OSError):
+            folders: Mapping[str, str] = (read_job(job).get("where") or {}).get("folders") or {}
+            place = next((Path(folder) for full, folder in folders.items() if full.partition(":")[0] == name), None)
+            return place is not None and place.is_dir() and then is not None and fingerprint(name, place) != then
+        return False
 
 
 def with_stale(sheet: Sheet, staleness: Staleness) -> Sheet:
