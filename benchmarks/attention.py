@@ -8,7 +8,6 @@ folder as argument, writes a dated JSON there with hardware and versions.
 
 from __future__ import annotations
 
-import datetime
 import os
 import statistics
 import sys
@@ -19,11 +18,9 @@ from typing import Any
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+from report import keep, middle
 from timm.models.vision_transformer import Block
 from torch import nn
-
-from harness.provenance import processor, versions
-from harness.store import write_json
 
 ROUNDS, STEPS, BATCH = 7, 4, 64
 SIZES = ((128, 4, 17), (128, 4, 65), (192, 3, 17), (192, 3, 65))  # width, heads, tokens: the demo's MAE and BEiT, and 1.5 times as wide
@@ -62,10 +59,10 @@ def measure(width: int, heads: int, tokens: int) -> dict[str, Any]:
         sys.exit(f"not the same computation: losses {losses}, gradients differ by {error:.3g}")
     pairs = [(seconds(net, x, True), seconds(net, x, False)) for _ in range(ROUNDS)]
     ratios = [a / b for a, b in pairs]
+    ours, rival = (BATCH / statistics.median(pair[i] for pair in pairs) for i in (1, 0))
     return {
-        "width": width, "tokens": tokens, "batch": BATCH, "fused_images_per_s": BATCH / statistics.median(a for a, _ in pairs),
-        "explicit_images_per_s": BATCH / statistics.median(b for _, b in pairs), "ratio": statistics.median(ratios), "ratios": ratios,
-        "gradient_difference": error,
+        "name": f"width {width}, tokens {tokens}, batch {BATCH}", **middle(ratios, "ratio"), "rounds": ratios, "rival": "timm's fused kernel",
+        "images_per_s": {"ours": ours, "rival": rival}, "gradient_difference": error,
     }
 
 
@@ -74,11 +71,11 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measure(*size) for size in SIZES]
     for r in rows:
-        print(f"width {r['width']}, {r['tokens']} tokens: explicit {r['explicit_images_per_s']:.0f} images/s, fused {r['fused_images_per_s']:.0f}, "
-              f"ratio {r['ratio']:.2f} ({min(r['ratios']):.2f} to {max(r['ratios']):.2f}), gradients differ by {r['gradient_difference']:.1e}")
+        speed, (low, high) = r["images_per_s"], r["spread"]
+        print(f"{r['name']}: explicit {speed['ours']:.0f} images/s, fused {speed['rival']:.0f}, ratio {r['ratio']:.2f} ({low:.2f} to {high:.2f}), "
+              f"gradients differ by {r['gradient_difference']:.1e}")
     if len(sys.argv) > 1:
-        body = {"date": datetime.date.today().isoformat(), "processor": processor(), "packages": versions(), "threads": 1, "rows": rows}
-        write_json(Path(sys.argv[1]) / f"attention-{body['date']}.json", body)
+        keep("attention", rows, Path(sys.argv[1]), threads=1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import datetime
 import math
 import os
 import statistics
@@ -36,6 +35,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import psutil
 import torch
 import torch.nn.functional as F
+from report import keep, middle
 from torch import Tensor, nn
 
 from evals.openmmlab.foreign import openmmlab
@@ -43,9 +43,8 @@ from harness import plugins
 from harness.batches import positions
 from harness.checkpoint import Backbone
 from harness.plugins import EvalContext, Session
-from harness.provenance import processor, versions
+from harness.provenance import processor
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Protocol, Recipe, ViTConfig
-from harness.store import write_json
 from harness.vit import ViT
 
 Step = Callable[[dict[str, Any]], float]
@@ -314,8 +313,8 @@ def wide(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def measure(name: str, device: str, rounds: int) -> dict[str, Any]:
-    """Interleaved rounds of our step, the rival as published and the rival in bf16."""
+def measure(name: str, device: str, rounds: int) -> list[dict[str, Any]]:
+    """Interleaved rounds of our step, the rival as published and the rival in bf16: one row for each rival."""
     from evals.openmmlab import session
 
     kind = name.partition("@")[0]
@@ -332,14 +331,20 @@ def measure(name: str, device: str, rounds: int) -> dict[str, Any]:
             sys.exit(f"{name}: not the same task: losses {losses}, parameters {weights}")
         memory = {who: peak(step, given[who][1], device) for who, step in steps.items()}
         seconds = [{who: timed(step, given[who][i % len(batches)], device) for who, step in steps.items()} for i in range(rounds)]
-    row: dict[str, Any] = {
-        "evaluator": name, "side": scale.side, "batch": scale.batch, "vit": f"{scale.vit.width}x{scale.vit.depth}", "first_losses": losses,
-        "parameters": weights, "peak_gb": memory, "images_per_s": {who: scale.batch / statistics.median(s[who] for s in seconds) for who in steps},
-    }
-    for who in ("rival", "rival bf16"):
+    speed = {who: scale.batch / statistics.median(s[who] for s in seconds) for who in steps}
+
+    def beside(who: str, figures: dict[str, float]) -> dict[str, float]:
+        return {"ours": figures["ours"], "rival": figures[who]}
+
+    rows, title = list[dict[str, Any]](), f"{name}, side {scale.side}, batch {scale.batch}, ViT {scale.vit.width}x{scale.vit.depth}"
+    for who, how in (("rival", "fp32 as published"), ("rival bf16", "bf16 autocast")):
         ratios = [s[who] / s["ours"] for s in seconds]
-        row[f"ratio to {who}"] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "rounds": ratios}
-    return row
+        rows.append({
+            "name": title, **middle(ratios, "ratio"), "rounds": ratios,
+            "rival": f"{'mmseg, MAE UperNet' if kind == 'ade20k' else 'mmdet, ViTDet restated'}, {how}",
+            "images_per_s": beside(who, speed), "peak_GB": beside(who, memory), "details": {"first_losses": beside(who, losses), "parameters": weights},
+        })
+    return rows
 
 
 def main() -> None:
@@ -352,23 +357,20 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU") else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in args.evals.split(","):
         with openmmlab(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what mmseg says about its own configuration
-            rows.append(row := measure(name, device, args.rounds))
+            rows += (found := measure(name, device, args.rounds))
         rival = "mmseg's MAE UperNet configuration" if name.startswith("ade20k") else "ViTDet restated for mmdet from its published configuration"
-        speed, used = row["images_per_s"], row["peak_gb"]
-        where = f"{row['side']} px, ViT {row['vit']}, batch {row['batch']}, {device}"
-        print(f"{name}, {where}: {speed['ours']:.2f} images/s, {used['ours']:.2f} GB; rival: {rival}")
-        for who, text in (("rival", "as published (fp32)"), ("rival bf16", "under bf16 autocast")):
-            r = row[f"ratio to {who}"]
-            spread = f"{r['median']:.2f} times as fast ({r['low']:.2f} to {r['high']:.2f} in {args.rounds} rounds)"
-            print(f"  {text}: {speed[who]:.2f} images/s, {used[who]:.2f} GB: ours {spread}", flush=True)
+        speed, used = found[0]["images_per_s"], found[0]["peak_GB"]
+        print(f"{found[0]['name']}, {device}: {speed['ours']:.2f} images/s, {used['ours']:.2f} GB; rival: {rival}")
+        for r in found:
+            spread = f"{r['ratio']:.2f} times as fast ({r['spread'][0]:.2f} to {r['spread'][1]:.2f} in {args.rounds} rounds)"
+            print(f"  {r['rival']}: {r['images_per_s']['rival']:.2f} images/s, {r['peak_GB']['rival']:.2f} GB: ours {spread}", flush=True)
     if args.out:
         hardware = torch.cuda.get_device_name() if device == "cuda" else processor()
-        body = {"date": datetime.date.today().isoformat(), "hardware": hardware, "packages": versions(), "threads": torch.get_num_threads(), "rows": rows}
-        write_json(Path(args.out) / f"dense-{device}-{body['date']}.json", body)
+        keep(f"dense-{device}", rows, Path(args.out), hardware=hardware, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ else, above what it had after its imports. Images are noise. Prints the table an
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,16 +27,16 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from report import keep, middle
 
 from harness import plugins
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
 from harness.plugins import Session, TrainContext
-from harness.provenance import processor, versions
+from harness.provenance import processor
 from harness.randomness import generator, seed_all
 from harness.request import resolve_precision
 from harness.samples import stack
 from harness.spec import UserError
-from harness.store import write_json
 from harness.train import choose_attention
 from harness.vit import ViT
 
@@ -154,11 +152,6 @@ def alone(name: str, words: list[str]) -> float:
     return float(json.loads(done.stdout))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def main() -> None:
     """Measure all methods."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -181,7 +174,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     """All methods round by round, the table, the file."""
     names = options.methods.split(",") if options.methods else [n for n in plugins.importable("methods") if trains(n)]
     names = [RIVAL, *(n for n in names if n != RIVAL)]
-    load, trained, refused = [os.getloadavg()[0]], {}, {}
+    load_before, trained, refused = os.getloadavg()[0], {}, {}
     words = [w for flag in ("protocol", "backbone", "device", "data", "batch") if (v := getattr(options, flag)) is not None for w in (f"--{flag}", str(v))]
     memories = {}
     for name in names:
@@ -208,29 +201,25 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             prepared[name].append(options.batch / (time.process_time() - start))
     if options.device == "cpu":
         memories = {name: alone(name, words) for name in trained}
-    load.append(os.getloadavg()[0])
+    load = os.getloadavg()[0]
     rows = [
-        {"method": n, "images_per_s": spread(steps[n]), "of_rival": spread([a / b for a, b in zip(steps[n], steps[RIVAL], strict=True)]),
-         "prepared_per_s": spread(prepared[n]), "memory_mib": memories[n]} for n in trained
+        {"name": n, **middle(steps[n], "value"), "unit": "images/s", "rounds": ROUNDS, "rival": RIVAL,
+         "times_the_rival": middle([a / b for a, b in zip(steps[n], steps[RIVAL], strict=True)]), "prepared_images_per_s": middle(prepared[n]),
+         "memory_MiB": memories[n]} for n in trained
     ]
-    device = processor() if options.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{options.protocol}, {options.backbone or 'its backbone'}, batch {options.batch}, {str(some.dtype).removeprefix('torch.')}, {device}, "
-          f"load {load[0]:.1f} to {load[1]:.1f}\n")
+    device, precision = processor() if options.device == "cpu" else torch.cuda.get_device_name(), str(some.dtype).removeprefix("torch.")
+    print(f"{options.protocol}, {options.backbone or 'its backbone'}, batch {options.batch}, {precision}, {device}, load {load_before:.1f} to {load:.1f}\n")
     print("| method | images/s (min to max) | of supervised | images/s prepared by a core | MiB |\n|---|---|---|---|---|")
     for r in rows:
-        speed, share, prepared_per_s = (r[column]["median"] for column in ("images_per_s", "of_rival", "prepared_per_s"))
-        low, high = r["images_per_s"]["min"], r["images_per_s"]["max"]
-        print(f"| {r['method']} | {speed:.0f} ({low:.0f} to {high:.0f}) | {share:.2f} | {prepared_per_s:.0f} | {r['memory_mib']:.0f} |")
+        share, made, (low, high) = r["times_the_rival"]["median"], r["prepared_images_per_s"]["median"], r["spread"]
+        print(f"| {r['name']} | {r['value']:.0f} ({low:.0f} to {high:.0f}) | {share:.2f} | {made:.0f} | {r['memory_MiB']:.0f} |")
     for name, reason in refused.items():
         print(f"\n{name}: not measured: {reason}")
     if options.out:
-        body = {
-            "date": datetime.date.today().isoformat(), "hardware": device, "packages": versions(), "threads": torch.get_num_threads(), "rival": RIVAL,
-            "protocol": options.protocol, "backbone": options.backbone, "batch": options.batch, "precision": str(some.dtype).removeprefix("torch."),
-            "rounds": ROUNDS, "load_average": load, "not_measured": refused, "rows": rows,
-        }
-        kind = "cpu" if options.device == "cpu" else "gpu"
-        write_json(Path(options.out) / f"every-method-{kind}-{body['date']}.json", body)
+        left_out = {"not_measured": refused} if refused else {}
+        keep(f"every-method-{'cpu' if options.device == 'cpu' else 'gpu'}", rows, Path(options.out), hardware=device, load=load, load_before=load_before,
+             threads=torch.get_num_threads(), protocol=options.protocol, backbone=options.backbone or "the protocol's", batch=options.batch,
+             precision=precision, **left_out)
 
 
 def trains(name: str) -> bool:

@@ -18,7 +18,6 @@ Images are 500 x 375: contact sheets of `--photos FOLDER`, or of scenes drawn by
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import io
 import os
@@ -39,6 +38,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from report import keep, middle
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
@@ -50,11 +50,9 @@ from harness.augment import Normalize, TrainTransform, crop_resize, random_resiz
 from harness.classifier import Classifier
 from harness.data import ImageList, load_rgb, read_images
 from harness.pictures import decode_jpeg, resize, values_of
-from harness.provenance import processor, versions
 from harness.randomness import generator
 from harness.samples import Samples, loader
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Augment, Recipe, ViTConfig
-from harness.store import write_json
 from harness.vit import ViT
 from methods.beit import BEiT
 from methods.mae import MAE
@@ -66,7 +64,6 @@ HEIGHT, WIDTH, TILE = 375, 500, (96, 72)
 BATCH, IMAGES = 64, 192
 BICUBIC, LANCZOS = tv.InterpolationMode.BICUBIC, tv.InterpolationMode.LANCZOS
 MAE_AUGMENT, BEIT_AUGMENT = Augment(crop_scale=(0.2, 1.0)), Augment(crop_scale=(0.08, 1.0), color_jitter=(0.4, 0.4, 0.4))
-SPEEDS = ("rival_images_per_s", "images_per_s", "normalised_images_per_s")
 ENTRIES = 1_281_167  # of ImageNet's train
 
 
@@ -185,16 +182,14 @@ def seconds(work: Callable[[], None]) -> float:
 def compare(rounds: int, theirs: Callable[[], None], mine: Callable[[], None], normalised: Callable[[], None]) -> dict[str, Any]:
     """Interleaved rounds after one of each: images/s of a core and their ratio."""
     took = [[seconds(work) for work in (theirs, mine, normalised)] for _ in range(rounds + 1)][1:]
-    found: dict[str, Any] = {name: IMAGES / statistics.median(t[i] for t in took) for i, name in enumerate(SPEEDS)}
-    for i, name in ((1, "ratio"), (2, "ratio_normalised")):
-        ratios = [t[0] / t[i] for t in took]
-        found[name] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "rounds": ratios}
-    return found
+    plain, also = ([t[0] / t[i] for t in took] for i in (1, 2))
+    speeds = {name: IMAGES / statistics.median(t[i] for t in took) for i, name in ((1, "ours"), (0, "rival"), (2, "ours normalised"))}
+    return {**middle(plain, "ratio"), "rounds": plain, "images_per_s": speeds, "ratio_normalised": {**middle(also), "rounds": also}}
 
 
-def spread(ratio: dict[str, Any]) -> str:
+def told(ratio: float, spread: list[float]) -> str:
     """A ratio in words."""
-    return f"ratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    return f"ratio {ratio:.2f} ({spread[0]:.2f} to {spread[1]:.2f})"
 
 
 def speed(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
@@ -206,25 +201,37 @@ def speed(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             size, gates = make_folder(root, photos, quality), gate(root)
-            for name, theirs, method, augment in (("R7 MAE", mae, MAE(), MAE_AUGMENT), ("R8 BEiT two views", TwoViews(), BEiT(), BEIT_AUGMENT)):
+            for name, theirs, method, augment, who, goal in (
+                ("R7 MAE", mae, MAE(), MAE_AUGMENT, "torchvision's ImageFolder", ">= 2.0"),
+                ("R8 BEiT two views", TwoViews(), BEiT(), BEIT_AUGMENT, "unilm's pipeline", ">= 3.5"),
+            ):
                 for workers in (0, 1) if quality == 97 else (0,):
                     row = compare(rounds, partial(rival, root, theirs, workers), *(partial(ours, root, method, augment, workers, n) for n in (False, True)))
-                    rows.append({"part": "speed", "what": name, "jpeg_quality": quality, "kB": size, "workers": workers, **gates, **row})
-                    print(f"{name}, JPEG {quality} ({size:.0f} kB), {workers} workers, images/s a core: rival {row[SPEEDS[0]]:.0f}, ours {row[SPEEDS[1]]:.0f}, "
-                          f"normalised {row[SPEEDS[2]]:.0f}; {spread(row['ratio'])}; normalised {spread(row['ratio_normalised'])}", flush=True)
+                    title = f"{name}, JPEG quality {quality}, {'with a loader process' if workers else 'in one process'}"
+                    rows.append({"name": title, **row, "goal": goal, "rival": who, "kB": size, "details": {"workers": workers, **gates}})
+                    also, images = row["ratio_normalised"], ", ".join(f"{k} {v:.0f}" for k, v in row["images_per_s"].items())
+                    print(f"{title} ({size:.0f} kB), images/s a core: {images}; {told(row['ratio'], row['spread'])}; "
+                          f"normalised {told(also['median'], also['spread'])}", flush=True)
     return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------- stages
 
 
-def median_us(rounds: int, cases: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Processor microseconds of each, interleaved."""
+def microseconds(rounds: int, cases: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Processor microseconds of each in every round, interleaved."""
     found: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, case in cases.items():
             found[name].append(1e6 * seconds(lambda case=case: [case() for _ in range(200)]) / 200)  # type: ignore[misc]
-    return {name: statistics.median(times[1:]) for name, times in found.items()}
+    return {name: times[1:] for name, times in found.items()}
+
+
+def row_of(part: str, name: str, taken: list[float], **more: Any) -> dict[str, Any]:
+    """A row of microseconds for an image, printed."""
+    row = {"name": f"{part}: {name}", **middle(taken, "value"), "unit": "microseconds", "rounds": len(taken), **more}
+    print("; ".join([f"{row['name']}: {row['value']:.0f} microseconds", *(f"{k} {v}" for k, v in more.items())]), flush=True)
+    return row
 
 
 def stages(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
@@ -241,23 +248,23 @@ def stages(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
     crop = values[:, top : top + h, left : left + w]
     view, small = resize(crop, (224, 224)), resize(crop, (112, 112), Image.Resampling.LANCZOS)
     steps = draw_jitter(generator(3), (0.4, 0.4, 0.4))
-    times = median_us(rounds, {
-        "decode": lambda: decode_jpeg(data), "decode, PIL": lambda: Image.open(io.BytesIO(data)).load(),
-        "224 bicubic": lambda: resize(crop, (224, 224)), "224 bicubic, PIL": lambda: crop_pil(plain, box, 224, Image.Resampling.BICUBIC),
+    times = microseconds(rounds, {
+        "decode": lambda: decode_jpeg(data), "decode, rival": lambda: Image.open(io.BytesIO(data)).load(),
+        "224 bicubic": lambda: resize(crop, (224, 224)), "224 bicubic, rival": lambda: crop_pil(plain, box, 224, Image.Resampling.BICUBIC),
         "112 Lanczos": lambda: resize(crop, (112, 112), Image.Resampling.LANCZOS),
-        "112 Lanczos, PIL": lambda: crop_pil(plain, box, 112, Image.Resampling.LANCZOS),
+        "112 Lanczos, rival": lambda: crop_pil(plain, box, 112, Image.Resampling.LANCZOS),
         "jitter of both views": lambda: recoloured(values, [view, small], steps),
-        "jitter of the image, torchvision": lambda: tv.ColorJitter(0.4, 0.4, 0.4)(plain),
+        "jitter of both views, rival": lambda: tv.ColorJitter(0.4, 0.4, 0.4)(plain),
         "generator, box": lambda: random_resized_crop_box(generator(0, "sample", 1, 2), HEIGHT, WIDTH, (0.2, 1.0), (3 / 4, 4 / 3)),
         "block mask": lambda: block_mask(rng, BlockMask(14, 14, 75, 16)),
         "decode, halved by DCT": lambda: simplejpeg.decode_jpeg(data, min_height=HEIGHT // 2, min_width=WIDTH // 2),
     })
     halved = torch.from_numpy(simplejpeg.decode_jpeg(data, min_height=HEIGHT // 2, min_width=WIDTH // 2)).permute(2, 0, 1)
     away = float((resize(halved, (112, 112)).float() - resize(values, (112, 112)).float()).abs().mean())
-    for name, time_us in times.items():
-        print(f"{name}: {time_us:.0f} microseconds")
-    print(f"the image at 112 from half the coefficients: {away:.2f} grey levels away")
-    return [{"part": "stages", "microseconds": times, "dct_halved_grey_levels_away": away}]
+    rivals = {"decode": "PIL", "224 bicubic": "PIL", "112 Lanczos": "PIL", "jitter of both views": "torchvision, of the image"}
+    more = {name: {"rival": who, "rival_microseconds": statistics.median(times.pop(f"{name}, rival"))} for name, who in rivals.items()}
+    more["decode, halved by DCT"] = {"grey_levels_away_at_112": away}
+    return [row_of("stage", name, taken, **more.get(name, {})) for name, taken in times.items()]
 
 
 def crop_pil(image: Image.Image, box: tuple[int, int, int, int], size: int, resample: Image.Resampling) -> Image.Image:
@@ -280,16 +287,14 @@ def fine_tuning(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
     def one(transform: TrainTransform) -> Any:
         return transform(load_rgb(Path("one.jpg"), data=data), generator(0, next(turn)))
 
-    times = median_us(rounds, {name: lambda t=t: one(t) for name, t in made.items()})  # type: ignore[misc]
+    times = microseconds(rounds, {name: lambda t=t: one(t) for name, t in made.items()})  # type: ignore[misc]
     vit = ViT(ViTConfig(width=64, depth=1, heads=2))
     mixing = Classifier(vit, 1000, mean=IMAGENET_MEAN, std=IMAGENET_STD, augment=Augment(mixup=0.8, cutmix=1.0, smoothing=0.1))
     images, label = torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.int64)
     assert mixing._mixup is not None
     per = [1e6 * seconds(lambda: mixing._mixup(mixing.normalize(images), label)) / BATCH for _ in range(rounds + 1)][1:]
-    times |= {"mixup or cutmix, with normalisation, in the batch": statistics.median(per)}
-    for name, time_us in times.items():
-        print(f"fine-tuning, {name}: {time_us:.0f} microseconds an image")
-    return [{"part": "fine-tuning", "microseconds": times}]
+    times["mixup or cutmix, with normalisation, in the batch"] = per
+    return [row_of("fine-tuning", name, taken) for name, taken in times.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------------ index
@@ -333,7 +338,8 @@ def shared(kind: str, entries: int) -> dict[str, Any]:
             own.append([round(p.memory_full_info().uss / 2**20, 1) for p in (psutil.Process(), *children)])
     print(f"{entries} entries as {kind}: first batch after {ready:.2f} s; own memory of the loader processes {own[0][1:]} MB after a tenth of an epoch, "
           f"{own[-2][1:]} after nine", flush=True)
-    return {"part": "index", "files": kind, "entries": entries, "first_batch_s": ready, "own_MB_main_and_workers": own}
+    return {"name": f"index of {entries:,} entries as a {kind}, two loader processes: to the first batch", "value": ready, "unit": "s", "rounds": 1,
+            "goal": "< 5 s", "own_MB_of_main_and_loader_processes": {"first": own[0], "last": own[-1]}, "details": {"own_MB": own}}
 
 
 def index(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
@@ -364,12 +370,8 @@ def main() -> None:
     parts = args.parts.split(",")
     rows = [row for part in parts for row in PARTS[part](args.photos, args.rounds)]
     if args.out:
-        body = {
-            "benchmark": "loader", "date": datetime.date.today().isoformat(),
-            "hardware": {"processor": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
-            "images": "contact sheets of photographs" if args.photos else "contact sheets of drawn scenes", "versions": versions(), "rows": rows,
-        }
-        write_json(args.out / f"{'-'.join(['loader', *(parts if len(parts) < len(PARTS) else ())])}-{body['date']}.json", body)
+        images = "contact sheets of photographs" if args.photos else "contact sheets of drawn scenes"
+        keep("-".join(["loader", *(parts if len(parts) < len(PARTS) else ())]), rows, args.out, images=images)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ folder, a dated JSON is written there. The rivals are no dependencies: pip insta
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import os
 import statistics
@@ -32,6 +31,7 @@ from typing import Any
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+from report import keep, middle
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ from harness.checkpoint import States
 from harness.metrics import Metrics
 from harness.optim import Ema, build_optimizer, clip_gradients, parameter_groups
 from harness.plugins import Progress, Session
-from harness.provenance import gemm_mode, processor, versions
+from harness.provenance import gemm_mode, processor
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Recipe, ViTConfig
 from harness.store import write_json
 from harness.train import SAVES_APART, check_finite, choose_attention
@@ -52,6 +52,7 @@ from methods.masking import block_mask
 from methods.targets import Tokens
 
 Batch = dict[str, Tensor]
+GOAL = ">= 1.4" if "AMD" in processor() else ">= 1.05"  # of a CPU's step, by its make (R11)
 DEMO = ViTConfig(size=(64, 64), patch=8, width=128, depth=6, heads=4, positions="sincos-mae")
 BASE = ViTConfig(positions="sincos-mae")
 DEMO_BEIT = replace(DEMO, positions="learned", key_bias=False)
@@ -324,9 +325,9 @@ def measure(name: str, case: Case, device: str, rounds: int, backend: str = "") 
     for rival, apart in differences.items():
         ratios = [t[rival] / t["ours"] for t in taken]
         rows.append({
-            "case": name, "rival": f"{rival} {importlib.metadata.version(rival)}", "batch": case.batch, "precision": str(case.dtype).removeprefix("torch."),
-            "device": device, "compiled": backend, "ours_images_per_s": speed["ours"], "rival_images_per_s": speed[rival], "ratio": statistics.median(ratios),
-            "low": min(ratios), "high": max(ratios), "rounds": ratios, "loss_apart": apart["loss"], "gradient_apart": apart["gradient"],
+            "name": ", ".join(filter(None, (name, f"batch {case.batch}", str(case.dtype).removeprefix("torch."), backend and f"compiled ({backend})"))),
+            **middle(ratios, "ratio"), "rounds": ratios, **({"goal": GOAL} if device == "cpu" else {}), "rival": f"{rival} {importlib.metadata.version(rival)}",
+            "images_per_s": {"ours": speed["ours"], "rival": speed[rival]}, "loss_apart": apart["loss"], "gradient_apart": apart["gradient"],
         })
     return rows
 
@@ -374,9 +375,9 @@ def besides(name: str, case: Case, device: str, rounds: int) -> dict[str, Any]:
         waited = time.perf_counter() - wall
         states.wait()
         every = max(30.0, SAVES_APART * states.took)
-        share |= {"state, waited for": waited / every, "state, written beside": (clock() - start) / every}
-    percent, precision = {k: 100 * v for k, v in share.items()}, str(case.dtype).removeprefix("torch.")
-    return {"case": name, "device": device, "precision": precision, "step_s": step, "percent": percent}
+        share |= {"waiting for states": waited / every, "writing states beside": (clock() - start) / every}
+    return {"name": f"{name}, {str(case.dtype).removeprefix('torch.')}: our step, and what training does besides it", "value": step, "unit": "s",
+            "rounds": rounds, "percent": {k: 100 * v for k, v in share.items()}}
 
 
 def main() -> None:
@@ -393,16 +394,15 @@ def main() -> None:
     for name in args.cases.split(","):
         for row in measure(name, CASES[name], args.device, args.rounds):
             rows.append(row)
-            print(f"{name} ({row['precision']}, batch {row['batch']}, {args.device}): ours {row['ours_images_per_s']:.2f} images/s, {row['rival']} "
-                  f"{row['rival_images_per_s']:.2f}: ratio {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}); loss apart {row['loss_apart']:.1e}, "
-                  f"gradient {row['gradient_apart']:.1e}", flush=True)
+            speed, (low, high) = row["images_per_s"], row["spread"]
+            print(f"{row['name']}, {args.device}: ours {speed['ours']:.2f} images/s, {row['rival']} {speed['rival']:.2f}: ratio {row['ratio']:.2f} "
+                  f"({low:.2f} to {high:.2f}); loss apart {row['loss_apart']:.1e}, gradient {row['gradient_apart']:.1e}", flush=True)
         if name.startswith("mae"):
             rows.append(row := besides(name, CASES[name], args.device, 5))
-            print(f"{name}: besides a step of {row['step_s']:.3f} s: " + ", ".join(f"{k} {v:.2f} %" for k, v in row["percent"].items()), flush=True)
+            print(f"{name}: besides a step of {row['value']:.3f} s: " + ", ".join(f"{k} {v:.2f} %" for k, v in row["percent"].items()), flush=True)
     if args.out:
         hardware = torch.cuda.get_device_name() if args.device == "cuda" else processor()
-        body: dict[str, Any] = {"benchmark": "step", "date": datetime.date.today().isoformat(), "hardware": hardware, "versions": versions()}
-        write_json(Path(args.out) / f"step-{args.device}-{body['date']}.json", {**body, "rows": rows})
+        keep(f"step-{args.device}", rows, Path(args.out), hardware=hardware)
 
 
 if __name__ == "__main__":

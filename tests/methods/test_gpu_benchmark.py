@@ -31,7 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.backends.cudnn.allow_tf32 = True
-    for name in ("gpu", "step"):
+    for name in ("gpu", "step", "report"):
         del sys.modules[name]
 
 
@@ -47,8 +47,9 @@ def test_it_runs_to_its_end(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     assert gpu.main(["--device", "cpu", "--tiny", "--rounds", "1", "--backend", "eager", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("gpu-cpu-*.json")
     found = json.loads(file.read_text())
-    assert set(found["held"].values()) == {True} and all(ratio > 0 for ratio in found["ratios"].values())
-    assert all(row["compiled_mfu_percent"] > 0 for row in found["rows"]) and "R13" in capsys.readouterr().out
+    assert sys.modules["report"].faults(file.stem, found) == []
+    assert set(found["held"].values()) == {True} and all(row["value"] > 0 for row in found["rows"]) and "R13" in capsys.readouterr().out
+    assert sum(row.get("mfu_percent", 0) > 0 for row in found["rows"]) == 2 * len(gpu.cases(True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
