@@ -49,7 +49,7 @@ class Staleness:
         return [f"{name} was {then[name]}, is {now[name]}" for name in sorted(then) if name in now and now[name] != then[name]]
 
     def sets(self, step: Step) -> list[str]:
-        """Data sets whose files are others now. One that is not where it was cannot be asked."""
+        """Data sets with another fingerprint now: of other files, or taken by another version of the harness. One that is not where it was cannot be asked."""
         if not self.data or step.folder is None:
             return []
         folders: Mapping[str, Any] = {}
@@ -63,7 +63,7 @@ class Staleness:
                 with contextlib.suppress(UserError, OSError):
                     self._prints[kind, folder] = fingerprint(kind, Path(folder)) if Path(folder).is_dir() else None
             now, then = self._prints[kind, folder], (step.identity.get("data") or {}).get(kind)
-            found += [f"data {kind} has changed since"] if now is not None and then is not None and now != then else []
+            found += [f"data {kind} was {then[:6]}, is {now[:6]}"] if now is not None and then is not None and now != then else []
         return found
 
 
