@@ -161,7 +161,7 @@ def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: s
     low, high = min(p[1] for p in points), max(p[1] for p in points)
     x, y = Scale(low / 1.4, high * 1.4, 52, width - 16, True), Scale(*around([p[2] for p in points], 0.12), height - 44, 24)
     sign = 1 if higher_is_better else -1
-    front = [p for p in points if not any(q[1] <= p[1] and sign * q[2] >= sign * p[2] and q != p for q in points)]
+    front = [p for p in points if not any(q[1] <= p[1] and sign * q[2] >= sign * p[2] and q[1:] != p[1:] for q in points)]
     corners = sorted(front, key=lambda p: p[1])
     parts = axes(x, y, x_label, y_label)
     parts.append(f'<polyline points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for _, a, b in corners)}" class="front"/>')

@@ -39,21 +39,21 @@ def curve(path: Path, most: int = POINTS) -> Curve:
 
 
 def curves_of(sheet: Sheet, archive: Archive) -> tuple[list[Chart], list[Chart]]:
-    """Pre-training, a chart for each method; evaluations, a chart for each evaluator with all methods. Each node once."""
-    pretraining: dict[str, dict[str, Curve]] = {}
+    """Pre-training, a chart for each method and one for what it goes on from; evaluations, a chart for each evaluator with all methods."""
+    pretraining: dict[tuple[str, str], list[Curve]] = {}
     evaluations: dict[str, dict[str, list[Curve]]] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for cell in sheet.cells.values():
         for result in cell.results:
             for step in archive.steps(result):
                 wanted = step.role == "evaluation" or step.kind == "pretrain"  # not the fine-tuning that another evaluation goes on from
-                if step.folder is None or step.key in seen or not wanted:
+                if step.folder is None or (cell.method, step.key) in seen or not wanted:
                     continue
-                seen.add(step.key)
+                seen.add((cell.method, step.key))
                 found = curve(step.folder / "metrics.jsonl", FEW if step.role == "evaluation" else POINTS)
                 if len(found[0]) > 1 and step.role == "evaluation":
                     evaluations.setdefault(cell.eval, {}).setdefault(cell.method, []).append(found)
                 elif len(found[0]) > 1:
-                    pretraining.setdefault(cell.method, {})[step.key] = found
-    before = [(f"pre-training: {method}", {method: list(curves.values())}) for method, curves in list(pretraining.items())[:MOST]]
+                    pretraining.setdefault((cell.method, "" if step.role == "checkpoint" else f", its {step.role}"), []).append(found)
+    before = [(f"pre-training: {method}{of}", {method: curves}) for (method, of), curves in list(pretraining.items())[:MOST]]
     return before, [(f"{name}: training on each pre-training", series) for name, series in evaluations.items()]

@@ -6,6 +6,8 @@ of the same kind, and nothing about another training. It never enters the compar
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,10 @@ import numpy as np
 RESAMPLES = 200
 Score = Callable[[np.ndarray], float]  # weights of the images (n,) -> score, 0..100
 RECALLS = np.linspace(0.0, 1.0, 101)  # COCO's
+STORED = {  # metric -> the arrays that it is scored again from
+    "top-1": {"correct", "label"}, "mIoU": {"names", "image", "gt", "pred", "count"},
+    **{f"AP_{name}": {"images", *(f"{kind}_{part}" for part in ("dt", "gt", "matched", "ignored"))} for name, kind in (("box", "bbox"), ("mask", "segm"))},
+}
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,18 @@ def noise(files: Mapping[str, tuple[Path, float]], metric: str, reference: str) 
     grounds = []
     for method, (path, recorded) in files.items():
         try:
-            with np.load(path) as stored:
+            with open(path, "rb") as stream, np.load(stream) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # what NumPy raises on damaged files
             return [], f"outcomes of {method} cannot be read ({error})"
-        if metric == "top-1" and "correct" in arrays:
-            ground, scores[method] = arrays["label"], top1(arrays["correct"])
-        elif metric == "mIoU" and "count" in arrays:
-            ground, scores[method] = arrays["names"], mean_iou(arrays)
-        elif metric in ("AP_box", "AP_mask") and "images" in arrays:
-            ground, scores[method] = arrays["images"], average_precision(arrays, {"AP_box": "bbox", "AP_mask": "segm"}[metric])
-        else:
+        if metric not in STORED or not STORED[metric] <= arrays.keys():
             return [], f"no outcomes of single images for {metric}"
+        if metric == "top-1":
+            ground, scores[method] = arrays["label"], top1(arrays["correct"])
+        elif metric == "mIoU":
+            ground, scores[method] = arrays["names"], mean_iou(arrays)
+        else:
+            ground, scores[method] = arrays["images"], average_precision(arrays, {"AP_box": "bbox", "AP_mask": "segm"}[metric])
         grounds.append(ground)
         if abs((again := scores[method](np.ones(len(ground)))) - recorded) > 0.05:
             return [], f"the outcomes of {method} give {again:.2f}, its record says {recorded:.2f}"

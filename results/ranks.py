@@ -85,4 +85,5 @@ def sentence(ranks: Ranks) -> str:
     said = f"Mean rank over {len(ranks.evaluators)} evaluators (1 is best): {', '.join(listed)}"
     if ranks.critical is not None:
         said += f"; less than {ranks.critical:.1f} apart is no difference (Nemenyi, 5 %, as if evaluators were independent)"
-    return said + (f"; without {', '.join(ranks.left_out)}, not scored everywhere." if ranks.left_out else ".")
+    without = [*ranks.left_out[:LISTED], *([f"{len(ranks.left_out) - LISTED} more"] if len(ranks.left_out) > LISTED else [])]
+    return said + (f"; without {', '.join(without)}, not scored everywhere." if without else ".")

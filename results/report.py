@@ -63,11 +63,11 @@ class Report:
         Raises:
             UserError: no results, none that a flag asks for, or a page that cannot be written.
         """
+        if args.out.is_dir():
+            raise UserError(f"--out {args.out}: is a folder: name a file, as in {args.out / 'report.html'}")
         choice = choose(args)
         page = Page(choice.archive, args.out.resolve().parent, not args.no_image_noise)
         text = page.render(choice.results, choice.methods, choice.evals)
-        if args.out.is_dir():
-            raise UserError(f"--out {args.out}: is a folder: name a file, as in {args.out / 'report.html'}")
         try:
             write_atomically(args.out, lambda stream: stream.write(text.encode()))
         except OSError as error:
@@ -213,7 +213,7 @@ class Page:
                 found = {reconstructed(step) if path.stem == "pictures" else path.stem.replace("_", " "): path.read_bytes() for path in files}
                 for title, made_of in MADE.items() if step.kind == "pretrain" else ():
                     found |= {title: content} if (content := made_of(step.folder)) is not None else {}
-                where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" else step.role
+                where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" and step.role == "checkpoint" else step.role
                 if reason := ((step.record or {}).get("facts") or {}).get("no_pictures"):
                     without.append(f"{cell.method}, {where}: no reconstructions, since {reason}.")
                 turns = [(i, evals.index(cell.eval)) if step.role == "evaluation" else (0, 0) for i in range(1, 1 + len(found))]
@@ -246,7 +246,7 @@ class Page:
             if len(text) > self._room["records"]:
                 text = ""
             self._room["records"] -= len(text)
-            title = f"{cell.method} on {cell.eval} ({cell.protocol}, {cell.backbone}): {cell.n} scores"
+            title = f"{cell.method} on {cell.eval} ({cell.protocol}, {cell.backbone}): {cell.n} score{'s' if cell.n != 1 else ''}"
             found.append({"anchor": self._anchors[place(cell)], "title": title, "steps": steps, "record": text})
         return found
 

@@ -24,7 +24,8 @@ class Staleness:
     archive: Archive
     data: bool = False
     installed: Mapping[str, str] = field(default_factory=versions)
-    _changed: dict[tuple[Path, str, str | None], bool] = field(default_factory=dict, repr=False)
+    _updated: dict[frozenset[tuple[str, str]], list[str]] = field(default_factory=dict, repr=False)
+    _now: dict[tuple[Path, str, str | None], str | None] = field(default_factory=dict, repr=False)
 
     def reasons(self, result: Result) -> tuple[str, ...]:
         """What has changed since a score was made, in words; () when nothing is known to have."""
@@ -43,30 +44,34 @@ class Staleness:
 
     def libraries(self, step: Step) -> list[str]:
         """Libraries of another version. A build's suffix (+cpu, +cu130) is hardware, not version."""
-        then = {name: v.partition("+")[0] for name, v in ((step.record or {}).get("packages") or {}).items() if name != "python"}
-        now = {name: v.partition("+")[0] for name, v in self.installed.items()}
-        return [f"{name} was {then[name]}, is {now[name]}" for name in sorted(then) if name in now and now[name] != then[name]]
+        packages = frozenset(((step.record or {}).get("packages") or {}).items())
+        if packages not in self._updated:
+            then, now = ({name: v.partition("+")[0] for name, v in them} for them in (packages, self.installed.items()))
+            names = sorted(name for name in then if name != "python" and name in now and now[name] != then[name])
+            self._updated[packages] = [f"{name} was {then[name]}, is {now[name]}" for name in names]
+        return self._updated[packages]
 
     def sets(self, step: Step) -> list[str]:
-        """Data sets whose files are others now."""
+        """Data sets with another fingerprint now: of other files, or taken by another version of the harness."""
         if not self.data or step.folder is None:
             return []
         found = []
         for name, then in (step.identity.get("data") or {}).items():
             place = (step.folder.parent, name, then)
-            if place not in self._changed:  # of ten thousand jobs that read the same set, one is asked where it lies
-                self._changed[place] = self.changed(step.folder / "job.json", name, then)
-            found += [f"data {name} has changed since"] if self._changed[place] else []
+            if place not in self._now:  # of ten thousand jobs that read the same set, one is asked where it lies
+                self._now[place] = self.fingerprint_now(step.folder / "job.json", name)
+            now = self._now[place]
+            found += [f"data {name} was {then[:6]}, is {now[:6]}"] if now is not None and then is not None and now != then else []
         return found
 
     @staticmethod
-    def changed(job: Path, name: str, then: str | None) -> bool:
-        """Whether a set of a job is another now. One that is not where it was cannot be asked."""
+    def fingerprint_now(job: Path, name: str) -> str | None:
+        """The fingerprint of a job's data set as it lies there now. One that is not where it was cannot be asked."""
         with contextlib.suppress(UserError, OSError):
             folders: Mapping[str, str] = (read_job(job).get("where") or {}).get("folders") or {}
             place = next((Path(folder) for full, folder in folders.items() if full.partition(":")[0] == name), None)
-            return place is not None and place.is_dir() and then is not None and fingerprint(name, place) != then
-        return False
+            return fingerprint(name, place) if place is not None and place.is_dir() else None
+        return None
 
 
 def with_stale(sheet: Sheet, staleness: Staleness) -> Sheet:

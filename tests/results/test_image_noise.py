@@ -54,3 +54,13 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert noise({"a": (a, 73.0), "b": (b, 100.0)}, "top-1", "a")[1] == "the outcomes of a give 100.00, its record says 73.00"
     assert noise({"a": (a, 100.0)}, "mCE", "a") == ([], "no outcomes of single images for mCE")
     assert noise({"a": (tmp_path / "gone.npz", 1.0)}, "top-1", "a")[1].startswith("outcomes of a cannot be read")
+    assert noise({"a": (saved(tmp_path / "d.npz", correct=right), 100.0)}, "top-1", "a") == ([], "no outcomes of single images for top-1")
+
+
+@pytest.mark.parametrize("left", [0, 30, 200, -60])
+def test_a_damaged_file_is_refused_with_the_reason(left: int, tmp_path: Path) -> None:
+    # A disk that ran full; NumPy answers with EOFError, BadZipFile or ValueError, as it comes.
+    path = saved(tmp_path / "a.npz", correct=np.ones(400, dtype=bool), label=np.zeros(400, dtype=int))
+    path.write_bytes(path.read_bytes()[:left])
+    found, reason = noise({"a": (path, 100.0)}, "top-1", "a")
+    assert found == [] and reason.startswith("outcomes of a cannot be read")

@@ -17,11 +17,14 @@ import pytest
 from folders import about, written
 from PIL import Image
 
+from harness.collect import collect
 from harness.jobs import Node
 from harness.spec import UserError
 from harness.store import Store, write_json
 from results import charts
-from results.curves import curve
+from results.ancestry import Archive
+from results.cells import sheets
+from results.curves import curve, curves_of
 from results.report import Report, inlined
 
 EVIL = "<script>alert(1)</script>&'\""
@@ -130,6 +133,22 @@ def test_a_curve_is_thinned_and_damaged_lines_are_left_out(tmp_path: Path) -> No
     assert len(steps) == 60 and steps[0] == 0.5 and losses[-1] == 118.5 and curve(tmp_path / "none") == ((), ())
 
 
+def test_what_a_pre_training_goes_on_from_has_a_chart_of_its_own(tmp_path: Path) -> None:
+    # In one chart the two would pass for two seeds of the same training.
+    Store(tmp_path).prepare()
+    before = Node("pretrain", "beit", {"seed": 0})
+    training = Node("pretrain", "beit-on", {"seed": 0}, {"parent": before})
+    nodes = [before, training]
+    for method, above in (("beit-on", training), ("beit", before)):
+        nodes.append(Node("evaluate", f"linear-{method}", {"seed": 0}, {"checkpoint": above}, about(method, "linear")))
+    for length, node in enumerate(nodes, start=2):
+        lines = "".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(length))
+        (written(tmp_path, node, metrics={"score": 1.0}) / "metrics.jsonl").write_text(lines)
+    (sheet,) = sheets(collect([tmp_path]))
+    charts_of = {title: [len(xs) for curves in series.values() for xs, _ in curves] for title, series in curves_of(sheet, Archive((tmp_path,)))[0]}
+    assert charts_of == {"pre-training: beit-on": [3], "pre-training: beit-on, its parent": [2], "pre-training: beit": [2]}
+
+
 def test_only_a_bar_from_zero_is_drawn_as_a_bar() -> None:
     # The length of a bar that begins at 80 would show 83 as three times 81.
     assert "<rect" not in charts.dots([charts.Dot("a", 83.0, (82.0, 84.0)), charts.Dot("b", 81.0, None)], "top-1", ["a", "b"])
@@ -151,6 +170,8 @@ def test_the_front_of_a_scatter_is_what_nothing_beats() -> None:
     picture = charts.scatter([("cheap", 1.0, 10.0), ("beaten", 2.0, 9.0), ("best", 3.0, 20.0)], "h", "score", ["cheap", "beaten", "best"])
     assert picture.count('class="dot"') == 2 and picture.count('class="ring"') == 1
     assert re.search(r'beaten.*?class="ring"', picture)
+    twins = charts.scatter([("a", 1.0, 10.0), ("b", 1.0, 10.0), ("c", 2.0, 9.0)], "h", "score", ["a", "b", "c"])
+    assert twins.count('class="dot"') == 2 and twins.count('class="ring"') == 1  # equal ones do not beat each other
 
 
 def test_labels_of_neighbours_do_not_lie_on_each_other() -> None:
