@@ -12,6 +12,7 @@ import hashlib
 import os
 import sys
 import tarfile
+import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import pairwise
@@ -109,11 +110,11 @@ def index(split: str, root: Path) -> tuple[Any, np.ndarray, np.ndarray, np.ndarr
     places = [root / f".{split}.index.npz", cache / f"{hashlib.sha256(f'{root.resolve()} {split}'.encode()).hexdigest()[:24]}.npz"]
     for place in places:
         try:
-            with np.load(place) as kept:
+            with open(place, "rb") as stream, np.load(stream) as kept:
                 if str(kept["stamp"]) == stamp:
                     names = kept["names"].tobytes().decode().split("\0")
                     return np.array(names, dtype=np.dtypes.StringDType()), kept["label"], kept["which"], kept["offset"], kept["size"]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue
     print(f"{root}: looking up the images in {len(found)} shards of {split}, once", file=sys.stderr)
     rows = sorted(row for number, path in enumerate(found) for row in members(path, number, split))
@@ -132,9 +133,10 @@ def index(split: str, root: Path) -> tuple[Any, np.ndarray, np.ndarray, np.ndarr
 
 
 def members(path: Path, number: int, split: str) -> Iterable[tuple[str, int, int, int, int]]:
-    """(name, label, number, offset, size) of the images of a shard. Raises UserError when it is cut or no tar."""
+    """(name, label, number, offset, size) of the images of a shard. Raises UserError when it is cut or no tar, or two images are of one sample."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    doubled = ""
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
@@ -146,6 +148,7 @@ def members(path: Path, number: int, split: str) -> Iterable[tuple[str, int, int
                 if member.offset_data + member.size > path.stat().st_size:
                     raise tarfile.ReadError("unexpected end of data")
                 if f".{kind.rpartition('.')[2].lower()}" in SUFFIXES:
+                    doubled = doubled or (f"{images[f'{folder}/{key}'][0]} and {name}" if f"{folder}/{key}" in images else "")
                     images[f"{folder}/{key}"] = (name, member.offset_data, member.size)
                 elif kind == "cls":
                     with open(path, "rb") as stream:
@@ -155,4 +158,6 @@ def members(path: Path, number: int, split: str) -> Iterable[tuple[str, int, int
         raise UserError(f"{path}: not a whole tar file ({error}): copy or make the shard again") from error
     except ValueError as error:
         raise UserError(f"{path}: {name} is no number ({error}): a .cls holds the number of a class") from error
+    if doubled:  # the name of a sample ends at the first dot: of two images one would be lost
+        raise UserError(f"{path}: {doubled} are two images of one sample, which is named by what stands before the first dot: rename one, or leave it out")
     return [(name, labels.get(key, NONE), number, offset, size) for key, (name, offset, size) in images.items()]

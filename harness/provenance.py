@@ -69,9 +69,13 @@ def set_up(folder: Path) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(before["threads"])
-    chosen = before if "gemm" in before else {**before, "gemm": gemm_mode(), "compile": os.environ.get("HARNESS_COMPILE", "")}
+    measured = not os.environ.get("HARNESS_GEMM")
+    chosen = before if "gemm" in before else {**before, "gemm": gemm_mode(), "measured": measured, "compile": os.environ.get("HARNESS_COMPILE", "")}
     if chosen is not before and own_rank() == 0:
         write_json(folder / "machine.json", chosen)
+    gpu = torch.cuda.is_available() and not os.environ.get("HARNESS_CPU")
+    if chosen["gemm"] == "medium" and chosen.get("measured") and (gpu or calibrated()["error"]["medium"] >= LARGEST_ERROR):
+        chosen = {**chosen, "gemm": "highest"}  # begun where oneDNN's products are fp32: here they are not
     os.environ["HARNESS_COMPILE"] = chosen.get("compile", "")
     torch.set_float32_matmul_precision(chosen["gemm"])
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -80,10 +80,10 @@ def spreads(job: dict[str, Any]) -> bool:
     return bool(say(restore(job["identity"].get("recipe"))) if callable(say) else say)
 
 
-def join() -> None:
-    """Meet the other processes, where this is one of several."""
+def join(machine: dict[str, Any]) -> dict[str, Any]:
+    """Meet the other processes, where this is one of several. Returns what the first one's `set_up` chose: two that measure at once may find otherwise."""
     if "HARNESS_RANK" not in os.environ:
-        return
+        return machine
     import torch
     import torch.distributed as dist
 
@@ -96,6 +96,9 @@ def join() -> None:
     if backend == "nccl":  # object collectives and meshes go by the current device: 0 where a process sees its own GPU alone
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.broadcast_object_list(first := [machine])
+    torch.set_float32_matmul_precision(first[0]["gemm"])
+    return first[0]
 
 
 def meeting(folder: Path, door: socket.socket, nodes: int, node: int) -> str:

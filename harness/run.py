@@ -225,7 +225,7 @@ def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callab
             if own_rank():
                 return 0
         else:
-            join()
+            machine = join(machine)
             usage.processes = int(os.environ.get("HARNESS_WORLD", "1"))
         session = make_session(folder, job, should_stop, log, usage)
         parts = (run_evaluation if job["kind"] == "evaluate" else run_training)(job, folder, session)

@@ -108,11 +108,14 @@ class DistilledClassifier(Classifier):
         self.share = 0.5
 
     def learn_from(self, teacher: nn.Module, share: float) -> None:
-        """Train on a teacher's labels with a weight of `share`. Raises UserError when it does not know as many classes."""
+        """Train on a teacher's labels with a weight of `share`; it sees images by its own mean and std. Raises UserError if it knows other classes."""
         known = int(teacher.num_classes)  # type: ignore[arg-type]
         if known != len(self.classes):
             raise UserError(f"deit-distilled.teacher_file: the teacher knows {known} classes, the training images have {len(self.classes)}: name one of them")
-        self._teacher, self.share = (teacher.eval().requires_grad_(False),), share
+        cfg, ours = getattr(teacher, "default_cfg", {}), self.normalize
+        own = Normalize(cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD))
+        own.shift, own.scale = (own.shift - ours.shift) * ours.scale, own.scale / ours.scale  # what it gets is normalised for the student
+        self._teacher, self.share = (nn.Sequential(own, teacher).eval().requires_grad_(False),), share
 
     def _pooled(self, images: Tensor) -> Tensor:
         """Class and distillation token after the final norm, (B, 2, D), of normalised images."""
@@ -164,14 +167,14 @@ def load_teacher(path: Path, name: str | None = None) -> nn.Module:
     """
     import timm
 
-    content = read_weights(path)
-    state = content.get("model", content) if isinstance(content, Mapping) else {}
-    name = name or (content.get("timm") if isinstance(content, Mapping) else None) or PUBLISHED_TEACHER
+    content = found if isinstance(found := read_weights(path), Mapping) else {}
+    state = inner if isinstance(inner := content.get("model", content), Mapping) else {}
+    name = name or content.get("timm") or PUBLISHED_TEACHER
     if not isinstance(name, str) or not timm.is_model(name):
         raise UserError(f"deit-distilled.teacher: timm has no model {name!r}: give the name of one")
     model: Any = timm.create_model(name)
     bias = state.get(f"{model.default_cfg['classifier']}.bias")
-    if bias is not None and len(bias) != model.num_classes:
+    if isinstance(bias, Tensor) and bias.ndim == 1 and len(bias) != model.num_classes:
         model.reset_classifier(len(bias))
     try:
         model.load_state_dict(dict(state))

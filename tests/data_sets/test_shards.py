@@ -93,6 +93,16 @@ def test_the_index_is_made_once_and_changes_no_key(folder: Path, tmp_path: Path,
             first.load(i)
 
 
+@pytest.mark.parametrize("left", [0, 100, -30])
+def test_a_damaged_index_is_made_anew(left: int, folder: Path, tmp_path: Path) -> None:
+    """A disk that filled up leaves half a file; what it says of the shards is not worth a traceback."""
+    packed = pack(folder, tmp_path / "shards")
+    names = list(read_images("imagenet", "train", packed).files)
+    place = packed / ".train.index.npz"
+    place.write_bytes(place.read_bytes()[:left])
+    assert list(read_images("imagenet", "train", packed).files) == names
+
+
 def test_an_index_that_cannot_be_kept_beside_the_shards_is_kept_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +145,13 @@ def worded_label(root: Path) -> None:
         shard.add(root / "wrong.cls", "wrong.cls")
 
 
+def dotted_names(root: Path) -> None:
+    with tarfile.open(root / "train-000009.tar", "w") as shard:
+        for name in ("photo.1.jpg", "photo.2.jpg"):
+            Image.new("RGB", (8, 8)).save(root / name)
+            shard.add(root / name, f"ant/{name}")
+
+
 def no_val(root: Path) -> None:
     for path in root.glob("val-*"):
         path.unlink()
@@ -144,6 +161,7 @@ def no_val(root: Path) -> None:
     (cut, r"train-000001\.tar: not a whole tar file"), (no_tar, r"train-000002\.tar: not a whole tar file"),
     (too_few_classes, r"wasp/.*JPEG has label 2; there are 2 classes"), (doubled_class, r"classes\.txt: names a class twice"),
     (unlabelled, r"train-000009\.tar: loose\.jpg has no label"), (worded_label, r"train-000009\.tar: wrong\.cls is no number"),
+    (dotted_names, r"train-000009\.tar: ant/photo\.1\.jpg and ant/photo\.2\.jpg are two images of one sample"),
     (no_val, r"no shards of val"),
 ])
 def test_wrong_shards_are_one_line(spoil: Callable[[Path], None], message: str, folder: Path, tmp_path: Path) -> None:

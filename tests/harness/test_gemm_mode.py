@@ -12,6 +12,7 @@ import torch
 from harness import provenance
 from harness.plugins import Session
 from harness.provenance import MODES, calibrated, gemm_mode, set_up
+from harness.ranks import join
 from harness.spec import UserError
 from harness.store import read_json, write_json
 from harness.train import choose_attention
@@ -56,10 +57,34 @@ def test_a_job_keeps_the_mode_of_its_first_start(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HARNESS_GEMM", "medium")
     assert set_up(tmp_path)["gemm"] == "medium" == torch.get_float32_matmul_precision()
     monkeypatch.setenv("HARNESS_GEMM", "highest")
-    assert set_up(tmp_path) == read_json(tmp_path / "machine.json") == {"threads": 1, "gemm": "medium", "compile": ""}
+    assert set_up(tmp_path) == read_json(tmp_path / "machine.json") == {"threads": 1, "gemm": "medium", "measured": False, "compile": ""}
     monkeypatch.setenv("HARNESS_GEMM", "fast")
     with pytest.raises(UserError, match="HARNESS_GEMM=fast: expected highest or medium"):
         gemm_mode()
+
+
+def test_a_job_that_goes_on_elsewhere_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mode that is fp32 on AMD is bf16 on processors with AMX and TF32 on a GPU: its record would not say so. What the user asked for is kept."""
+    monkeypatch.setenv("HARNESS_CPU", "1")
+    found = calibrated()
+    for error, measured, used in ((1e-7, True, "medium"), (3e-3, True, "highest"), (3e-3, False, "medium")):
+        write_json(tmp_path / "machine.json", {"threads": 1, "gemm": "medium", "measured": measured, "compile": ""})
+        monkeypatch.setattr(provenance, "calibrated", lambda error=error: {**found, "error": {"medium": error}})
+        assert set_up(tmp_path)["gemm"] == used == torch.get_float32_matmul_precision()
+    write_json(tmp_path / "machine.json", {"threads": 1, "gemm": "medium", "measured": True, "compile": ""})
+    monkeypatch.setenv("HARNESS_CPU", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert set_up(tmp_path)["gemm"] == "highest" and read_json(tmp_path / "machine.json")["gemm"] == "medium"  # type: ignore[index]
+
+
+def test_processes_of_a_job_compute_as_the_first_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a new machine all of them measure at once; two modes in one job would round otherwise at its next start, where all read the first one's."""
+    for name, value in (("HARNESS_RANK", "1"), ("HARNESS_WORLD", "2"), ("HARNESS_MEETING", "127.0.0.1:1"), ("HARNESS_CPU", "1")):
+        monkeypatch.setenv(name, value)
+    for name in ("TCPStore", "init_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *words, **more: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda told: told.__setitem__(0, {**told[0], "gemm": "medium"}))
+    assert join({"threads": 1, "gemm": "highest"})["gemm"] == "medium" == torch.get_float32_matmul_precision()
 
 
 @pytest.mark.parametrize(("mode", "fused"), [("highest", True), ("medium", False)])

@@ -16,6 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from harness import plugins
+from harness.augment import Normalize
 from harness.classifier import Classifier
 from harness.plan import Planner
 from harness.plugins import TrainContext
@@ -88,6 +89,15 @@ def test_half_the_loss_is_the_teachers_label_of_what_the_student_sees(mixup: flo
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (student.token, student.token_position, student.teacher_head.weight, student.head.weight))
 
 
+def test_a_teacher_sees_images_normalised_as_its_own_training_had_them() -> None:
+    """One of timm's "augreg" networks given ImageNet's statistics would label other images than those that it knows; nothing would say so."""
+    student, teacher = model().train(), Told()
+    teacher.default_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.125)}
+    student.learn_from(teacher, 0.5)
+    student({"image": images(), "label": torch.tensor([0, 1, 2, 4])})
+    torch.testing.assert_close(teacher.seen, Normalize((0.5, 0.4, 0.3), (0.5, 0.25, 0.125))(images()), atol=1e-5, rtol=1e-5)
+
+
 def test_the_read_out_comes_back_with_its_token_and_without_the_teacher() -> None:
     """A class-token read-out restored from it would score another model; a teacher among the weights would be in every saved state."""
     student = model().eval()
@@ -114,6 +124,10 @@ def test_a_teacher_is_a_file_and_timms_name_for_it(tmp_path: Path) -> None:
     assert isinstance(objective, DistilledClassifier) and not objective._teacher[0].training and objective.share == 0.5
     with pytest.raises(UserError, match=r"t\.pth: not the weights of timm's regnety_160"):
         load_teacher(file)
+    for content in ({"model": 3}, {"model": {"head.fc.bias": torch.zeros(())}}, [torch.zeros(3)]):
+        torch.save(content, tmp_path / "no.pth")
+        with pytest.raises(UserError, match=r"no\.pth: not the weights of timm's test_resnet"):
+            load_teacher(tmp_path / "no.pth", "test_resnet")
     with pytest.raises(UserError, match="timm has no model 'regnet'"):
         load_teacher(file, "regnet")
     with pytest.raises(UserError, match="knows 7 classes, the training images have 5"):
