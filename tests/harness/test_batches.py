@@ -20,6 +20,7 @@ from harness.batches import parts_of, positions
 from harness.data import ImageList
 from harness.plugins import Session
 from harness.ranks import number_from
+from harness.run import check_environment
 from harness.samples import Samples
 from harness.spec import JobFailed, UserError
 from harness.train import fit
@@ -158,7 +159,7 @@ def test_repeated_augmentation_shows_each_image_so_often_in_a_row() -> None:
 
 def test_machine_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_MICRO_BATCH", "0")
-    with pytest.raises(UserError, match="HARNESS_MICRO_BATCH=0"):
-        number_from("HARNESS_MICRO_BATCH")
+    with pytest.raises(UserError, match="HARNESS_MICRO_BATCH=0: expected a whole number, 1 or more"):
+        check_environment()
     monkeypatch.delenv("HARNESS_MICRO_BATCH")
     assert number_from("HARNESS_MICRO_BATCH") is None
