@@ -158,9 +158,9 @@ class States:
         return [files for (_, count), files in sorted(found.items()) if len(files) == int(count or 1)]
 
     def drop_fragments(self) -> None:
-        """Remove states that are not there as a whole, while nothing is written: another start may write the missing file at the same step."""
+        """Remove what a killed start has left, while nothing is written: files half written, and states of which one is missing, that this start may write."""
         whole = {file for files in self._states() for file in files}
-        for file in set(self.folder.glob("state-*.pt")) - whole:
+        for file in {*self.folder.glob("state-*.pt"), *self.folder.glob(".state-*.tmp")} - whole:
             file.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:

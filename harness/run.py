@@ -65,7 +65,7 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
 def check_environment() -> None:
     """Look at the variables that jobs will read. Raises UserError."""
     for name in ("MICRO_BATCH", "THREADS", "WORKERS", "CHECKPOINT_S", "MILESTONES", "NAN_RESTARTS"):
-        number_from(f"HARNESS_{name}", name in ("MICRO_BATCH", "THREADS", "MILESTONES"))
+        number_from(f"HARNESS_{name}", int(name in ("MICRO_BATCH", "THREADS", "MILESTONES")))
     processes_here()
     loggers()
     gemm_mode()

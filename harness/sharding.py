@@ -9,6 +9,7 @@ process (see `harness.checkpoint.States`) and goes on with any number of process
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def stays_whole(objective: nn.Module, recipe: Recipe) -> str:
         return "it trains no ViT"
     if recipe.optimizer == "lars":
         return "LARS looks at whole tensors"
+    if os.environ.get("HARNESS_COMPILE"):
+        raise JobFailed("HARNESS_SHARD: the blocks of a sharded ViT cannot be compiled: leave it out, or begin anew (--force) without HARNESS_COMPILE")
     if hasattr(objective, "after_step"):
         raise JobFailed("HARNESS_SHARD: a momentum teacher cannot be sharded: leave HARNESS_SHARD out for this method")
     names = [name for name, _ in objective.named_parameters(remove_duplicate=False)]

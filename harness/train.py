@@ -168,9 +168,9 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
     log_every = max(1, total // 200)
     started = saved = shown = time.monotonic()
     first = step
-    may_halve = processes() == 1 or not (sharded or couples(objective))  # processes that meet inside a step would wait there for one that has left it
-    halves = may_halve and session.on_oom == "halve"
-    early = Early(parameters) if processes() > 1 and not (halves or sharded or couples(objective)) else None
+    coupled = couples(objective)  # in more parts it would be another loss; and processes that meet inside a step would wait there for one that has left it
+    halves = session.on_oom == "halve" and not (sharded or coupled)
+    early = Early(parameters) if processes() > 1 and not (halves or sharded or coupled) else None
     while step < total:
         apply_schedule(optimizer, recipe, step, total)
         outputs = []
@@ -199,9 +199,9 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
             told, half = f"{stage}: out of memory at step {step} with {-(-recipe.batch // parts)} images at a time", -(-recipe.batch // more)
             if not halves or more == parts:
                 session.log(short)
-                halve = " or --on-oom halve" if may_halve else ""
-                remedy = "it needs a larger device" if more == parts else f"set HARNESS_MICRO_BATCH={half}{halve}, which changes no key"
-                raise JobFailed(f"{told}: {remedy}")
+                remedy = f"set HARNESS_MICRO_BATCH={half}{'' if sharded else ' or --on-oom halve'}, which changes no key"
+                larger = "it needs a larger device" + (": its loss couples the images of a batch" if coupled else "")
+                raise JobFailed(f"{told}: {larger if coupled or more == parts else remedy}")
             output, loss, batch = {}, None, {}  # what they hold of this step is not to take memory from the next try
             parts = facts["parts"] = parts_of(recipe.batch, session, objective, more)
             facts["halved"] = [*facts.get("halved", ()), f"{told}: {half} from there on"]

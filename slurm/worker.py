@@ -24,6 +24,7 @@ from harness.run import BUSY
 from harness.store import read_json, write_json
 from slurm.queue import RESUMES
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 BUSY_S = 10.0  # how often a node that another process works on is looked at again
 MORE_MEMORY = "ask for more memory for this node in the cluster profile"
 FEWER_IMAGES = "set HARNESS_MICRO_BATCH in the profile's environment, it changes no key"
@@ -33,7 +34,7 @@ def classify(failure: Mapping[str, Any]) -> tuple[str, str]:
     """(what kind of failure it is, what helps) of a failure.json."""
     kind, message = str(failure.get("type", "")), str(failure.get("message", ""))
     if "OutOfMemory" in kind or re.search("out of memory|can't allocate memory", message, re.I):
-        return "out of memory", "" if "HARNESS_MICRO_BATCH" in message else FEWER_IMAGES
+        return "out of memory", "" if kind == "JobFailed" else FEWER_IMAGES  # a JobFailed says itself what helps
     if kind == "MemoryError":
         return "out of memory", MORE_MEMORY
     if re.search(r"\b(loss|gradient norm) (nan|-?inf)|not finite|\bis (nan|-?inf)\b", message, re.I):
@@ -73,17 +74,25 @@ class Attempts:
     def begin(self) -> None:
         """Note the start."""
         self.all.append({"job": self.job, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "start": time.time()})
-        write_json(self.path, {"attempts": self.all})
+        self._write()
 
     def told(self) -> None:
         """Note that it was told to end: SLURM kills what takes longer over that than KillWait, and that is no lost node."""
         self.all[-1].setdefault("told", time.time())
-        write_json(self.path, {"attempts": self.all})
+        self._write()
 
     def end(self, how: str) -> None:
         """Note how it ended."""
         self.all[-1] |= {"end": time.time(), "how": how}
-        write_json(self.path, {"attempts": self.all})
+        self._write()
+
+    def _write(self) -> None:
+        """Write them down; a signal that comes meanwhile waits: what it calls writes the same file."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            write_json(self.path, {"attempts": self.all})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def command(folder: Path, machines: int) -> list[str]:
@@ -112,15 +121,16 @@ def work(folder: Path, job: str, max_lost: int) -> int:
             process.send_signal(signal.SIGUSR2)  # which srun hands on, too
         attempts.told()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in STOPS:
         signal.signal(number, pass_on)
     machines = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     line, environment = command(folder, machines), {
         **os.environ, "HARNESS_LAUNCHER_PID": str(os.getpid()),  # it saves and ends when this process dies
-        "HARNESS_NODES": str(machines), "HARNESS_ATTEMPT": f"{job} {len(attempts.all)}", "SRUN_CPUS_PER_TASK": os.environ.get("SLURM_CPUS_PER_TASK", "1"),
+        "HARNESS_NODES": str(machines), "SRUN_CPUS_PER_TASK": os.environ.get("SLURM_CPUS_PER_TASK", "1"),
     }
     code = BUSY
     while code == BUSY and not asked:
+        environment["HARNESS_ATTEMPT"] = f"{job} {len(attempts.all)} {time.time()}"  # the machines are not to meet where they met before
         with open(folder / "log.txt", "ab") as log:
             running[:] = [subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)]
         if asked:  # a signal that came before the process was in the list

@@ -20,6 +20,7 @@ from harness.batches import parts_of, positions
 from harness.data import ImageList
 from harness.plugins import Session
 from harness.ranks import number_from
+from harness.run import check_environment
 from harness.samples import Samples
 from harness.spec import JobFailed, UserError
 from harness.train import fit
@@ -85,7 +86,7 @@ class Toy(nn.Module):
 
     def __init__(self, fits: int = 99) -> None:
         super().__init__()
-        self.layer, self.fits = nn.Linear(1, 1), fits
+        self.layer, self.fits, self.batch_coupled = nn.Linear(1, 1), fits, False
 
     def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
         if len(batch["x"]) > self.fits:
@@ -118,12 +119,16 @@ def test_memory_that_gives_out_splits_the_batch(place: Path, tmp_path: Path) -> 
 
 
 def test_memory_that_gives_out_ends_the_job_with_what_may_fit(place: Path, tmp_path: Path) -> None:
-    """Unless --on-oom says to halve; and when one image is too much already."""
+    """Unless --on-oom says to halve; and when one image is too much already, or in parts the loss would be another one."""
     images = ImageList(place / "images", sorted(p.name for p in (place / "images").iterdir()), None, ())
     with pytest.raises(JobFailed, match="at step 0 with 10 images at a time: set HARNESS_MICRO_BATCH=5 or --on-oom halve"):
         fit(Toy(3), images, mean_of, RECIPE, session(tmp_path / "fail"))
     with pytest.raises(JobFailed, match="at step 0 with 1 images at a time: it needs a larger device"):
         fit(Toy(0), images, mean_of, RECIPE, session(tmp_path / "one", on_oom="halve"))
+    coupled = Toy(3)
+    coupled.batch_coupled = True
+    with pytest.raises(JobFailed, match="at step 0 with 10 images at a time: it needs a larger device: its loss couples the images"):
+        fit(coupled, images, mean_of, RECIPE, session(tmp_path / "coupled", on_oom="halve"))
 
 
 def test_a_loss_that_couples_images_is_not_split_unless_forced(tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def test_repeated_augmentation_shows_each_image_so_often_in_a_row() -> None:
 
 def test_machine_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_MICRO_BATCH", "0")
-    with pytest.raises(UserError, match="HARNESS_MICRO_BATCH=0"):
-        number_from("HARNESS_MICRO_BATCH")
+    with pytest.raises(UserError, match="HARNESS_MICRO_BATCH=0: expected a whole number, 1 or more"):
+        check_environment()
     monkeypatch.delenv("HARNESS_MICRO_BATCH")
     assert number_from("HARNESS_MICRO_BATCH") is None

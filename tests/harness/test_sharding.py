@@ -99,6 +99,9 @@ def test_what_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sharding.stays_whole(model, RECIPE) == "there is one process"
     monkeypatch.setattr(sharding, "processes", lambda: 2)
     assert sharding.stays_whole(model, RECIPE) == "" and sharding.stays_whole(nn.Linear(1, 1), RECIPE) == "it trains no ViT"
+    with monkeypatch.context() as patch, pytest.raises(JobFailed, match="cannot be compiled: leave it out"):
+        patch.setenv("HARNESS_COMPILE", "inductor")
+        sharding.stays_whole(model, RECIPE)
     model.again = model.vit.norm.bias
     with pytest.raises(JobFailed, match=r"vit\.norm\.bias is shared by two layers"):
         sharding.stays_whole(model, RECIPE)

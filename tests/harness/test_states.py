@@ -113,6 +113,9 @@ def test_milestones_stay_and_are_gone_back_to(tmp_path: Path, monkeypatch: pytes
     states.save(93, {"step": 93})
     states.wait()
     assert [states.step_of(p) for p in sorted(tmp_path.iterdir())] == [51, 75, 87, 93]
+    (tmp_path / ".state-000000099.pt.7.tmp").write_bytes(b"what a killed process was writing")
+    states.drop_fragments()
+    assert [states.step_of(p) for p in sorted(tmp_path.iterdir())] == [51, 75, 87, 93]
     only = States(tmp_path / "only")  # no milestones unless they are asked for
     for step in (1, 2, 3):
         only.save(step, {})

@@ -179,6 +179,7 @@ def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, slurm: Cluster, 
     assert done.returncode == 0, (done.stdout, done.stderr, attempts)
     assert [a.get("how") for a in attempts] == [None, "done"] and attempts[0]["host"] == dead != attempts[1]["host"]
     assert "going on from step" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
+    assert harness(*line, "--runs", "whole").stdout == done.stdout
 
 
 def test_the_controller_is_restarted(

@@ -15,7 +15,8 @@ import pytest
 from fake_slurm import FakeSlurm
 
 from harness.store import write_json
-from slurm.worker import classify
+from slurm import worker
+from slurm.worker import FEWER_IMAGES, Attempts, classify
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "import sys; sys.executable = sys.argv[1]; sys.argv = ['worker', sys.argv[2]]; import slurm.worker as w; w.BUSY_S = 0.1; sys.exit(w.main())"
@@ -121,8 +122,29 @@ def test_a_preempted_job_that_is_killed_while_it_saves_is_no_lost_node(tmp_path:
 
 def test_a_node_that_another_process_has_is_waited_for(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    assert bench.run('echo x >> "$node/tries"; [ $(wc -l < "$node/tries") -lt 3 ] && exit 75; exit 0') == 0
+    assert bench.run('echo "$HARNESS_ATTEMPT" >> "$node/tries"; [ $(wc -l < "$node/tries") -lt 3 ] && exit 75; exit 0') == 0
     assert bench.ends == ["done"]
+    assert len(set((bench.node / "tries").read_text().splitlines())) == 3, "several machines must not meet at the address of the try before"
+
+
+def test_a_signal_waits_until_the_attempts_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it calls writes the same file, under the same temporary name."""
+    attempts, order = Attempts(tmp_path, "77"), list[str]()
+
+    def slow(path: Path, body: Any) -> None:
+        order.append("begins")
+        if len(order) == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        write_json(path, body)
+        order.append("ends")
+
+    monkeypatch.setattr(worker, "write_json", slow)
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: attempts.told())
+    try:
+        attempts.begin()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert order == ["begins", "ends"] * 2 and "told" in json.loads((tmp_path / "slurm.json").read_text())["attempts"][0]
 
 
 @pytest.mark.parametrize(("kind", "message", "found"), [
@@ -137,3 +159,12 @@ def test_a_node_that_another_process_has_is_waited_for(tmp_path: Path) -> None:
 ])
 def test_kinds_of_failure(kind: str, message: str, found: str) -> None:
     assert classify({"type": kind, "message": message})[0] == found
+
+
+@pytest.mark.parametrize(("kind", "message", "helps"), [
+    ("OutOfMemoryError", "OutOfMemoryError: CUDA out of memory", FEWER_IMAGES),
+    ("JobFailed", "train: out of memory at step 0 with 4 images at a time: set HARNESS_MICRO_BATCH=2 or --on-oom halve, which changes no key", ""),
+    ("JobFailed", "train: out of memory at step 0 with 1 images at a time: it needs a larger device", ""),
+])
+def test_a_remedy_is_not_contradicted(kind: str, message: str, helps: str) -> None:
+    assert classify({"type": kind, "message": message}) == ("out of memory", helps)
