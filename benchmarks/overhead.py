@@ -233,7 +233,7 @@ def main() -> None:
         if "start" in wanted:
             rows += interleaved(args.rounds, {
                 "start of a job to its first step (mae, smoke)": lambda: started(folder, 1),
-                "of that: torch and timm": lambda: spent(["-c", "import torch, timm"], folder),
+                "import torch, timm, as python does it (a job looks for no garbage meanwhile)": lambda: spent(["-c", "import torch, timm"], folder),
             }).values()
         if "nodes" in wanted:
             sizes = [max(1, args.records * part // 2000) for part in (1, 2, 4, 8)]
