@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import tarfile
 import zipfile
@@ -31,8 +32,8 @@ NONE = -1  # label of an image without KEY.cls
 
 
 def tars(root: Path, split: str) -> list[Path]:
-    """The shards of a split, sorted."""
-    return sorted(root.glob(f"*{split}*-[0-9]*.tar"))
+    """The shards of a split, sorted: its name begins a word of theirs, so that neither trainval-0.tar nor carnival-train-0.tar is one of val."""
+    return sorted(p for p in root.glob(f"*{split}*-[0-9]*.tar") if re.search(rf"(?<![A-Za-z]){split}", p.name))
 
 
 class Shards:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_sets import shards
 from data_sets.verify import verify
 from harness.augment import TrainTransform
 from harness.data import BadImage, ImageList, read_images
@@ -113,6 +114,15 @@ def test_an_index_that_cannot_be_kept_beside_the_shards_is_kept_in_the_cache(
     for _ in range(2):
         assert len(read_images("imagenet", "train", packed)) == 18
     assert capsys.readouterr().err.count("once") == 1 and list((tmp_path / "cache").rglob("*.npz"))
+
+
+def test_no_shard_of_train_is_one_of_val(tmp_path: Path) -> None:
+    """A model would be scored on what it was trained on."""
+    names = ("carnival-train-0.tar", "imagenet1k-train-00.tar", "imagenet1k-validation-00.tar", "trainval-0.tar", "val-000000.tar", "val_small-1.tar")
+    for name in names:
+        (tmp_path / name).touch()
+    found = {split: [p.name for p in shards.tars(tmp_path, split)] for split in ("train", "val")}
+    assert found == {"train": [names[0], names[1], names[3]], "val": [names[2], names[4], names[5]]}
 
 
 def cut(root: Path) -> None:
