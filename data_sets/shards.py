@@ -155,7 +155,7 @@ def members(path: Path, number: int, split: str) -> Iterable[tuple[str, int, int
                     with open(path, "rb") as stream:
                         stream.seek(member.offset_data)
                         labels[f"{folder}/{key}"] = int(stream.read(member.size))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: not a whole tar file ({error}): copy or make the shard again") from error
     except ValueError as error:
         raise UserError(f"{path}: {name} is no number ({error}): a .cls holds the number of a class") from error

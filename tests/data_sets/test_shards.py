@@ -162,6 +162,10 @@ def dotted_names(root: Path) -> None:
             shard.add(root / name, f"ant/{name}")
 
 
+def unreadable(root: Path) -> None:
+    (root / "train-000009.tar").mkdir()
+
+
 def no_val(root: Path) -> None:
     for path in root.glob("val-*"):
         path.unlink()
@@ -172,7 +176,7 @@ def no_val(root: Path) -> None:
     (too_few_classes, r"wasp/.*JPEG has label 2; there are 2 classes"), (doubled_class, r"classes\.txt: names a class twice"),
     (unlabelled, r"train-000009\.tar: loose\.jpg has no label"), (worded_label, r"train-000009\.tar: wrong\.cls is no number"),
     (dotted_names, r"train-000009\.tar: ant/photo\.1\.jpg and ant/photo\.2\.jpg are two images of one sample"),
-    (no_val, r"no shards of val"),
+    (unreadable, r"train-000009\.tar: not a whole tar file .*[Dd]irectory"), (no_val, r"no shards of val"),
 ])
 def test_wrong_shards_are_one_line(spoil: Callable[[Path], None], message: str, folder: Path, tmp_path: Path) -> None:
     packed = pack(folder, tmp_path / "shards")
