@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import tarfile
 import zipfile
@@ -31,8 +32,8 @@ NONE = -1  # label of an image without KEY.cls
 
 
 def tars(root: Path, split: str) -> list[Path]:
-    """The shards of a split, sorted."""
-    return sorted(root.glob(f"*{split}*-[0-9]*.tar"))
+    """The shards of a split, sorted: its name begins a word of theirs, so that neither trainval-0.tar nor carnival-train-0.tar is one of val."""
+    return sorted(p for p in root.glob(f"*{split}*-[0-9]*.tar") if re.search(rf"(?<![A-Za-z]){split}", p.name))
 
 
 class Shards:
@@ -154,7 +155,7 @@ def members(path: Path, number: int, split: str) -> Iterable[tuple[str, int, int
                     with open(path, "rb") as stream:
                         stream.seek(member.offset_data)
                         labels[f"{folder}/{key}"] = int(stream.read(member.size))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: not a whole tar file ({error}): copy or make the shard again") from error
     except ValueError as error:
         raise UserError(f"{path}: {name} is no number ({error}): a .cls holds the number of a class") from error

@@ -117,7 +117,9 @@ def names(kind: str, words: Sequence[str]) -> list[tuple[str, bool]]:
         known = word in plugins.installed(kind) or any(c in word for c in "@:")
         members = None if known else plugins.group(kind, word)
         if not known and members is None:
-            raise UserError(f"{flag}: unknown name {word!r}: {suggest(word, [*plugins.installed(kind), *plugins.groups(kind)])}")
+            variants = [f"{name}@{word}" for name, plugin in plugins.importable(kind).items() if word in getattr(plugin, "variants", ())]
+            hint = f"did you mean {' or '.join(variants)}?" if variants else suggest(word, [*plugins.installed(kind), *plugins.groups(kind)])
+            raise UserError(f"{flag}: unknown name {word!r}: {hint}")
         found += [(word, True)] if known else [(m, False) for m in members or ()]
     if not found:
         raise UserError(f"{flag}: the list is empty: name at least one of {', '.join(plugins.installed(kind))}")

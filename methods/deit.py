@@ -65,9 +65,9 @@ class DeiTDistilled(Supervised):
             raise UserError(f"--set deit-distilled.teacher={self.teacher}: name its weights too, with --set deit-distilled.teacher_file=FILE")
         if self.teacher_file is None and protocol.family != "paper":
             return {"teacher": Asset(maker=ConvNet(vit.size))}
-        file = PUBLISHED_FILE if self.teacher_file is None else str(Path(self.teacher_file).resolve())
-        return {"teacher": Asset(file=file, origin=f"download it from https://dl.fbaipublicfiles.com/{PUBLISHED_FILE}", check=partial(
-            load_teacher, name=self.teacher))}
+        own = {} if self.teacher_file is None else {"file": str(Path(self.teacher_file).resolve()), "origin": "name another with teacher_file"}
+        published = {"file": PUBLISHED_FILE, "origin": f"download it from https://dl.fbaipublicfiles.com/{PUBLISHED_FILE}"}
+        return {"teacher": Asset(**{**published, **own}, check=partial(load_teacher, name=self.teacher))}
 
     def recipe(self, protocol: Protocol, vit: ViTConfig) -> Recipe | None:
         """That of `supervised@deit`. Of the second token DeiT's code decays the token, whose name timm's list of exceptions did not have, not its position."""

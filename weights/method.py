@@ -26,7 +26,7 @@ TOLERANCE = 1e-3  # of a fingerprint: another machine's arithmetic stays far bel
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint of MAE, BEiT, timm, Hugging Face or mmpretrain, loaded into the lent ViT.
+    """A checkpoint of MAE, BEiT, MoCo v3, DINO, DeiT, timm, Hugging Face or mmpretrain, loaded into the lent ViT.
 
     Attributes:
         mean, std: what its input was normalised with; taken from the file, or what the code that made it defaults to.
@@ -46,7 +46,7 @@ class Weights:
 
     version: ClassVar[int] = 2
     trains: ClassVar[bool] = False
-    summary: ClassVar[str] = "a checkpoint as it is (weights:FILE, weights:FOLDER or weights:TIMM_NAME): MAE, BEiT, timm, Hugging Face, mmpretrain"
+    summary: ClassVar[str] = "a checkpoint as it is (weights:FILE, weights:FOLDER or weights:TIMM_NAME): MAE, BEiT, MoCo v3, DINO, DeiT, timm, ..."
     source: ClassVar[str] = "key names of each: weights/keys.py"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_sets import shards
 from data_sets.verify import verify
 from harness.augment import TrainTransform
 from harness.data import BadImage, ImageList, read_images
@@ -115,6 +116,15 @@ def test_an_index_that_cannot_be_kept_beside_the_shards_is_kept_in_the_cache(
     assert capsys.readouterr().err.count("once") == 1 and list((tmp_path / "cache").rglob("*.npz"))
 
 
+def test_no_shard_of_train_is_one_of_val(tmp_path: Path) -> None:
+    """A model would be scored on what it was trained on."""
+    names = ("carnival-train-0.tar", "imagenet1k-train-00.tar", "imagenet1k-validation-00.tar", "trainval-0.tar", "val-000000.tar", "val_small-1.tar")
+    for name in names:
+        (tmp_path / name).touch()
+    found = {split: [p.name for p in shards.tars(tmp_path, split)] for split in ("train", "val")}
+    assert found == {"train": [names[0], names[1], names[3]], "val": [names[2], names[4], names[5]]}
+
+
 def cut(root: Path) -> None:
     with tarfile.open(root / "train-000001.tar") as shard:
         last = [m for m in shard if m.name.endswith(".JPEG")][-1]
@@ -152,6 +162,10 @@ def dotted_names(root: Path) -> None:
             shard.add(root / name, f"ant/{name}")
 
 
+def unreadable(root: Path) -> None:
+    (root / "train-000009.tar").mkdir()
+
+
 def no_val(root: Path) -> None:
     for path in root.glob("val-*"):
         path.unlink()
@@ -162,7 +176,7 @@ def no_val(root: Path) -> None:
     (too_few_classes, r"wasp/.*JPEG has label 2; there are 2 classes"), (doubled_class, r"classes\.txt: names a class twice"),
     (unlabelled, r"train-000009\.tar: loose\.jpg has no label"), (worded_label, r"train-000009\.tar: wrong\.cls is no number"),
     (dotted_names, r"train-000009\.tar: ant/photo\.1\.jpg and ant/photo\.2\.jpg are two images of one sample"),
-    (no_val, r"no shards of val"),
+    (unreadable, r"train-000009\.tar: not a whole tar file .*[Dd]irectory"), (no_val, r"no shards of val"),
 ])
 def test_wrong_shards_are_one_line(spoil: Callable[[Path], None], message: str, folder: Path, tmp_path: Path) -> None:
     packed = pack(folder, tmp_path / "shards")

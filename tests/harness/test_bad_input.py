@@ -25,6 +25,7 @@ WORDS = {
     "unknown evaluator": ((*run(evals="ade20"),), "did you mean ade20k"),
     "unknown protocol": ((*run(protocol="smoek"),), "--protocol: unknown name 'smoek': did you mean smoke"),
     "unknown backbone": ((*run(), "--backbone", "vit-smok"), "did you mean vit-smoke"),
+    "variant without its method": ((*run(methods="two"),), "unknown name 'two': did you mean rotation@two?"),
     "unknown variant": ((*run(methods="rotation@tow"),), "did you mean two"),
     "unknown launcher": ((*run(), "--launcher", "slrm"), "--launcher"),
     "unknown set field": ((*run(), "--set", "rotation.turn=2"), "did you mean turns"),

@@ -149,6 +149,9 @@ def test_where_the_teacher_comes_from_is_known_when_planning(tmp_path: Path) -> 
     assert "deit/regnety_160-a5fe301d.pth: no such file: needed as teacher; download it from https://dl.fbaipublicfiles.com/deit/" in told
     with pytest.raises(UserError, match="name its weights too"):
         planner("deit-distilled.teacher=test_resnet").plan()
+    own = planner(f"deit-distilled.teacher_file={tmp_path / 'mine.pth'}")
+    own.plan()
+    assert "mine.pth: no such file: needed as teacher; name another" in next(iter(own.missing.values()))
     keys = set()
     for name in ("a.pth", "b.pth"):
         file = teacher_file(tmp_path / name)
