@@ -33,13 +33,13 @@ class Item:
 
     @property
     def equal(self) -> bool | None:
-        """Whether all rows had the same; None when it is not known of one of them."""
-        if UNKNOWN in self.values.values():
-            return None
-        if self.measured is not None and len(self.measured) == len(self.values):
+        """Whether all rows had the same; None when it is not known of one of them and those that are known do not differ."""
+        if self.measured:
             low, high = min(self.measured.values()), max(self.measured.values())
-            return high - low <= self.tolerance * high
-        return len(set(self.values.values()) - {UNTRAINED}) <= 1
+            same = high - low <= self.tolerance * high
+        else:
+            same = len(set(self.values.values()) - {UNTRAINED, UNKNOWN}) <= 1
+        return None if same and UNKNOWN in self.values.values() else same
 
     @property
     def verdict(self) -> str:

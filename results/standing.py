@@ -153,9 +153,10 @@ def choices(cell: Cell) -> tuple[str, ...]:
     recipe of theirs has filled in: values whose source begins with "ours"."""
     lineage = cell.example.lineage if cell.example is not None else ()
     found = []
-    by, recipe = (((lineage[0].get(part) if lineage else None) or {}) for part in ("plugin", "recipe"))
-    if by.get("by", "default") != "default" and recipe and "@" not in cell.eval and not any(d.startswith(f"{cell.eval}.by=") for d in cell.deviations):
-        found.append(f"{cell.eval} tuned by {dict(recipe.get('sources', ())).get('all', by['by'])}")
+    plugin, recipe = (((lineage[0].get(part) if lineage else None) or {}) for part in ("plugin", "recipe"))
+    by, asked = plugin.get("by", "default"), any(d.startswith(f"{cell.eval}.by=") for d in cell.deviations)
+    if recipe and by != "default" and "@" not in cell.eval and not asked and by != getattr(importable("evals").get(cell.eval), "by", None):
+        found.append(f"{cell.eval} tuned by {dict(recipe.get('sources', ())).get('all', by)}")
     for node in lineage if lineage and lineage[0].get("family") == FAMILY else ():
         stage = {"pretrain": "pre-training"}.get(node.get("kind", ""), cell.eval if node is lineage[0] else "fine-tuning")
         sources = {word.strip(): source for words, source in reversed((node.get("recipe") or {}).get("sources", ())) for word in words.split(",")}

@@ -90,6 +90,9 @@ def test_what_is_not_known_is_not_called_equal() -> None:
     evaluation, training = trail()["linear"]
     gone = {"linear": (evaluation, Step("checkpoint", training.key, None, None))}
     assert verdicts(a=gone, b=trail())["pre-training FLOPs"] == "not known"
+    # A third row that cannot be asked does not hide that two others differ.
+    assert verdicts(a=gone, b=trail(), c=trail(hours=2.0))["pre-training FLOPs"] == "unequal"
+    assert verdicts(a=gone, b=trail(), c=trail(length=200))["pre-training length"] == "unequal"
 
 
 def test_fine_tuning_on_the_way_to_a_score_is_no_pre_training() -> None:
@@ -145,4 +148,4 @@ def test_a_plan_says_the_hours_that_were_measured_for_the_like(smoke_data: Path,
     Audit.add_arguments(parser)
     words = ["--plan", "--methods", "mae,scratch,supervised", "--evals", "linear", "--protocol", "smoke", "--data", str(smoke_data), "--runs", str(tmp_path)]
     hours = next(i for i in planned(parser.parse_args(words)) if i.name == "pre-training device-hours, estimated")
-    assert hours.values == {"mae": "2 h", "scratch": "none", "supervised": "not known"} and hours.verdict == "not known"
+    assert hours.values == {"mae": "2 h", "scratch": "none", "supervised": "not known"} and hours.verdict == "unequal"  # whatever supervised takes

@@ -29,11 +29,11 @@ KEPT = sorted(p.parent.name for p in (ROOT / "results").glob("*/seeds.csv"))
 # images of the official split that an evaluator scores
 SCORED = {"imagenet": 50_000, "linear": 50_000, "ade20k": 2_000, "coco": 5_000, "cifar100": 10_000, "inat2017": 95_986, "inat2018": 24_426,
           "inat2019": 3_030, "places205": 20_500, "places365": 36_500}
-# rows of a paper's table that no plugin of ours can fill, as the plan's docstring says
+# rows of a paper's table that its plan does not fill, as the plan's docstring says
 OPEN = {
-    "beit-table1": {"ViT384-B", "ViT384-L", "iGPT-1.36B", "ViT384-B-JFT300M", "MoCo v3-B", "MoCo v3-L", "DINO-B"}, "beit-table3": {"DINO"},
-    "beit-table4": set(), "beit-table11": {"ViT384-B", "DINO-B", "MoCo v3-B"}, "mae-table1": set(), "mae-table3": {"DINO", "MoCo v3"},
-    "mae-table4": {"MoCo v3"}, "mae-table5": {"MoCo v3"}, "mae-table6": set(), "mae-table7": set(),
+    "beit-table1": {"ViT384-B", "ViT384-L", "iGPT-1.36B", "ViT384-B-JFT300M"}, "beit-table3": set(),
+    "beit-table4": set(), "beit-table11": {"ViT384-B"}, "mae-table1": set(), "mae-table3": set(),
+    "mae-table4": set(), "mae-table5": set(), "mae-table6": set(), "mae-table7": set(),
 }
 
 

@@ -237,6 +237,9 @@ def test_a_row_that_its_paper_tunes_by_another_table_says_so_and_what_of_it_is_o
     assert "imagenet tuned by BEiT-paper Table 13, ImageNet, Base (recipes A7)" in text
     assert "ours, not published: lr of imagenet: one of the paper's sweep of 2e-3 to 5e-3" in text
     assert "tuned by" not in Table.render([replace(tuned, eval="imagenet@beit")])  # the column's name says it
+    (probed,) = measured(50.0, evaluator="linear")
+    probed = replace(probed, lineage=({**probed.lineage[0], "plugin": {"by": "mae"}}, probed.lineage[1]))
+    assert "tuned by" not in Table.render([probed])  # the column's own protocol
 
 
 def test_a_published_number_stands_beside_its_own_recipe() -> None:
