@@ -157,11 +157,15 @@ class States:
             found.setdefault((self.step_of(file), file.stem.partition("-of-")[2]), []).append(file)
         return [files for (_, count), files in sorted(found.items()) if len(files) == int(count or 1)]
 
-    def drop_fragments(self) -> None:
-        """Remove what a killed start has left, while nothing is written: files half written, and states of which one is missing, that this start may write."""
+    def tidy(self, step: int) -> None:
+        """Before going on from the state after `step` steps, while nothing is written: remove what a killed start has left, files half written and states of
+        which one is missing, that this start may write; rename later states, which cannot be read: as the last two they would be kept, and new ones not."""
         whole = {file for files in self._states() for file in files}
         for file in {*self.folder.glob("state-*.pt"), *self.folder.glob(".state-*.tmp")} - whole:
             file.unlink(missing_ok=True)
+        for file in whole:
+            if self.step_of(file) > step:
+                file.rename(file.with_name(f"damaged-{file.name}"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write the state after `step` steps; when it is there, older ones are dropped.

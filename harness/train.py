@@ -139,7 +139,7 @@ def _fit(objective: nn.Module, images: ImageList, transform: Transform, recipe: 
     parts = parts_of(recipe.batch, session, objective, facts.get("parts", 1))
     facts["parts"], facts["processes"], lead = parts, processes(), rank() == 0
     if lead:
-        states.drop_fragments()
+        states.tidy(step)
     session.log(f"{stage}: a step is {parts} micro-batch{'es' * (parts > 1)} of {-(-recipe.batch // parts)} on {processes()} process{'es' * (processes() > 1)}")
 
     def save() -> None:

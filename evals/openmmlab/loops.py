@@ -159,7 +159,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
         parts, lead, count = parts_of(recipe.batch, session, work.model), rank() == 0, processes()
         facts["parts"] = parts
         if lead:
-            states.drop_fragments()
+            states.tidy(self.iter)
         if parts > 1:
             session.log(f"train: a step is {parts} parts of {-(-recipe.batch // parts)} images on {count} process{'es' * (count > 1)}")
         metrics, log_every = Metrics(session.dir / "metrics.jsonl", "train", self.iter) if lead else None, max(1, total // 200)

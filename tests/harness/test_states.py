@@ -113,9 +113,16 @@ def test_milestones_stay_and_are_gone_back_to(tmp_path: Path, monkeypatch: pytes
     states.save(93, {"step": 93})
     states.wait()
     assert [states.step_of(p) for p in sorted(tmp_path.iterdir())] == [51, 75, 87, 93]
+    monkeypatch.undo()
     (tmp_path / ".state-000000099.pt.7.tmp").write_bytes(b"what a killed process was writing")
-    states.drop_fragments()
-    assert [states.step_of(p) for p in sorted(tmp_path.iterdir())] == [51, 75, 87, 93]
+    for step in (87, 93):
+        (tmp_path / f"state-{step:09d}.pt").write_bytes(b"half of it")
+    states.tidy(75)
+    for step in (81, 85):  # damaged ones, as the last two, must not push these out
+        states.save(step, {"step": step})
+        states.wait()
+    left = [f"damaged-state-0000000{step}.pt" for step in (87, 93)] + [f"state-0000000{step}.pt" for step in (51, 75, 81, 85)]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == left
     only = States(tmp_path / "only")  # no milestones unless they are asked for
     for step in (1, 2, 3):
         only.save(step, {})
