@@ -29,7 +29,7 @@ lint: .venv/.ready
 
 # Each benchmark states its rival in its docstring and prints its own lines.
 bench: .venv/.ready
-	@found=; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
+	@found=; for script in $(filter-out benchmarks/gpu.py benchmarks/report.py,$(wildcard benchmarks/*.py)); do \
 		[ -e "$$script" ] || continue; found=yes; echo "== $$script" >&2; $(BIN)/python "$$script" || exit 1; \
 	done; [ -n "$$found" ] || echo "no benchmarks yet: benchmarks/*.py" >&2
 

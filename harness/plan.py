@@ -132,7 +132,7 @@ class Planner:
         sets = self.train_sets(maker)
         identity = {"plugin": canonical(maker), "version": maker.version, "recipe": canonical(recipe), "seed": seed, **pixels(self.vit)}
         notes = (*notes, *more)
-        about = {"title": f"{role} {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name}
+        about = {"title": role if role == name else f"{role} {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name}
         return self.node("asset", name, identity, {}, about, sets), notes
 
     def pretrain(self, name: str, method: Any, seed: int) -> tuple[Node, tuple[str, ...]]:
