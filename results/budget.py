@@ -104,7 +104,7 @@ class Budget:
         """The total."""
         later = len(self.nodes) - len(self.plan.nodes)
         more = f", with {later} nodes of what comes then" if later > 0 else ""
-        rest = f", and {len(self.unknown)} nodes of which it is not known" if self.unknown else ""
+        rest = f", and {len(self.unknown)} node{'s' if len(self.unknown) > 1 else ''} of which it is not known" if self.unknown else ""
         return f"total: {self.total:.3g} device-hours{more}{rest}"
 
     def check(self, limit: float) -> None:

@@ -120,4 +120,4 @@ def test_run_refuses_before_anything_starts(harness: Callable[..., subprocess.Co
     assert done.returncode == 2 and done.stderr.startswith("harness: --budget 5: 1 of 2 nodes cost nobody knows what") and done.stderr.count("\n") == 1
     assert not list((tmp_path / "runs").glob("*-*")) and done.stdout == ""
     shown = harness(*line, "--dry-run")
-    assert shown.returncode == 0 and "device-hours unknown" in shown.stdout and "total: 0 device-hours, and 1 nodes of which it is not known" in shown.stdout
+    assert shown.returncode == 0 and "device-hours unknown" in shown.stdout and "total: 0 device-hours, and 1 node of which it is not known" in shown.stdout
