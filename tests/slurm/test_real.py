@@ -190,7 +190,7 @@ def test_the_controller_is_restarted(
     command = [sys.executable, "-m", "harness", *line, *on_slurm, "--wait"]
     follower = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(saved(tmp_path / "runs"))
-    slurm.end("slurmctld", signal.SIGKILL)
+    slurm.end("slurmctld")
     scalars = next((tmp_path / "runs").glob("pretrain-*/metrics.jsonl"))
     before, gone = scalars.stat().st_size, time.monotonic()
     wait_for(lambda: scalars.stat().st_size > before and time.monotonic() - gone > 20)
