@@ -47,7 +47,7 @@ class Archive:
     _folders: dict[str, list[Path]] = field(default_factory=dict, repr=False)
     _chosen: dict[str, Path | None] = field(default_factory=dict, repr=False)
     _jobs: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
-    _records: dict[Path, Mapping[str, Any] | None] = field(default_factory=dict, repr=False)
+    _records: dict[str, Mapping[str, Any] | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for root in self.roots:
@@ -63,9 +63,9 @@ class Archive:
 
     def read(self, folder: Path) -> Mapping[str, Any] | None:
         """The record of a folder, None where there is none. Raises UserError when it cannot be read."""
-        if folder not in self._records:
-            self._records[folder] = read_record(folder)
-        return self._records[folder]
+        if (place := str(folder)) not in self._records:  # paths are slow keys, and this is asked eight times a record
+            self._records[place] = read_record(folder)
+        return self._records[place]
 
     def record(self, folder: Path | None) -> Mapping[str, Any] | None:
         """The record of a folder, None where there is none that can be read."""
