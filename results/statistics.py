@@ -41,11 +41,11 @@ def summarise(scores: Mapping[tuple[int, int], float]) -> Seeds:
     for (seed, _), score in sorted(scores.items()):
         grouped.setdefault(seed, []).append(score)
     means = {seed: statistics.fmean(values) for seed, values in grouped.items()}
-    within = [(len(v) - 1, statistics.variance(v)) for v in grouped.values() if len(v) > 1]
-    free = sum(f for f, _ in within)
+    within = [v - means[seed] for seed, values in grouped.items() for v in values]
+    free = len(scores) - len(grouped)
     return Seeds(
         means, statistics.fmean(means.values()) if means else None, statistics.stdev(means.values()) if len(means) > 1 else None,
-        interval(list(means.values())), math.sqrt(sum(f * v for f, v in within) / free) if free else None, len(scores), len({e for _, e in scores}),
+        interval(list(means.values())), math.sqrt(math.fsum(w**2 for w in within) / free) if free else None, len(scores), len({e for _, e in scores}),
     )
 
 
