@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -118,6 +119,7 @@ class Table:
         Raises:
             UserError: no such layout; without a layout no results; none that a flag asks for.
         """
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # scipy's own would start a thread for each core, for a few seeds
         if args.layout is not None:
             paper_table(args.layout)  # a wrong name is said before anything is read
         choice = choose(args, needed=args.layout is None)
