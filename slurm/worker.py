@@ -67,7 +67,7 @@ class Attempts:
     """slurm.json of a node: its attempts, the last one this."""
 
     def __init__(self, folder: Path, job: str) -> None:
-        self.path, self.job = folder / "slurm.json", job
+        self.path, self.job, self._writing, self._changed = folder / "slurm.json", job, False, False
         self.all: list[dict[str, Any]] = list((read_json(self.path) or {}).get("attempts", []))
         self.lost = [a for a in self.all if a["job"] == job and not a.get("how") and "told" not in a]  # died without a word: its node was lost
 
@@ -87,12 +87,17 @@ class Attempts:
         self._write()
 
     def _write(self) -> None:
-        """Write them down; a signal that comes meanwhile waits: what it calls writes the same file."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        """Write them down. A signal that comes meanwhile wants that, too, to the same temporary file: it is done again afterwards."""
+        if self._writing:
+            self._changed = True
+            return
+        self._writing, self._changed = True, False
         try:
             write_json(self.path, {"attempts": self.all})
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self._writing = False
+        if self._changed:
+            self._write()
 
 
 def command(folder: Path, machines: int) -> list[str]:
