@@ -159,6 +159,47 @@ def test_a_failure_takes_down_what_depends_on_it(harness: Call, on_slurm: tuple[
     assert harness(*line, "--retry").returncode == 0
 
 
+@pytest.mark.parametrize(("lr", "environment_line", "found"), [
+    ("1e30", "", "loss not finite"), ("1e-3", 'environment = { HARNESS_MICRO_BATCH = "x" }\n', "bad configuration"),
+])
+def test_failures_are_told_by_their_kind_and_not_tried_again(
+    harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, lr: str, environment_line: str, found: str
+) -> None:
+    (tmp_path / "c.toml").write_text(PROFILE + environment_line)
+    line = (*LINE, "--set", f"rotation.recipe.lr={lr}", *on_slurm, "--wait")
+    failed = harness(*line)
+    assert failed.returncode == 1 and found in failed.stdout and found in harness("status").stdout, failed.stdout + failed.stderr
+    assert "submitted 0 nodes" in harness(*line).stderr
+    assert len(one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]) == 1
+
+
+def test_a_full_disk_leaves_the_states_before_it(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """The job fails with that word; with room again, --retry goes on from the last state to the number of a run that always had room."""
+    import shutil
+
+    import torch
+
+    disk, line = tmp_path / "disk", (*LINE, *LONG)
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", disk], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
+    try:
+        flags = (*on_slurm, "--runs", "disk/runs")
+        assert harness(*line, *flags).returncode == 3
+        wait_for(saved(disk / "runs"))
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 12 * 2**20))
+        wait_for(lambda: "disk full" in harness("status", "--runs", "disk/runs").stdout)
+        assert [torch.load(state, weights_only=True)["facts"]["parts"] for state in saved(disk / "runs")()]
+        (disk / "filler").unlink()
+        done = harness(*line, *flags, "--wait", "--retry", timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert "going on from step" in next((disk / "runs").glob("pretrain-*/log.txt")).read_text()
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=False)
+    assert harness(*line, "--runs", "whole").stdout == done.stdout
+
+
 def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, slurm: Cluster, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
     """A node dies: its slurmd and all processes of the job at once, without a word. SLURM starts it again elsewhere, from its last state."""
     line = (*LINE, *LONG)
