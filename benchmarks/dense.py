@@ -255,11 +255,11 @@ def our_work(name: str, scale: Scale, device: str) -> Iterator[tuple[Any, list[d
 
 def our_step(work: Any) -> Step:
     """A training step as TrainByPlace makes it."""
-    from evals.openmmlab.loops import Optimize
+    from evals.openmmlab.optimizer import Optimize
 
     work.model.to(work.session.device).train()
     wrapper = Optimize(work)
-    return lambda data: float(work.model.train_step(data, wrapper)["loss"].detach())
+    return lambda data: float(wrapper.update_from([(work.model.train_step(data, wrapper), torch.ones(()))])["loss"].detach())
 
 
 # --------------------------------------------------------------------------------------------------------------- measuring

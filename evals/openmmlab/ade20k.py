@@ -161,7 +161,8 @@ class ADE20K:
                 samples.InOrder(train, rest, lent.seed, lent.on_bad_image == "skip"), samples.InOrder(test, chosen, None, False), metric,
             )
             scores = session.train_and_test(work, "mmseg")
-        facts = {**work.record_facts(), "deviations": self.deviations(checkpoint, context.protocol, steps_by_running_statistics(model, work.passes))}
+        facts, alone = work.record_facts(), steps_by_running_statistics(model, work.passes)
+        facts["deviations"] = [*self.deviations(checkpoint, context.protocol, alone), *facts.get("deviations", ())]
         return Outcome({column.name: scores[column.name] for column in self.columns}, metric.path, facts)
 
     def deviations(self, checkpoint: Backbone, protocol: Protocol, alone: int) -> list[str]:

@@ -5,33 +5,33 @@ iteration, kept by `harness.checkpoint.States` and not by mmengine (its file doe
 the random generators and the sampler's position).
 
 A step's images come in parts as in `harness.batches`: micro-batches on one or several processes. UperNet's loss is a mean over pixels, all crops having as
-many, and its batch norm is over all processes, so parts make the same step. Mask R-CNN's losses are means over the boxes sampled in a part: detectron2
-takes them so on each device, with one image on each of 64 in the papers.
+many, and its batch norm is over all processes, but over one part of each: on one device its batch is not split. Mask R-CNN's losses are means over the boxes
+sampled in a part: detectron2 takes them so on each device, with one image on each of 64 in the papers. Without batch norm (ViTDet) it can be split.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 
+from evals.openmmlab.optimizer import Named
 from evals.openmmlab.samples import InOrder, batches
-from harness.batches import any_of, merge, parts_of, positions, processes, rank, together
+from harness.batches import any_of, couples, gathered, parts_of, positions, processes, rank
 from harness.checkpoint import States
 from harness.metrics import Metrics
-from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
+from harness.optim import apply_schedule
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
-from harness.spec import Interrupted, Recipe
-from harness.train import check_finite, choose_attention, count_flops
+from harness.restarts import NotFinite, go_back, past, remarks
+from harness.spec import Interrupted, JobFailed, Recipe
+from harness.train import OUT_OF_MEMORY, SAVES_APART, check_finite, choose_attention, count_flops
 
 LOG_EVERY_S = 1.0
 
@@ -56,6 +56,11 @@ class Work:
         return self.recipe.iterations if self.recipe.iterations is not None else max(1, round((self.recipe.epochs or 0) * per_epoch))
 
     @property
+    def states(self) -> Path:
+        """The folder of its training states."""
+        return self.session.dir / "checkpoint" / "train"
+
+    @property
     def passes(self) -> int:
         """Forward passes of training in each process."""
         return self.steps * int(self.facts["parts"]) // processes()
@@ -74,62 +79,13 @@ class Work:
 
     def record_facts(self) -> dict[str, Any]:
         """Facts of the training as `harness.train.fit` gives them."""
+        restarts = past(self.states)
         return {
             "steps": self.steps, "images_seen": self.steps * self.recipe.batch, "flops": self.steps * (self.facts["flops_per_step"] or 0.0),
             "seconds": round(self.facts["seconds"], 3), "loss": self.facts["loss"], "scored_images": len(self.test),
+            **({"out_of_memory": self.facts["halved"]} if "halved" in self.facts else {}),
+            **({"deviations": remarks(restarts, self.steps)} if restarts else {}),
         }
-
-
-class Named(nn.Module):
-    """The names that layer decay goes by: the ViT as `vit`, all else below `dense`."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.vit, self.dense = model.backbone.vit, model
-
-
-class Optimize(OptimWrapper):  # type: ignore[misc]
-    """The harness's optimiser, clipping and mixed precision behind mmengine's interface."""
-
-    def __init__(self, work: Work) -> None:
-        named = Named(work.model)
-        groups = parameter_groups(named, work.recipe, len(named.vit.blocks))
-        super().__init__(build_optimizer(groups, work.recipe))
-        self.work = work
-        self.norm = torch.zeros(())  # of the last step's gradient
-        self.parameters = [p for p in work.model.parameters() if p.requires_grad]
-        self.images: int | None = None  # of the part that is back-propagated; None: it is the whole step
-
-    def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
-        """A whole step, or the gradients of a part of it, by its number of images; then `update_from` makes the step."""
-        if self.images is None:
-            super().update_params(loss, step_kwargs, zero_kwargs)
-        else:
-            self.backward(loss * self.images)
-
-    def update_from(self, outputs: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
-        """The step of all parts on all processes: from (logged values, images) of this process's to the values' means."""
-        if together():  # the sum over processes wants the same gradients in each
-            used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.int32, device=self.work.session.device)
-            dist.all_reduce(used, op=dist.ReduceOp.MAX)
-            for parameter, somewhere in zip(self.parameters, used.tolist(), strict=True):
-                if somewhere and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        losses = merge(outputs, self.parameters)
-        self.step()
-        self.zero_grad()
-        return losses
-
-    @contextlib.contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Mixed precision for a forward pass."""
-        with super().optim_context(model), self.work.autocast():
-            yield
-
-    def step(self, **kwargs: Any) -> None:
-        """Clip as the recipe says and update."""
-        self.norm = clip_gradients(self.parameters, self.work.recipe)
-        self.optimizer.step(**kwargs)
 
 
 class TrainByPlace(BaseLoop):  # type: ignore[misc]
@@ -137,63 +93,79 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
 
     def __init__(self, runner: Any, dataloader: InOrder) -> None:
         self._runner, self.work = runner, runner.work
-        self.iter, self.max_iters = 0, runner.work.steps
+        self.iter, self.max_iters, self.skips = 0, runner.work.steps, 0  # skips: places left out by restarts (`harness.restarts`), in steps
 
     def run(self) -> nn.Module:
         """Train to the end.
 
         Raises:
             Interrupted: a signal came; the state is saved.
-            JobFailed: the loss is not finite, or the batch cannot be split as it would have to be (`harness.batches.parts_of`).
+            JobFailed: the loss is not finite, memory gives out, or the batch cannot be split as it would have to be (`harness.batches.parts_of`).
         """
+        session, folder = self.work.session, self.work.states
+        self.runner.call_hook("before_train")
+        while True:
+            try:
+                self._train()
+                break
+            except NotFinite as failure:
+                if len(past(folder)) >= session.nan_restarts:
+                    raise
+                session.log(str(failure))
+                restarts = go_back(folder, failure.step)
+                session.log(f"train: restart {len(restarts)} of at most {session.nan_restarts}, without the batches in between")
+        self.runner.call_hook("after_train")
+        return self.work.model
+
+    def _train(self) -> None:
+        """`run` up to a loss that is not finite (NotFinite)."""
         work, session, recipe, total = self.work, self.work.session, self.work.recipe, self.max_iters
-        wrapper, facts = self.runner.optim_wrapper, self.work.facts
-        states = States(session.dir / "checkpoint" / "train", total, session.milestones)
+        wrapper, lead, count = self.runner.optim_wrapper, rank() == 0, processes()
+        states = States(work.states, total, session.milestones)
+        self.skips = sum(at - back for at, back in past(work.states))
         if (found := states.latest()) is not None:
             self.iter, state = found
             work.model.load_state_dict(state["model"])
             wrapper.optimizer.load_state_dict(state["optimizer"])
-            facts.update(state["facts"])
+            work.facts = state["facts"]
             session.skipped_images.update(state["skipped"])
             session.log(f"train: going on from iteration {self.iter} of {total}")
-        parts, lead, count = parts_of(recipe.batch, session, work.model), rank() == 0, processes()
-        facts["parts"] = parts
+        facts = work.facts
+        parts = facts["parts"] = parts_of(recipe.batch, session, work.model, facts.get("parts", 1))
         if lead:
             states.tidy(self.iter)
         if parts > 1:
             session.log(f"train: a step is {parts} parts of {-(-recipe.batch // parts)} images on {count} process{'es' * (count > 1)}")
         metrics, log_every = Metrics(session.dir / "metrics.jsonl", "train", self.iter) if lead else None, max(1, total // 200)
         first, started = self.iter, time.monotonic()
-        saved = shown = started
+        shown = started
 
-        def save() -> None:
+        def save() -> float:
+            for skipped in gathered(session.skipped_images):
+                session.skipped_images.update(skipped)
             if lead:
                 states.save(self.iter, {
                     "model": work.model.state_dict(), "optimizer": wrapper.optimizer.state_dict(), "skipped": dict(session.skipped_images),
                     "facts": {**facts, "seconds": facts["seconds"] + time.monotonic() - started},
                 })
+            return time.monotonic()
 
-        stream = batches(work.train, session, positions(range(self.iter, total), recipe.batch, parts))
+        saved = save() if self.iter == 0 and session.nan_restarts else started
+        stream = self._stream(parts)
+        halves = session.on_oom == "halve" and not couples(work.model)
         work.model.train()
-        self.runner.call_hook("before_train")
         while self.iter < total:
             apply_schedule(wrapper.optimizer, recipe, self.iter, total)
-            outputs = []
-            for part in range(rank(), parts, processes()):
-                data = next(stream)
-                session.skipped_images.update({path: "cannot be read" for path in data.pop("bad") if path})
-                images = len(data["inputs"])
-                wrapper.images = None if parts == 1 else images
-                seed_all(session.seed, "step", self.iter, *((part,) if parts > 1 else ()))
-                self.runner.call_hook("before_train_iter", batch_idx=self.iter, data_batch=data)
-                with count_flops(facts, images / recipe.batch):
-                    losses = work.model.train_step(data, wrapper)
-                self.runner.call_hook("after_train_iter", batch_idx=self.iter, data_batch=data, outputs=losses)
-                outputs.append((losses, torch.tensor(float(images), device=session.device)))
-            losses = outputs[0][0] if parts == 1 else wrapper.update_from(outputs)
+            outputs, short = self._gradients(stream, parts)
+            if (halves and any_of(bool(short))[0]) or short:
+                parts = self._more_parts(parts, short, halves)
+                stream = self._stream(parts)
+                continue
+            losses = wrapper.update_from(outputs)
             self.iter += 1
             now = time.monotonic()
-            stop, due = any_of(session.should_stop(), now - saved > session.checkpoint_every_s)
+            every = session.checkpoint_every_s and max(session.checkpoint_every_s, SAVES_APART * states.took)
+            stop, due = any_of(session.should_stop(), lead and now - saved > every)
             saves = stop or due or self.iter == total
             if saves or self.iter % log_every == 0 or self.iter == 1:
                 check_finite("train", self.iter, total, recipe, losses["loss"], wrapper.norm, states)
@@ -206,12 +178,61 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
                 shown, speed = now, (self.iter - first) * recipe.batch / max(now - started, 1e-9)
                 session.report(Progress("train", self.iter, total, speed, facts["loss"], (total - self.iter) * recipe.batch / speed))
             if saves:
-                save()
-                saved = time.monotonic()
+                saved = save()
             if stop and self.iter < total:
                 states.wait()
+                gathered(None)  # the others wait until it is saved
                 raise Interrupted(f"train: stopped at iteration {self.iter} of {total}, saved")
         states.wait()
         facts["seconds"] += time.monotonic() - started if first < total else 0.0
-        self.runner.call_hook("after_train")
-        return work.model
+
+    def _stream(self, parts: int) -> Iterator[dict[str, Any]]:
+        """This process's parts from the iteration on."""
+        work, places = self.work, range(self.iter + self.skips, self.max_iters + self.skips)
+        return batches(work.train, work.session, positions(places, work.recipe.batch, parts))
+
+    def _gradients(self, stream: Iterator[dict[str, Any]], parts: int) -> tuple[list[tuple[dict[str, Tensor], Tensor]], str]:
+        """This process's parts of a step, back-propagated: (logged values, images) of each; or what was said when memory gave out."""
+        work, session, batch, wrapper = self.work, self.work.session, self.work.recipe.batch, self.runner.optim_wrapper
+        outputs = []
+        try:
+            for part in range(rank(), parts, processes()):
+                data = next(stream)
+                session.skipped_images.update({path: "cannot be read" for path in data.pop("bad") if path})
+                images = len(data["inputs"])
+                wrapper.images = None if parts == 1 else images
+                seed_all(session.seed, "step", self.iter + self.skips, *((part,) if parts > 1 else ()))
+                self.runner.call_hook("before_train_iter", batch_idx=self.iter, data_batch=data)
+                with count_flops(work.facts, images / batch):
+                    losses = work.model.train_step(data, wrapper)
+                self.runner.call_hook("after_train_iter", batch_idx=self.iter, data_batch=data, outputs=losses)
+                outputs.append((losses, torch.tensor(float(images), device=session.device)))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            short = f"{type(error).__name__} {error}"
+            if isinstance(error, JobFailed) or not OUT_OF_MEMORY.search(short):  # JobFailed: an image's own
+                raise
+            return [], short
+        return outputs, ""
+
+    def _more_parts(self, parts: int, short: str, halves: bool) -> int:
+        """The parts to do a step in again, one of the processes having run out of memory; `short`: what was said of it here.
+
+        Raises:
+            JobFailed: it is not to be halved, one image is too much already, or the loss would be another one.
+        """
+        work, session, batch = self.work, self.work.session, self.work.recipe.batch
+        more, coupled = min(2 * parts, batch // processes() * processes()), couples(work.model)
+        told, half = f"train: out of memory at step {self.iter} with {-(-batch // parts)} images at a time", -(-batch // more)
+        if not halves or more == parts:
+            session.log(short)
+            remedy = f"set HARNESS_MICRO_BATCH={half} or --on-oom halve, which changes no key"
+            larger = "it needs a larger device" + (": its loss couples the images of a batch" if coupled else "")
+            less = "" if session.recompute else "; HARNESS_RECOMPUTE=1 takes less memory, for the same numbers"
+            raise JobFailed(f"{told}: {larger if coupled or more == parts else remedy}{less}")
+        parts = work.facts["parts"] = parts_of(batch, session, work.model, more)
+        work.facts["halved"] = [*work.facts.get("halved", ()), f"{told}: {half} from there on"]
+        session.log(work.facts["halved"][-1])
+        self.runner.optim_wrapper.zero_grad()
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return parts

@@ -20,7 +20,8 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from evals.openmmlab.loops import Optimize, TrainByPlace, Work
+from evals.openmmlab.loops import TrainByPlace, Work
+from evals.openmmlab.optimizer import Optimize
 from evals.openmmlab.score_loop import TestInOrder
 from harness.plugins import Session
 from harness.randomness import derive

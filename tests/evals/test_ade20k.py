@@ -191,7 +191,7 @@ def test_learning_rates_and_weight_decay_of_each_parameter_are_mmsegs(config: Vi
     """num_layers + 2 groups, heads and rescaling steps at the full rate; positions and class token decayed, as in BEiT's segmentation code."""
     from mmseg.engine.optimizers.layer_decay_optimizer_constructor import get_layer_id_for_vit
 
-    from evals.openmmlab.loops import Named
+    from evals.openmmlab.optimizer import Named
     from harness.optim import parameter_groups
 
     recipe = ADE20K(by="mae-160k").recipe(paper, BACKBONES["vit-b16"])

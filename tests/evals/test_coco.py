@@ -94,7 +94,7 @@ def test_from_scratch_li21_has_another_lr_and_weight_decay_and_vitdet_has_not() 
 
 @pytest.mark.parametrize("by,exempt", [("vitdet", (nn.LayerNorm,)), ("li21", ())])
 def test_weight_decay_leaves_out_what_the_source_leaves_out(by: str, exempt: tuple[type, ...]) -> None:
-    from evals.openmmlab.loops import Named
+    from evals.openmmlab.optimizer import Named
 
     name = f"coco@{by}"
     model = Named(model_of(by, VIT, 64))

@@ -103,7 +103,7 @@ def test_building_a_head_leaves_the_pretrained_weights_alone() -> None:
 def test_layer_decay_reaches_the_vit_inside_a_segmentor() -> None:
     from evals.openmmlab.ade20k import SMOKE
     from evals.openmmlab.backbone import Pyramid
-    from evals.openmmlab.loops import Named
+    from evals.openmmlab.optimizer import Named
     from harness.optim import parameter_groups
 
     class Model(nn.Module):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dense_data import make_ade20k, make_coco
-from dense_processes import EVALUATORS, evaluate
+from dense_faults import faults
+from dense_processes import EVALUATORS, RECIPE, evaluate, trained
 
 from harness.spec import JobFailed
 
@@ -26,15 +27,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in MAKE.items():
         make(folder / name)
     script = Path(__file__).with_name("dense_processes.py")
-    done = subprocess.run([sys.executable, str(script), "2", str(folder)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), "2", str(folder)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
-
-
-def trained(folder: Path) -> dict[str, Any]:
-    newest = sorted((folder / "checkpoint" / "train").glob("state-*.pt"))[-1]
-    found: dict[str, Any] = torch.load(newest, weights_only=True)["model"]
-    return found
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
@@ -56,6 +51,21 @@ def test_two_processes_make_the_steps_and_the_scores_of_one(name: str, place: Pa
         if name == "ade20k":
             assert np.array_equal(*(np.bincount(rows["image"], rows["count"]) for rows in (expected, outcomes)))  # every pixel of every image once
     assert len(list((place / f"{name}-together" / "samples").iterdir())) == 5
+
+
+def test_what_goes_wrong_in_one_process_is_met_by_all(place: Path, tmp_path: Path) -> None:
+    """Its memory gives out in the first step: both take smaller parts of it, with no gradient left of the first try. Its loss is lost: both go back."""
+    for rank in range(2):
+        assert torch.load(place / f"told-{rank}.pt", weights_only=True) == (
+            ["train: out of memory at step 0 with 3 images at a time: 2 from there on"],
+            ["loss not finite at step 2 of 2: went on from step 0, without the batches in between (2)"],
+        )
+    halved, small = trained(place / "coco-short"), trained(place / "coco-small")
+    assert all(torch.equal(halved[key], value) for key, value in small.items())
+    with faults(shift=10):
+        evaluate("ade20k", tmp_path, place / "ade20k", dataclasses.replace(RECIPE, iterations=2))
+    for key, value in trained(tmp_path).items():
+        torch.testing.assert_close(trained(place / "ade20k-lost")[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_what_couples_a_batch_is_not_split_on_one_device(place: Path, tmp_path: Path) -> None:
