@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from evals.openmmlab.samples import InOrder, batches
 from harness.batches import any_of, merge, parts_of, positions, processes, rank, together
 from harness.checkpoint import States
-from harness.metrics import Metrics
+from harness.metrics import Metrics, count_flops
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
+from harness.restarts import check_finite
 from harness.spec import Interrupted, Recipe
-from harness.train import check_finite, choose_attention, count_flops
+from harness.vit import choose_attention
 
 LOG_EVERY_S = 1.0
 
@@ -61,7 +62,7 @@ class Work:
         return self.steps * int(self.facts["parts"]) // processes()
 
     def __post_init__(self) -> None:
-        choose_attention(self.model, self.session)
+        choose_attention(self.model, self.session.device, self.session.dtype)
         vit: Any = Named(self.model).vit
         vit.set_grad_checkpointing(self.session.recompute)
         # measured in bf16 on a CPU, five interleaved rounds: UperNet's step 1.06 times as fast (1.02 to 1.07), Mask R-CNN's 1.01 (0.99 to 1.04)
