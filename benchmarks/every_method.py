@@ -31,14 +31,13 @@ from report import keep, middle
 
 from harness import plugins
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
-from harness.plugins import Session, TrainContext
+from harness.plugins import TrainContext
 from harness.provenance import processor
 from harness.randomness import generator, seed_all
 from harness.request import resolve_precision
 from harness.samples import stack
 from harness.spec import UserError
-from harness.train import choose_attention
-from harness.vit import ViT
+from harness.vit import ViT, choose_attention
 
 ROUNDS, STEPS, WARM = 7, 2, 1
 CLASSES = tuple(f"class {i}" for i in range(16))
@@ -75,7 +74,7 @@ class Trained:
         context = TrainContext(vit, recipe, 100, assets, CLASSES)
         self.objective = method.objective(ViT(vit, recipe.drop_path), context).to(self.device).train()
         self.dtype = torch.bfloat16 if resolve_precision() == "bf16" else torch.float32
-        choose_attention(self.objective, Session(folder, 0, self.device, self.dtype, {}))
+        choose_attention(self.objective, self.device, self.dtype)
         self.optimizer = build_optimizer(parameter_groups(self.objective, recipe, vit.depth), recipe)
         self.transform, self.steps, self.made = method.transform(vit, recipe), 0, 0
         self.data = self.prepare()

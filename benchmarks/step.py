@@ -36,15 +36,15 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from harness.augment import Normalize
-from harness.checkpoint import States
+from harness.checkpoint import SAVES_APART, States
 from harness.metrics import Metrics
 from harness.optim import Ema, build_optimizer, clip_gradients, parameter_groups
-from harness.plugins import Progress, Session
+from harness.plugins import Progress
 from harness.provenance import gemm_mode, processor
+from harness.restarts import check_finite
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Recipe, ViTConfig
 from harness.store import write_json
-from harness.train import SAVES_APART, check_finite, choose_attention
-from harness.vit import ViT, compile_blocks
+from harness.vit import ViT, choose_attention, compile_blocks
 from methods.beit import BEiT, BEiTObjective
 from methods.dalle import Tokenizer, map_pixels
 from methods.mae import MAE, MAEObjective
@@ -122,7 +122,7 @@ def ours(case: Case, device: str, batch: Batch) -> Contender:
     optimizer = build_optimizer(parameter_groups(objective, recipe, case.vit.depth), recipe)
     parameters, gemm = [p for p in objective.parameters() if p.requires_grad], gemm_mode() if device == "cpu" else "highest"
     torch.set_float32_matmul_precision(gemm)
-    choose_attention(objective, Session(Path(), 0, torch.device(device), case.dtype, {}))
+    choose_attention(objective, torch.device(device), case.dtype)
     return Contender(objective, lambda b: objective(b)["loss"], optimizer, dict, lambda: clip_gradients(parameters, recipe), gemm, True)
 
 

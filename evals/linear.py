@@ -212,12 +212,11 @@ def train_on_features(probe: Any, images: ImageList, transform: Any, recipe: Rec
     import torch
     import torch.nn.functional as F
 
-    from harness.metrics import Metrics
+    from harness.metrics import Metrics, count_flops
     from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
     from harness.randomness import generator
     from harness.samples import steps_of
     from harness.spec import JobFailed
-    from harness.train import count_flops
 
     x, label = (t.to(session.device) for t in features(probe, images, transform, session))
     per_epoch, total = steps_of(recipe, len(x))

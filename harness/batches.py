@@ -102,13 +102,17 @@ class Early:
             gradient: Any = self.parameters[following].grad
             self.works.append(dist.all_reduce(gradient, async_op=True))
 
+    def leave(self) -> None:
+        """Forget the step, and what of it was begun."""
+        for hook in self.hooks:
+            hook.remove()
+        self.came, self.works, self.hooks = {}, [], []
+
     def end(self) -> tuple[list[Any], list[nn.Parameter]]:
         """(sums that were begun, parameters that are left), after it."""
         works, self.order = self.works, self.order or list(gathered(list(self.came))[0])
         left = dict.fromkeys([*self.order, *range(len(self.parameters))])
-        for hook in self.hooks:
-            hook.remove()
-        self.came, self.works, self.hooks = {}, [], []
+        self.leave()
         return works, [self.parameters[i] for i in list(left)[len(works) :]]
 
 

@@ -1,12 +1,12 @@
-"""What a training says of itself, step by step: metrics.jsonl, and the loggers that HARNESS_LOGGERS names."""
+"""What a training says of itself: step by step in metrics.jsonl and by the loggers that HARNESS_LOGGERS names, and the FLOPs of a step."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,3 +67,18 @@ class Metrics:
     def left(self, cls: Any, error: Exception) -> None:
         """Say in the job's log that a logger is left out: no training ends because of one."""
         print(f"{self.stage}: {cls.__name__} is left out from here on ({type(error).__name__}: {error}); metrics.jsonl has everything", file=sys.stderr)
+
+
+@contextmanager
+def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
+    """Count the FLOPs of the first part (a `share` of a step) into facts (multiply and add = 2; matmuls, convolutions and attention), nothing later."""
+    if facts["flops_per_step"] is not None:
+        yield
+        return
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    eager: Any = torch.compiler.set_stance("force_eager") if os.environ.get("HARNESS_COMPILE") else nullcontext()  # compiled kernels are not seen
+    with eager, FlopCounterMode(display=False) as counter:
+        yield
+    facts["flops_per_step"] = float(counter.get_total_flops()) / share

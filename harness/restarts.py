@@ -7,12 +7,16 @@ from there, past the end of the recipe; schedules stay with the step. PaLM (arXi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from harness.batches import gathered, rank
 from harness.checkpoint import States
-from harness.spec import JobFailed
+from harness.optim import lr_at
+from harness.spec import JobFailed, Recipe
 from harness.store import read_json, write_json
 
 
@@ -24,9 +28,29 @@ class NotFinite(JobFailed):
         self.step = step
 
 
+def check_finite(stage: str, step: int, total: int, recipe: Recipe, loss: Tensor, norm: Tensor, states: States) -> None:
+    """Raises NotFinite when the loss of a step, or the norm of its gradient, is not: the weights after it are no state to go on from."""
+    if not (math.isfinite(last := float(loss.detach())) and math.isfinite(float(norm))):
+        states.wait()
+        numbers = f"gradient norm {float(norm):.3g}, lr {lr_at(recipe, step - 1, total):.3g}, at its peak {recipe.peak_lr:.3g}"
+        remedy = "lower lr with --set, use fp32, or let it go back so many times with HARNESS_NAN_RESTARTS"
+        raise NotFinite(f"{stage}: loss {last:.4g} at step {step} of {total} ({numbers}): {remedy}; {states.newest()}", step)
+
+
 def past(folder: Path) -> list[list[int]]:
     """[step of the loss that was not finite, step gone back to] of each restart of the training whose states are in a folder."""
     return list(read_json(folder / "restarts.json") or [])
+
+
+def settle(folder: Path, step: int) -> list[list[int]]:
+    """Restarts so far, once it is known that training goes on from `step`: a state gone back to that could not be read was not gone back to."""
+    restarts = past(folder)
+    if any(back > step for _, back in restarts):
+        restarts = [[at, min(back, step)] for at, back in restarts]
+        gathered(None)  # every process has read it
+        if rank() == 0:
+            write_json(folder / "restarts.json", restarts)
+    return restarts
 
 
 def remarks(restarts: Sequence[Sequence[int]], total: int) -> list[str]:

@@ -137,9 +137,10 @@ class ADE20K:
             return self._run(checkpoint, context)
 
     def _run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
-        from evals.openmmlab import loops, samples, session, upernet
+        from evals.openmmlab import samples, session, upernet
         from evals.openmmlab.backbone import steps_by_running_statistics
         from evals.openmmlab.mean_iou import MeanIoU
+        from evals.openmmlab.work import Work
         from harness.data import data_set
         from harness.randomness import seed_all
 
@@ -156,7 +157,7 @@ class ADE20K:
             seed_all(lent.seed, "init")
             metric = MeanIoU(lent.dir / "outcomes.npz", [column.name for column in self.columns])
             model = upernet.build(checkpoint, recipe, sizes, len(classes))
-            work = loops.Work(
+            work = Work(
                 lent, recipe, model,
                 samples.InOrder(train, rest, lent.seed, lent.on_bad_image == "skip"), samples.InOrder(test, chosen, None, False), metric,
             )

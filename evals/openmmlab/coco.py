@@ -130,10 +130,11 @@ class COCO:
             return self._run(checkpoint, context)
 
     def _run(self, checkpoint: Backbone, context: EvalContext) -> Outcome:
-        from evals.openmmlab import loops, mask_rcnn, samples, session
+        from evals.openmmlab import mask_rcnn, samples, session
         from evals.openmmlab.average_precision import AveragePrecision
         from evals.openmmlab.backbone import even_taps
         from evals.openmmlab.scenes import COCOScenes
+        from evals.openmmlab.work import Work
         from harness.data import data_set
         from harness.randomness import seed_all
 
@@ -153,7 +154,7 @@ class COCO:
             by = self.setting(context.protocol)
             backbone = mask_rcnn.backbone(checkpoint, by, side, recipe.drop_path, 14 if paper else vit.grid[0], self.taps or even_taps(vit.depth), scales)
             model = mask_rcnn.build(checkpoint, backbone, mask_rcnn.PAPER if paper else mask_rcnn.SMALL, by, side, scales, len(classes))
-            work = loops.Work(
+            work = Work(
                 lent, recipe, model, samples.InOrder(train, train.with_instances(rest), lent.seed, lent.on_bad_image == "skip"),
                 samples.InOrder(test, chosen, None, False), metric, test_batch=1 if paper else 8,
             )

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from evals.openmmlab import session
-from evals.openmmlab.loops import Work
+from evals.openmmlab.work import Work
 from harness.checkpoint import Backbone
 from harness.plugins import EvalContext, Golden, Session
 from harness.randomness import generator

@@ -15,7 +15,7 @@ from harness.batches import merge, together
 from harness.optim import build_optimizer, clip_gradients, parameter_groups
 
 if TYPE_CHECKING:
-    from evals.openmmlab.loops import Work
+    from evals.openmmlab.work import Work
 
 
 class Named(nn.Module):

@@ -20,9 +20,10 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from evals.openmmlab.loops import TrainByPlace, Work
+from evals.openmmlab.loops import TrainByPlace
 from evals.openmmlab.optimizer import Optimize
 from evals.openmmlab.score_loop import TestInOrder
+from evals.openmmlab.work import Work
 from harness.plugins import Session
 from harness.randomness import derive
 

@@ -81,15 +81,16 @@ def test_memory_that_gives_out_halves_the_parts_from_that_step_on(sets: dict[str
     assert halved.facts["out_of_memory"] == ["train: out of memory at step 1 with 5 images at a time: 3 from there on"]
 
 
-@pytest.mark.parametrize("name,error,session,message", [
-    ("ade20k", torch.OutOfMemoryError(), {"on_oom": "halve"}, "5 images at a time: it needs a larger device: its loss couples the images of a batch; HARNESS"),
-    ("coco", RuntimeError("DefaultCPUAllocator: can't allocate memory"), {}, "5 images at a time: set HARNESS_MICRO_BATCH=3 or --on-oom halve, which changes"),
-    ("coco", torch.OutOfMemoryError(), {"on_oom": "halve", "recompute": True}, "1 images at a time: it needs a larger device$"),
+@pytest.mark.parametrize("name,fits,error,session,message", [
+    ("ade20k", 2, torch.OutOfMemoryError(), {"on_oom": "halve"}, "5 images at a time: it needs a larger device: its loss couples the images of a batch; "),
+    ("coco", 2, RuntimeError("DefaultCPUAllocator: can't allocate memory"), {}, "5 images at a time: 2 fit: set HARNESS_MICRO_BATCH=2 or --on-oom halve, "),
+    ("coco", 0, torch.OutOfMemoryError(), {}, "5 images at a time: nor does one image fit: it needs a larger device; HARNESS_RECOMPUTE=1 takes less memory"),
+    ("coco", 0, torch.OutOfMemoryError(), {"on_oom": "halve", "recompute": True}, "1 images at a time: it needs a larger device$"),
 ])
 def test_memory_that_gives_out_ends_with_what_helps(
-    name: str, error: Exception, session: dict[str, Any], message: str, sets: dict[str, Path], tmp_path: Path
+    name: str, fits: int, error: Exception, session: dict[str, Any], message: str, sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    with faults(fail=lambda places: error), pytest.raises(JobFailed, match=f"^train: out of memory at step 0 with {message}"):
+    with faults(fail=lambda places: error if len(places) > fits else None), pytest.raises(JobFailed, match=f"^train: out of memory at step 0 with {message}"):
         evaluate(name, tmp_path, sets[name], **session)
 
 

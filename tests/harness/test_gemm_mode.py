@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from harness import provenance
-from harness.plugins import Session
 from harness.provenance import MODES, calibrated, gemm_mode, set_up
 from harness.ranks import join
 from harness.spec import UserError
 from harness.store import read_json, write_json
-from harness.train import choose_attention
-from harness.vit import ViT, ViTConfig
+from harness.vit import ViT, ViTConfig, choose_attention
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +86,10 @@ def test_processes_of_a_job_compute_as_the_first_does(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("mode", "fused"), [("highest", True), ("medium", False)])
-def test_onednn_products_come_with_explicit_attention(mode: str, fused: bool, tmp_path: Path) -> None:
+def test_onednn_products_come_with_explicit_attention(mode: str, fused: bool) -> None:
     """The fused kernel makes many small products, on which oneDNN is so slow that the step would be slower than before."""
     vit = ViT(ViTConfig(size=(16, 16), patch=8, width=8, depth=1, heads=2))
     vit.blocks[0].attn.fused_attn = True
     torch.set_float32_matmul_precision(mode)
-    choose_attention(vit, Session(tmp_path, 0, torch.device("cpu"), torch.float32, {}))
+    choose_attention(vit, torch.device("cpu"), torch.float32)
     assert vit.blocks[0].attn.fused_attn is fused

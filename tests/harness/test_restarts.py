@@ -70,6 +70,20 @@ def test_a_restart_outlives_an_interruption(tmp_path: Path) -> None:
     assert facts["deviations"] == ["loss not finite at step 7 of 20: went on from step 6, without the batches in between (1)"]
 
 
+def test_a_state_that_was_damaged_is_not_the_one_gone_back_to(tmp_path: Path) -> None:
+    """What it was gone back for is left out all the same, counted from the state that can be read; a second start has the same places."""
+    steps = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(tmp_path, (6,), nan_restarts=1, checkpoint_every_s=0.0, should_stop=lambda: next(steps) > 3)
+    (tmp_path / "checkpoint" / "train" / "state-000000006.pt").write_bytes(b"damaged")
+    write_json(tmp_path / "checkpoint" / "train" / "restarts.json", [[7, 6]])
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(Interrupted):
+        train(tmp_path, (6,), nan_restarts=1, should_stop=lambda: next(steps) > 10)
+    weight, facts, _ = train(tmp_path, (6,), nan_restarts=1)
+    assert weight == pytest.approx(-0.5 * (sum(DRAWN[:5]) + sum(DRAWN[7 : STEPS + 2])), rel=1e-12)
+    assert facts["deviations"] == ["loss not finite at step 7 of 20: went on from step 5, without the batches in between (2)"]
+
+
 def test_what_happened_before_is_told_of_the_score(tmp_path: Path) -> None:
     """A table shows evaluations: the record of one has what was found in the training that it scores."""
     identity, parents = {"seed": 0, "version": 1}, {"checkpoint": {"folder": "pretrain-mae"}}
