@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from harness.plugins import Session
+from harness.spec import JobFailed
+
 OUT_OF_MEMORY = re.compile("OutOfMemory|can't allocate memory|out of memory")
 
 
 def out_of_memory(error: BaseException) -> str:
     """The error in a line when it says that memory gave out (torch has a class for GPUs and a plain RuntimeError for a CPU), else ""."""
+    if isinstance(error, JobFailed):  # says itself what happened
+        return ""
     return short if OUT_OF_MEMORY.search(short := f"{type(error).__name__} {error}") else ""
 
 
@@ -24,3 +29,21 @@ def most_that_fit(attempt: Callable[[int], None], images: int) -> int:
             if not (isinstance(error, MemoryError) or out_of_memory(error)):
                 raise
     return 0
+
+
+def no_room(told: str, images: int, session: Session, larger: str | None, attempt: Callable[[int], None] | None) -> JobFailed:
+    """How a training ends whose step does not fit: a line with what helps.
+
+    Args:
+        told: where memory gave out, with so many `images` at a time.
+        larger: why fewer images are no way out ("" where there are no fewer); None: they are one.
+        attempt: what a step does with so many images; None where processes would have to meet for it.
+    """
+    if larger is not None:
+        return JobFailed(f"{told}: it needs a larger device{larger}")
+    if attempt is None:
+        return JobFailed(f"{told}: set HARNESS_MICRO_BATCH={-(-images // 2)}, which changes no key")
+    session.log(f"trying how many images fit, from {images // 2} on")
+    if not (fits := most_that_fit(attempt, images)):
+        return JobFailed(f"{told}, nor with one: it needs a larger device")
+    return JobFailed(f"{told}; {fits} fit: set HARNESS_MICRO_BATCH={fits} or --on-oom halve, which changes no key")

@@ -8,7 +8,7 @@ from there, past the end of the recipe; schedules stay with the step. PaLM (arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from harness.batches import gathered, rank
 from harness.checkpoint import States
 from harness.optim import lr_at
+from harness.plugins import Session
 from harness.spec import JobFailed, Recipe
 from harness.store import read_json, write_json
 
@@ -42,15 +43,34 @@ def past(folder: Path) -> list[list[int]]:
     return list(read_json(folder / "restarts.json") or [])
 
 
-def settle(folder: Path, step: int) -> list[list[int]]:
-    """Restarts so far, once it is known that training goes on from `step`: a state gone back to that could not be read was not gone back to."""
+def bounded(train: Callable[[], None], folder: Path, session: Session, stage: str) -> None:
+    """Train, and go back and do it again after a loss that is not finite, at most session.nan_restarts times. Raises NotFinite."""
+    while True:
+        try:
+            return train()
+        except NotFinite as failure:
+            if len(past(folder)) >= session.nan_restarts:
+                raise
+            session.log(str(failure))
+            restarts = go_back(folder, failure.step)
+            session.log(f"{stage}: restart {len(restarts)} of at most {session.nan_restarts}, without the batches in between")
+
+
+def skipped(folder: Path, step: int) -> int:
+    """Steps that restarts leave out of a training which goes on from `step`. A state gone back to that could not be read was not gone back to.
+
+    Raises:
+        JobFailed: the processes go on from different steps.
+    """
+    if len(set(steps := gathered(step))) > 1:
+        raise JobFailed(f"{folder}: the processes find states of steps {steps}: is the runs folder one that all of them see?")
     restarts = past(folder)
     if any(back > step for _, back in restarts):
         restarts = [[at, min(back, step)] for at, back in restarts]
         gathered(None)  # every process has read it
         if rank() == 0:
             write_json(folder / "restarts.json", restarts)
-    return restarts
+    return sum(at - back for at, back in restarts)
 
 
 def remarks(restarts: Sequence[Sequence[int]], total: int) -> list[str]:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from harness.batches import Early, any_of, couples, gathered, merge, parts_of, positions, processes, rank, weigh
 from harness.checkpoint import States
 from harness.data import ImageList
-from harness.memory import most_that_fit, out_of_memory
+from harness.memory import no_room, out_of_memory
 from harness.metrics import Metrics, count_flops
 from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, local, parameter_groups
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
-from harness.restarts import NotFinite, check_finite, go_back, past, remarks, settle
+from harness.restarts import bounded, check_finite, past, remarks, skipped
 from harness.samples import Samples, Transform, loader, stack, steps_of
 from harness.sharding import shard, slices, stays_whole, whole_again
 from harness.spec import Interrupted, JobFailed, Recipe
@@ -49,16 +49,9 @@ def fit(
         Interrupted: a signal came; the state is saved.
         JobFailed: an image cannot be read, the loss is not finite, memory or the disk is full.
     """
-    folder = session.dir / "checkpoint" / stage
-    while True:
-        try:
-            return Training(objective, images, transform, recipe, session, stage).run()
-        except NotFinite as failure:
-            if len(past(folder)) >= session.nan_restarts:
-                raise
-            session.log(str(failure))
-            restarts = go_back(folder, failure.step)
-            session.log(f"{stage}: restart {len(restarts)} of at most {session.nan_restarts}, without the batches in between")
+    out: dict[str, Any] = {}
+    bounded(lambda: out.update(Training(objective, images, transform, recipe, session, stage).run()), session.dir / "checkpoint" / stage, session, stage)
+    return out
 
 
 class Training:
@@ -156,9 +149,7 @@ class Training:
                 self.log(f"on {now} now, {before} before: the batch stays {self.recipe.batch} images")
         else:
             self.log(f"{self.total} steps of {self.recipe.batch} images, {self.per_epoch} an epoch, peak lr {self.recipe.peak_lr:.3g}, {self.session.dtype}")
-        if len(set(steps := gathered(self.step))) > 1:
-            raise JobFailed(f"{self.states.folder}: the processes find states of steps {steps}: is the runs folder one that all of them see?")
-        self.skips = sum(at - back for at, back in settle(self.states.folder, self.step))
+        self.skips = skipped(self.states.folder, self.step)
 
     def begin(self) -> None:
         """What comes before the first step."""
@@ -234,29 +225,19 @@ class Training:
         """
         batch = self.recipe.batch
         more, now = min(2 * self.parts, batch // processes() * processes()), -(-batch // self.parts)
-        told, half = f"out of memory at step {self.step} with {now} images at a time", -(-batch // more)
+        told, half = f"{self.stage}: out of memory at step {self.step} with {now} images at a time", -(-batch // more)
         self.optimizer.zero_grad(set_to_none=True)
         if self.cuda:
             torch.cuda.empty_cache()
-        if self.coupled or more == self.parts:
+        if not self.halves or more == self.parts:
             self.log(short)
-            raise JobFailed(f"{self.stage}: {told}: it needs a larger device{': its loss couples the images of a batch' if self.coupled else ''}")
-        if not self.halves:
-            self.log(short)
-            raise JobFailed(f"{self.stage}: {told}: {self.remedy(now, half)}, which changes no key")
+            if self.early is not None:
+                self.early.leave()
+            larger = ": its loss couples the images of a batch" if self.coupled else "" if more == self.parts else None
+            raise no_room(told, now, self.session, larger, None if self.sharded else self.attempt)
         self.split(more)
-        self.facts["halved"] = [*self.facts.get("halved", ()), f"{self.stage}: {told}: {half} from there on"]
+        self.facts["halved"] = [*self.facts.get("halved", ()), f"{told}: {half} from there on"]
         self.session.log(self.facts["halved"][-1])
-
-    def remedy(self, images: int, half: int) -> str:
-        """What helps when so many images do not fit."""
-        if self.sharded:  # to try it, all processes would have to meet
-            return f"set HARNESS_MICRO_BATCH={half}"
-        if self.early is not None:
-            self.early.leave()
-        self.log(f"trying how many fit, from {images // 2} images on")
-        fits = most_that_fit(self.attempt, images)
-        return f"{fits} fit: set HARNESS_MICRO_BATCH={fits} or --on-oom halve" if fits else "nor does one image fit: it needs a larger device"
 
     def attempt(self, images: int) -> None:
         """Forward and backward of so many images, with room for the averages that an optimiser keeps of each gradient from its first step on."""
@@ -274,8 +255,8 @@ class Training:
 
     def save(self) -> None:
         """Begin to write a state; all processes call it."""
-        for skipped in gathered(self.session.skipped_images):
-            self.session.skipped_images |= skipped
+        for bad in gathered(self.session.skipped_images):
+            self.session.skipped_images |= bad
         if self.lead or self.sharded:
             self.states.save(self.step, {
                 "objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": None if self.ema is None else self.ema.state_dict(),

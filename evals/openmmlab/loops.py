@@ -23,12 +23,12 @@ from evals.openmmlab.samples import InOrder, batches
 from evals.openmmlab.work import Work
 from harness.batches import any_of, couples, gathered, parts_of, positions, processes, rank
 from harness.checkpoint import States
-from harness.memory import most_that_fit, out_of_memory
+from harness.memory import no_room, out_of_memory
 from harness.metrics import Metrics, count_flops
 from harness.optim import apply_schedule
 from harness.plugins import Progress
 from harness.randomness import seed_all
-from harness.restarts import NotFinite, check_finite, go_back, past, settle
+from harness.restarts import bounded, check_finite, skipped
 from harness.spec import Interrupted, JobFailed
 
 LOG_EVERY_S = 1.0
@@ -51,18 +51,8 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
             Interrupted: a signal came; the state is saved.
             JobFailed: the loss is not finite, memory gives out, or the batch cannot be split as it would have to be (`harness.batches.parts_of`).
         """
-        session, folder = self.work.session, self.work.states_folder
         self.runner.call_hook("before_train")
-        while True:
-            try:
-                self._train()
-                break
-            except NotFinite as failure:
-                if len(past(folder)) >= session.nan_restarts:
-                    raise
-                session.log(str(failure))
-                restarts = go_back(folder, failure.step)
-                session.log(f"train: restart {len(restarts)} of at most {session.nan_restarts}, without the batches in between")
+        bounded(self._train, self.work.states_folder, self.work.session, "train")
         self.runner.call_hook("after_train")
         return self.work.model
 
@@ -118,9 +108,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
             work.facts = state["facts"]
             session.skipped_images.update(state["skipped"])
             session.log(f"train: going on from iteration {self.iter} of {self.max_iters}")
-        if len(set(steps := gathered(self.iter))) > 1:
-            raise JobFailed(f"{work.states_folder}: the processes find states of steps {steps}: is the runs folder one that all of them see?")
-        self.skips = sum(at - back for at, back in settle(work.states_folder, self.iter))
+        self.skips = skipped(work.states_folder, self.iter)
         self._split(work.facts.get("parts", 1))
         if self.lead:
             self.states.tidy(self.iter)
@@ -131,8 +119,8 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
     def _save(self) -> None:
         """Begin to write a state; all processes call it."""
         work, session, facts = self.work, self.work.session, self.work.facts
-        for skipped in gathered(session.skipped_images):
-            session.skipped_images.update(skipped)
+        for bad in gathered(session.skipped_images):
+            session.skipped_images.update(bad)
         if self.lead:
             self.states.save(self.iter, {
                 "model": work.model.state_dict(), "optimizer": self.runner.optim_wrapper.optimizer.state_dict(), "skipped": dict(session.skipped_images),
@@ -162,7 +150,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
                 self.runner.call_hook("after_train_iter", batch_idx=self.iter, data_batch=data, outputs=losses)
                 outputs.append((losses, torch.tensor(float(images), device=session.device)))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if isinstance(error, JobFailed) or not (short := out_of_memory(error)):  # JobFailed: what an image cannot be used for
+            if not (short := out_of_memory(error)):
                 raise
             return [], short
         return outputs, ""
@@ -181,14 +169,9 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
             torch.cuda.empty_cache()
         if not self.halves or more == self.parts:
             session.log(short)
-            if self.coupled or more == self.parts:
-                helps = "it needs a larger device" + (": its loss couples the images of a batch" if self.coupled else "")
-            else:
-                session.log(f"train: trying how many fit, from {now // 2} images on")
-                fits = most_that_fit(self._attempt, now)
-                helps = f"{fits} fit: set HARNESS_MICRO_BATCH={fits} or --on-oom halve, which changes no key"
-                helps = helps if fits else "nor does one image fit: it needs a larger device"
-            raise JobFailed(f"{told}: {helps}{'' if session.recompute else '; HARNESS_RECOMPUTE=1 takes less memory, for the same numbers'}")
+            larger = ": its loss couples the images of a batch" if self.coupled else "" if more == self.parts else None
+            failure = no_room(told, now, session, larger, self._attempt)
+            raise failure if session.recompute else JobFailed(f"{failure}; HARNESS_RECOMPUTE=1 takes less memory, for the same numbers")
         self._split(more)
         self.work.facts["halved"] = [*self.work.facts.get("halved", ()), f"{told}: {half} from there on"]
         session.log(self.work.facts["halved"][-1])

@@ -83,8 +83,8 @@ def test_memory_that_gives_out_halves_the_parts_from_that_step_on(sets: dict[str
 
 @pytest.mark.parametrize("name,fits,error,session,message", [
     ("ade20k", 2, torch.OutOfMemoryError(), {"on_oom": "halve"}, "5 images at a time: it needs a larger device: its loss couples the images of a batch; "),
-    ("coco", 2, RuntimeError("DefaultCPUAllocator: can't allocate memory"), {}, "5 images at a time: 2 fit: set HARNESS_MICRO_BATCH=2 or --on-oom halve, "),
-    ("coco", 0, torch.OutOfMemoryError(), {}, "5 images at a time: nor does one image fit: it needs a larger device; HARNESS_RECOMPUTE=1 takes less memory"),
+    ("coco", 2, RuntimeError("DefaultCPUAllocator: can't allocate memory"), {}, "5 images at a time; 2 fit: set HARNESS_MICRO_BATCH=2 or --on-oom halve, "),
+    ("coco", 0, torch.OutOfMemoryError(), {}, "5 images at a time, nor with one: it needs a larger device; HARNESS_RECOMPUTE=1 takes less memory"),
     ("coco", 0, torch.OutOfMemoryError(), {"on_oom": "halve", "recompute": True}, "1 images at a time: it needs a larger device$"),
 ])
 def test_memory_that_gives_out_ends_with_what_helps(

@@ -121,9 +121,9 @@ def test_memory_that_gives_out_splits_the_batch(place: Path, tmp_path: Path) -> 
 def test_memory_that_gives_out_ends_the_job_with_what_may_fit(place: Path, tmp_path: Path) -> None:
     """Unless --on-oom says to halve; and when one image is too much already, or in parts the loss would be another one."""
     images = ImageList(place / "images", sorted(p.name for p in (place / "images").iterdir()), None, ())
-    with pytest.raises(JobFailed, match="at step 0 with 10 images at a time: 2 fit: set HARNESS_MICRO_BATCH=2 or --on-oom halve"):
+    with pytest.raises(JobFailed, match="at step 0 with 10 images at a time; 2 fit: set HARNESS_MICRO_BATCH=2 or --on-oom halve"):
         fit(Toy(3), images, mean_of, RECIPE, session(tmp_path / "fail"))
-    with pytest.raises(JobFailed, match="10 images at a time: nor does one image fit: it needs a larger device"):
+    with pytest.raises(JobFailed, match="10 images at a time, nor with one: it needs a larger device"):
         fit(Toy(0), images, mean_of, RECIPE, session(tmp_path / "none"))
     with pytest.raises(JobFailed, match="at step 0 with 1 images at a time: it needs a larger device"):
         fit(Toy(0), images, mean_of, RECIPE, session(tmp_path / "one", on_oom="halve"))
