@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from harness.spec import UserError
 from harness.store import Store
 from results.ancestry import Step
-from results.audit import VERDICTS, Item, audit, compared, of_sheet
+from results.audit import ALONE, VERDICTS, Item, audit, compared, of_sheet, score
 from results.budget import Budget
 from results.cells import sheets
 from results.table import add_choice, choose
@@ -69,8 +69,8 @@ def as_text(title: str, items: Sequence[Item]) -> str:
     if not compared(items):
         method = next(iter(items[0].values))
         return "\n".join([f"{title}: one row, nothing to compare it with; {method} had", *(f"{i.name:{width}}  {i.values[method]}" for i in items)])
-    lines = [f"{title}: {sum(i.equal is True for i in items)} of {len(items)} items equal"]
-    for item in sorted(items, key=lambda i: VERDICTS.index(i.verdict)):
+    lines = [f"{title}: {score(items)}"]
+    for item in sorted(items, key=lambda i: (*VERDICTS, ALONE).index(i.verdict)):
         groups = item.grouped()
         said = next(iter(groups)) if len(groups) == 1 else "; ".join(f"{', '.join(methods)}: {value}" for value, methods in groups.items())
         lines.append(f"{item.verdict:10} {item.name:{width}}  {said}")

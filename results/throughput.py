@@ -1,6 +1,6 @@
 """How fast what was measured: the one table that costs of a plan are estimated from, records of the runs folder first, then results/throughput.csv.
 
-    python -m results.throughput SEEDS.csv RUNS [SEEDS.csv RUNS ...] > results/throughput.csv     # how that file was made, from the records of results/
+    python -m results.throughput results/demo results/photos > results/throughput.csv     # how that file is made, from the records kept there
 """
 
 from __future__ import annotations
@@ -120,20 +120,15 @@ def medians(figures: Iterable[Figure]) -> Iterator[Figure]:
         yield Figure(work, method, hardware, images, round(statistics.median(f.hours for f in same), 5), once, data, same[0].source, len(same))
 
 
-def main(words: Sequence[str]) -> None:
-    """Print the table of the records that published seeds.csv files name, with what they were trained from."""
+def main(folders: Sequence[str]) -> None:
+    """Print the table of the records that folders keep."""
+    from results.kept import read_kept
+
     found: list[Figure] = []
-    for seeds, runs in zip(words[::2], words[1::2], strict=True):
-        with open(seeds, newline="") as stream:
-            keys = {row["key"] for row in csv.DictReader(stream)}
-        records = {r["key"]: r for folder in Store(Path(runs)).folders() if (r := read_record(folder)) is not None}
-        above = keys & set(records)
-        while above:
-            above = {p["key"] for key in above for p in records[key]["parents"].values()} - keys
-            keys |= above
-        for record in records.values():  # records did not always say which ViT they are about
-            record["about"].setdefault("lineage", [records[p["key"]]["identity"] for p in record["parents"].values()])
-        found += medians(figure_of(records[key], Path(seeds).parent.as_posix()) for key in sorted(keys))
+    for folder in folders:
+        if (kept := read_kept(Path(folder))) is None:
+            raise SystemExit(f"results.throughput: {folder}: no kept records there")
+        found += medians(figure_of(record, Path(folder).as_posix()) for record in kept.records.values())
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*(f.name for f in fields(Work)), *(f.name for f in fields(Figure)[1:])])
     writer.writerows([*astuple(f.work), *list(asdict(f).values())[1:]] for f in sorted(found, key=lambda f: (f.source, f.work.kind, f.work.name, f.method)))
