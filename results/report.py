@@ -82,7 +82,7 @@ class Page:
 
     What `archive` knows from kept records alone has no files: `files` are the runs folders that have them (logs, curves, pictures, outcomes; by default
     the archive itself). All that the page takes from files stands between the comments "of files: NAME" and "end". `staleness` decides on stars in place
-    of this machine, `linked` whether there are links to files, `unlinked` is said where there is none.
+    of this machine, `linked` whether there are links to files, `unlinked` is said where there is none; `room` is what the page takes in, in bytes.
     """
 
     archive: Archive
@@ -92,9 +92,9 @@ class Page:
     staleness: Staleness | None = None
     linked: bool = True
     unlinked: str = "its folder is not here"
+    room: dict[str, int] = field(default_factory=lambda: {"pictures": PICTURES, "records": RECORDS})
     _anchors: dict[tuple[str, ...], str] = field(default_factory=dict)
     _shown: set[Path] = field(default_factory=set)
-    _room: dict[str, int] = field(default_factory=lambda: {"pictures": PICTURES, "records": RECORDS})
 
     def render(self, results: Sequence[Result], methods: Sequence[str] = (), evals: Sequence[str] = ()) -> str:
         """The page as text."""
@@ -234,10 +234,10 @@ class Page:
             except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
                 without.append(f"{title}: the picture is damaged.")
                 continue
-            if len(data) > self._room["pictures"]:
+            if len(data) > self.room["pictures"]:
                 left_out += 1
                 continue
-            self._room["pictures"] -= len(data)
+            self.room["pictures"] -= len(data)
             shown.append({"title": title, "data": data, "broad": broad, "trained": turn == (0, 0)})
         return shown, [*without, *([f"{left_out} more pictures lie in the runs folders: this page would be too big with them."] if left_out else [])]
 
@@ -253,9 +253,9 @@ class Page:
                     steps.append({"role": role, "key": step.key, "made": made(step), "links": self.links(step)})
                     if step.role == "evaluation" and step.record and not text:
                         text = json.dumps(step.record, indent=1, ensure_ascii=False)
-            if len(text) > self._room["records"]:
+            if len(text) > self.room["records"]:
                 text = ""
-            self._room["records"] -= len(text)
+            self.room["records"] -= len(text)
             title = f"{cell.method} on {cell.eval} ({cell.protocol}, {cell.backbone}): {cell.n} score{'s' if cell.n != 1 else ''}"
             found.append({"anchor": self._anchors[place(cell)], "title": title, "steps": steps, "record": text})
         return found
