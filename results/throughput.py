@@ -37,6 +37,7 @@ class Figure:
     """One measurement: device-hours of a whole job that was shown so many images, starting and scoring included.
 
     `once`: every image was read once, however many epochs were done on its features. `data`: what it read. `runs`: how many jobs it is the median of.
+    `flops`: those of its training steps, None where they are not known; `computed` tells what an image's FLOPs depend on (`computation`).
     """
 
     work: Work
@@ -48,6 +49,8 @@ class Figure:
     data: str
     source: str
     runs: int = 1
+    flops: float | None = None
+    computed: str = ""
 
 
 def work_of(job: Mapping[str, Any]) -> Work:
@@ -57,6 +60,15 @@ def work_of(job: Mapping[str, Any]) -> Work:
     vit = next((i["vit"] for i in (identity, *about.get("lineage", ())) if i.get("vit")), None)
     shape = "{}x{} patch {}, width {}, {} blocks".format(*vit["size"], vit["patch"], vit["width"], vit["depth"]) if vit else digest(identity.get("plugin"))
     return Work(job["kind"], about.get("eval") or about.get("method", job["name"]), shape, recipe.get("precision", "fp32"), bool(recipe))
+
+
+def computation(job: Mapping[str, Any]) -> str:
+    """Digest of all that decides how many FLOPs a training needs for an image: the plugin's fields, the ViT, precision and what is frozen."""
+    identity = job["identity"]
+    plugin = {k: v for k, v in (identity.get("plugin") or {}).items() if k != "holdout"}
+    vits = [i["vit"] for i in (identity, *job["about"].get("lineage", ())) if i.get("vit")][:1]
+    recipe = {k: v for k, v in (identity.get("recipe") or {}).items() if k in ("precision", "frozen")}
+    return digest([job["kind"], plugin, vits, recipe])
 
 
 def data_of(job: Mapping[str, Any]) -> str:
@@ -87,7 +99,7 @@ def hardware_here() -> str:
 def figure_of(record: Mapping[str, Any], source: str) -> Figure:
     """What a record has measured."""
     return Figure(work_of(record), record["about"].get("method", record["name"]), hardware_words(record["hardware"]), record["images_seen"] or 0,
-                  record["device_hours"], "epochs_on_features" in record["facts"], data_of(record), source)
+                  record["device_hours"], "epochs_on_features" in record["facts"], data_of(record), source, 1, record.get("flops"), computation(record))
 
 
 def measured(store: Store) -> list[Figure]:
@@ -108,16 +120,18 @@ def shipped() -> tuple[Figure, ...]:
     with open(SHIPPED, newline="") as stream:
         return tuple(
             Figure(Work(r["kind"], r["name"], r["shape"], r["precision"], r["trained"] == "True"), r["method"], r["hardware"], int(r["images"]),
-                   float(r["hours"]), r["once"] == "True", r["data"], r["source"], int(r["runs"])) for r in csv.DictReader(stream))
+                   float(r["hours"]), r["once"] == "True", r["data"], r["source"], int(r["runs"]), float(r["flops"]) if r.get("flops") else None,
+                   r.get("computed") or "") for r in csv.DictReader(stream))
 
 
 def medians(figures: Iterable[Figure]) -> Iterator[Figure]:
     """One figure for each kind of job: the median over those that differ in seed alone."""
     groups: dict[tuple[Any, ...], list[Figure]] = {}
     for f in figures:
-        groups.setdefault((f.work, f.method, f.hardware, f.images, f.once, f.data), []).append(f)
-    for (work, method, hardware, images, once, data), same in groups.items():
-        yield Figure(work, method, hardware, images, round(statistics.median(f.hours for f in same), 5), once, data, same[0].source, len(same))
+        groups.setdefault((f.work, f.method, f.hardware, f.images, f.once, f.data, f.computed), []).append(f)
+    for (work, method, hardware, images, once, data, computed), same in groups.items():
+        yield Figure(work, method, hardware, images, round(statistics.median(f.hours for f in same), 5), once, data, same[0].source, len(same),
+                     same[0].flops, computed)
 
 
 def main(folders: Sequence[str]) -> None:

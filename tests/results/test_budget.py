@@ -70,6 +70,18 @@ def test_a_probe_on_stored_features_costs_by_images_and_not_by_epochs(smoke_data
     assert budget(held_out, store).total == pytest.approx(1.0, rel=0.02)
 
 
+def test_flops_are_those_that_a_record_has_counted_for_the_same_computation(smoke_data: Path, store: Store) -> None:
+    before = plan(smoke_data, "mae", "imagenet")
+    for node, flops in zip(before.nodes, (6e9, 2e9), strict=True):
+        measure(store, node, 1.0, OTHER, flops=flops)  # on other hardware: FLOPs are the same there
+    steps = before.nodes[0].recipe.iterations
+    longer = plan(smoke_data, "mae,scratch", "imagenet", f"mae.recipe.iterations={3 * steps}", "mae.recipe.lr=0.1")
+    found = budget(longer, store)
+    assert [found.flops(n) for n in longer.nodes] == [pytest.approx(18e9), pytest.approx(2e9), 0.0, pytest.approx(2e9)]
+    hidden = plan(smoke_data, "mae", "imagenet", "mae.mask_ratio=0.5").nodes[0]
+    assert budget(longer, store).flops(hidden) is None, "another share of patches is another computation"
+
+
 def test_only_the_same_device_counts_and_elsewhere_what_was_measured_there(smoke_data: Path, store: Store) -> None:
     before = plan(smoke_data, "mae", "imagenet", "mae.recipe.lr=0.0003")
     for node in before.nodes:
