@@ -3,11 +3,13 @@
 A plan is a Python file with a function `plan()` that returns a `harness.request.Request`, or several for several backbones; its docstring has the command, the
 cost and the numbers to expect. `LAYOUTS`, if there are any, are the tables of papers that it is about (`table --layout`).
 
-    python -m results.claims results/*/plan.py     # writes tables and reports again from the records kept beside these plans, without any runs folder
+    python -m results.claims results/demo/plan.py               # tables and report again from the records kept beside the plan, without any runs folder
+    python -m results.claims results/demo/plan.py --runs RUNS   # from what a runs folder holds, as it is: nothing is trained
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
@@ -22,7 +24,7 @@ from typing import Any
 
 from harness import plugins
 from harness.checkpoint import write_atomically
-from harness.collect import Result
+from harness.collect import Result, collect
 from harness.request import Keep, Request
 from harness.spec import UserError
 from results.ancestry import Archive
@@ -55,6 +57,15 @@ class Claim:
         self.write({NAME: pack(results, archive)})
         linked = all(folder.resolve().is_relative_to(Path.cwd()) for folder in (*runs, self.folder))  # elsewhere is not there for others
         return self.write({**self.tables(), "report.html": self.page(archive, linked).encode()}, NAME)
+
+    def done(self, results: Iterable[Result]) -> list[Result]:
+        """Those of some results that the plan asks for, by their names and seeds. Raises UserError when there are none."""
+        found = [r for r in results if any(r.protocol == q.protocol and q.backbone in (None, r.backbone)
+                                           and r.method in q.methods and r.eval in q.evals and r.seed in q.seeds and r.eval_seed in q.eval_seeds
+                                           for q in self.requests)]
+        if not found:
+            raise UserError(f"--runs: nothing of {self.folder} there: name the folder that its plan was run in")
+        return found
 
     def again(self) -> str:
         """Write tables, scores, audit and report again from the kept records alone; what the report had from the files of runs it keeps."""
@@ -181,11 +192,17 @@ def scores(results: Iterable[Result]) -> str:
     return stream.getvalue()
 
 
-def main(plans: Sequence[str]) -> int:
-    """Write what is kept beside these plan files again from their kept records, as a changed evaluator or layout of tables needs it."""
+def main(words: Sequence[str]) -> int:
+    """Write what is kept beside plan files again: from their kept records, as a changed evaluator or layout of tables needs it, or from what runs folders
+    hold of these plans, as it is there: nothing is planned or trained, what is stale is starred."""
+    parser = argparse.ArgumentParser(prog="python -m results.claims", description="write tables and reports of plans again, beside them")
+    parser.add_argument("plans", metavar="FILE", nargs="+", type=Path, help="plan files, with kept records beside them if --runs is not given")
+    parser.add_argument("--runs", metavar="DIR", nargs="+", type=Path, help="keep what these runs folders hold")
+    args = parser.parse_args(words)
     try:
-        for plan in plans:
-            print(read_plan(Path(plan)).again())
+        for plan in args.plans:
+            found = read_plan(plan)
+            print(found.keep(found.done(collect(args.runs)), args.runs) if args.runs else found.again())
     except UserError as error:
         print(f"results.claims: {error}", file=sys.stderr)
         return 2

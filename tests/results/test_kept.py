@@ -90,6 +90,15 @@ def test_all_is_made_again_without_the_runs_folder(runs: Path, claim: Claim) -> 
     assert "Selected on test: several settings" in again and "skipped: cannot run" in again and "no such thing" in before["table.md"].decode()
 
 
+def test_a_runs_folder_is_kept_as_it_is(runs: Path, claim: Claim, capsys: pytest.CaptureFixture[str]) -> None:
+    (claim.folder / NAME).unlink()
+    assert main([str(claim.folder / "plan.py")]) == 2 and "records.jsonl.gz: no such file" in capsys.readouterr().err
+    (claim.folder / "plan.py").write_text(PLAN.replace('("linear", "coco"))', '("linear",))'))
+    assert main([str(claim.folder / "plan.py"), "--runs", str(runs)]) == 0
+    found = Archive((claim.folder,)).kept
+    assert sorted((r.method, r.seed, r.settings) for r in found) == [("beit", 0, "1"), ("mae", 0, "1"), ("mae", 0, "2")], "the plan asks for seed 0"
+
+
 def test_a_newer_evaluator_stars_what_is_kept(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the check of kept tables below must notice. Data and libraries of the machine that looks are not asked.
     assert "Starred" not in (claim.folder / "table.md").read_text()
