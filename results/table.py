@@ -98,7 +98,9 @@ class Table:
         if again:
             return watch(lambda: overview(*look()))
         if not (found := overview(*look())):
-            print(f"{look()[0].root}: no runs there yet: `run` with this --runs makes some", file=sys.stderr)
+            kept = (look()[0].root / KEPT).is_file()
+            hint = "kept records, no runs: `table`, `audit` and `report` read them" if kept else "no runs there yet: `run` with this --runs makes some"
+            print(f"{look()[0].root}: {hint}", file=sys.stderr)
         for _, line in found:
             print(line)
         return 0

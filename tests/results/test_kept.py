@@ -113,6 +113,8 @@ def test_a_table_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, c
 
     assert cli.main(["table", "--runs", str(claim.folder), "--methods", "mae,beit"]) == 0
     assert capsys.readouterr().out == Table.render(asked(runs), "markdown", ("mae", "beit"), folders=(runs,)) + "\n"
+    assert cli.main(["status", "--runs", str(claim.folder)]) == 0
+    assert "kept records, no runs: `table`, `audit` and `report` read them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "line"), [
