@@ -82,7 +82,7 @@ class Page:
 
     What `archive` knows from kept records alone has no files: `files` are the runs folders that have them (logs, curves, pictures, outcomes; by default
     the archive itself). All that the page takes from files stands between the comments "of files: NAME" and "end". `staleness` decides on stars in place
-    of this machine, `linked` whether there are links to files, `unlinked` is said where there is none; `room` is what the page takes in, in bytes.
+    of this machine, `linked` whether there are links to files, `unlinked` is said where there is none; `room` is what the page takes in.
     """
 
     archive: Archive
@@ -92,7 +92,7 @@ class Page:
     staleness: Staleness | None = None
     linked: bool = True
     unlinked: str = "its folder is not here"
-    room: dict[str, int] = field(default_factory=lambda: {"pictures": PICTURES, "records": RECORDS})
+    room: dict[str, int] = field(default_factory=lambda: {"pictures": PICTURES, "records": RECORDS, "picture": BIG, "width": BROAD})
     _anchors: dict[tuple[str, ...], str] = field(default_factory=dict)
     _shown: set[Path] = field(default_factory=set)
 
@@ -230,7 +230,7 @@ class Page:
                 entries += [(turn, f"{cell.method}, {where}: {title}", content) for turn, (title, content) in zip(turns, found.items(), strict=True)]
         for turn, title, content in sorted(entries, key=lambda entry: entry[0]):
             try:
-                broad, data = inlined(content)
+                broad, data = inlined(content, self.room["picture"], self.room["width"])
             except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
                 without.append(f"{title}: the picture is damaged.")
                 continue
@@ -275,15 +275,15 @@ def reconstructed(step: Step) -> str:
     return f"images, what is shown of them, {last}" if step.kind == "pretrain" else "images, and what is made of them again"
 
 
-def inlined(content: bytes) -> tuple[bool, str]:
+def inlined(content: bytes, big: int = BIG, broad: int = BROAD) -> tuple[bool, str]:
     """Whether a PNG is broader than a chart, and its data URL; smaller where it is big: photographs at the papers' sizes would fill the page."""
     from PIL import Image
 
     kind = "png"
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
-        if len(content) > BIG:
-            kind, stream, share = "jpeg", io.BytesIO(), min(1.0, BROAD / width)
+        if len(content) > big:
+            kind, stream, share = "jpeg", io.BytesIO(), min(1.0, broad / width)
             image.convert("RGB").resize((round(width * share), max(1, round(height * share)))).save(stream, format="JPEG", quality=88)
             content = stream.getvalue()
     return width > 1.3 * charts.WIDTH, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
