@@ -12,6 +12,7 @@ from harness.collect import Result
 from harness.jobs import read_job
 from harness.spec import UserError
 from harness.store import Store, read_record
+from results.kept import read_kept
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,29 @@ class Step:
 
 @dataclass
 class Archive:
-    """The nodes of runs folders by key; of copies of a node the first that has a record counts. Each file is read once."""
+    """The nodes of runs folders, or of folders with kept records (`results.kept`), by key; of copies of a node the first that has a record counts.
+
+    Each file is read once. `kept` are the results of kept records; files beside those records are not there.
+    """
 
     roots: tuple[Path, ...]
+    kept: list[Result] = field(default_factory=list, repr=False)
     _folders: dict[str, list[Path]] = field(default_factory=dict, repr=False)
     _chosen: dict[str, Path | None] = field(default_factory=dict, repr=False)
     _jobs: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     _records: dict[str, Mapping[str, Any] | None] = field(default_factory=dict, repr=False)
+    _unfinished: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for root in self.roots:
-            for folder in Store(root).folders():
+            found = read_kept(root)
+            folders = [root / name for name in (*found.records, *found.jobs)] if found else Store(root).folders()
+            for folder in folders:
                 self._folders.setdefault(folder.name.rsplit("-", 1)[-1], []).append(folder)
+            if found:
+                self.kept += found.results
+                self._records |= {str(folder): found.records.get(folder.name) for folder in folders}
+                self._unfinished |= {str(root / name): job for name, job in found.jobs.items()}
 
     def folder(self, key: str) -> Path | None:
         """A node's folder, the one with a record first."""
@@ -78,7 +90,7 @@ class Archive:
         """Key -> what job.json says of each node that can be read, or its record, which says the same."""
         for key, folders in self._folders.items() if not self._jobs else ():
             with contextlib.suppress(UserError):
-                self._jobs[key] = self.record(self.folder(key)) or read_job(folders[0] / "job.json")
+                self._jobs[key] = self.record(self.folder(key)) or self._unfinished.get(str(folders[0])) or read_job(folders[0] / "job.json")
         return self._jobs
 
     def steps(self, result: Result) -> tuple[Step, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from results.ancestry import Archive, Step
-from results.cells import Sheet
+from results.cells import Sheet, seeds_of
 from results.origins import device
 from results.selection import trials_of, tried
 
@@ -264,15 +264,6 @@ def _short(value: Any) -> str:
     return f"({', '.join(map(_short, value))})" if isinstance(value, (list, tuple)) else str(value)
 
 
-def seeds_of(sheet: Sheet) -> dict[str, str]:
-    """Seeds with a score: the smallest and largest number over a method's cells."""
-    counts: dict[str, set[int]] = {m: set() for m in sheet.methods}
-    for cell in sheet.cells.values():
-        if cell.results:
-            counts[cell.method].add(cell.n)
-    return {m: NONE if not n else str(min(n)) if len(n) == 1 else f"{min(n)} to {max(n)}" for m, n in counts.items()}
-
-
 def of_sheet(sheet: Sheet, archive: Archive, least: int = 1) -> tuple[Item, ...]:
     """The audit of a table: what its rows had, of a single row too; () where fewer than `least` rows have a score."""
     if len(found := trails(sheet, archive)) < least:
@@ -286,12 +277,17 @@ def compared(items: Sequence[Item]) -> bool:
     return any(len(i.values) > 1 for i in items)
 
 
+def score(items: Sequence[Item]) -> str:
+    """How many items are equal, of those that two rows have."""
+    return f"{sum(i.verdict == 'equal' for i in items)} of {sum(i.verdict != ALONE for i in items)} items equal"
+
+
 def stamp(items: Sequence[Item]) -> str:
     """The audit in a line for under a table, "" for a single row."""
     unequal, unknown = ([i.name for i in items if i.equal is wanted] for wanted in (False, None))
     if not compared(items):
         return ""
-    said = f"Fairness audit: {sum(i.equal is True for i in items)} of {len(items)} items equal"
+    said = f"Fairness audit: {score(items)}"
     said += f"; unequal: {', '.join(unequal)}" if unequal else ""
     said += f"; not known: {', '.join(unknown)}" if unknown else ""
     return f"{said}. Who had what: harness audit."

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from harness.spec import UserError
 from harness.store import Store
 from results.ancestry import Step
-from results.audit import VERDICTS, Item, audit, compared, of_sheet
+from results.audit import ALONE, VERDICTS, Item, audit, compared, of_sheet, score
 from results.budget import Budget
 from results.cells import sheets
 from results.table import add_choice, choose
@@ -69,8 +69,8 @@ def as_text(title: str, items: Sequence[Item]) -> str:
     if not compared(items):
         method = next(iter(items[0].values))
         return "\n".join([f"{title}: one row, nothing to compare it with; {method} had", *(f"{i.name:{width}}  {i.values[method]}" for i in items)])
-    lines = [f"{title}: {sum(i.equal is True for i in items)} of {len(items)} items equal"]
-    for item in sorted(items, key=lambda i: VERDICTS.index(i.verdict)):
+    lines = [f"{title}: {score(items)}"]
+    for item in sorted(items, key=lambda i: (*VERDICTS, ALONE).index(i.verdict)):
         groups = item.grouped()
         said = next(iter(groups)) if len(groups) == 1 else "; ".join(f"{', '.join(methods)}: {value}" for value, methods in groups.items())
         lines.append(f"{item.verdict:10} {item.name:{width}}  {said}")
@@ -78,7 +78,8 @@ def as_text(title: str, items: Sequence[Item]) -> str:
 
 
 def planned(args: argparse.Namespace) -> tuple[Item, ...]:
-    """The audit of a plan: what is known before anything has run; device-hours as `run --dry-run` estimates them for this machine (`results.budget`)."""
+    """The audit of a plan: what is known before anything has run. Device-hours as `run --dry-run` estimates them for this machine, FLOPs from records that
+    have counted them for the same computation (both `results.budget`); what no record tells of is not known."""
     from harness.jobs import Node
     from harness.plan import Planner
     from harness.request import Request
@@ -90,10 +91,10 @@ def planned(args: argparse.Namespace) -> tuple[Item, ...]:
                       settings=tuple(args.set), tuning=args.tuning)
 
     plan = Planner(request).plan()
-    hours = Budget(plan, Store((args.runs or [Path("runs")])[0]), True, None).estimates
+    costs = Budget(plan, Store((args.runs or [Path("runs")])[0]), True, None)
 
     def trail(role: str, node: Node) -> list[Step]:
-        step = Step(role, node.key, None, {**expected(node), "device_hours": hours[node.key].hours})
+        step = Step(role, node.key, None, {**expected(node), "device_hours": costs.estimates[node.key].hours, "flops": costs.flops(node)})
         return [step, *(s for name, parent in node.parents.items() for s in trail(name, parent))]
 
     found: dict[str, dict[str, tuple[Step, ...]]] = {}
@@ -101,11 +102,11 @@ def planned(args: argparse.Namespace) -> tuple[Item, ...]:
         if cell.node is not None:
             found.setdefault(cell.about["method"], {})[cell.about["eval"]] = tuple(trail("evaluation", cell.node))
     items = audit(found, dict.fromkeys(found, "1 for each evaluator"), dict.fromkeys(found, "1")) if found else ()
-    return tuple(replace(i, name=f"{i.name}, estimated") if i.name.endswith("device-hours") else i for i in items)
+    return tuple(replace(i, name=f"{i.name}, estimated") if i.name.endswith(("device-hours", "FLOPs")) else i for i in items)
 
 
 def expected(node: Any) -> Mapping[str, Any]:
-    """What a record will say, as far as the plan knows it: images where the length is in steps; nothing is computed where nothing is trained."""
+    """What a record will say, as far as the plan alone knows it: images where the length is in steps."""
     recipe = node.identity.get("recipe")
     images = recipe["iterations"] * recipe["batch"] if recipe and recipe["iterations"] is not None else None if recipe else 0
-    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "flops": None if recipe else 0.0, "facts": {}}
+    return {"kind": node.kind, "identity": node.identity, "about": node.about, "images_seen": images, "facts": {}}

@@ -15,7 +15,7 @@ from harness.jobs import Node
 from harness.request import Plan
 from harness.spec import UserError
 from harness.store import Store
-from results.throughput import Figure, Work, data_of, hardware_here, measured, shipped, work_of
+from results.throughput import Figure, Work, computation, data_of, hardware_here, measured, shipped, work_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Budget:
     def __init__(self, plan: Plan, store: Store, force: bool, launcher: Any) -> None:
         self.plan, self.store, self.hardware = plan, store, None if hasattr(launcher, "precision") else hardware_here()
         self.tables = tuple(map(by_work, (measured(store), shipped()) if self.hardware else (measured(store),)))
+        self.computed = {f.computed: f for f in (*shipped(), *measured(store)) if f.flops and f.images}  # on any hardware: FLOPs are the same there
         self._images: dict[str, int | None] = {}
         every = {n.key: n for nodes in (plan.nodes, *plan.later) for n in nodes}
         done = {key for key, n in every.items() if not force and store.state(store.folder(n)).status == "done"}
@@ -79,6 +80,15 @@ class Budget:
         if node.kind == "pretrain" and not work.trained:
             return Estimate(0.0, "nothing is trained")
         return Estimate(None, f"nothing like it was measured on {self.hardware or 'any device'}: {describe(work)}")
+
+    def flops(self, node: Node) -> float | None:
+        """FLOPs of a node's training steps: those that a record has counted for the same computation, for as many images as it will be shown; 0 where nothing
+        is trained, None where no record is known (a field, the ViT or the precision is another) or its data is not there yet."""
+        if not node.identity.get("recipe"):
+            return 0.0
+        found = self.computed.get(computation(node.job(Path())))
+        images = self.images(node, found) if found else None
+        return found.flops * images / found.images if found and found.flops and images else None
 
     def images(self, node: Node, like: Figure) -> int | None:
         """How many images a training will be shown, as `like` counts them; None where its data cannot be read yet."""

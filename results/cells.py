@@ -230,6 +230,15 @@ def _badness(status: str) -> int:
     return WORST_FIRST.index(status) if status in WORST_FIRST else 0
 
 
+def seeds_of(sheet: Sheet) -> dict[str, str]:
+    """Seeds with a score: the smallest and largest number over a method's cells."""
+    counts: dict[str, set[int]] = {m: set() for m in sheet.methods}
+    for cell in sheet.cells.values():
+        if cell.results:
+            counts[cell.method].add(cell.n)
+    return {m: "none" if not n else str(min(n)) if len(n) == 1 else f"{min(n)} to {max(n)}" for m, n in counts.items()}
+
+
 def _seeds(results: Sequence[Result], among: Sequence[Result]) -> str:
     """"seed 2", or "seeds 0/0, 0/1" (pre-training/fine-tuning) where fine-tuning seeds vary."""
     layers = len({r.eval_seed for r in among}) > 1

@@ -2,22 +2,29 @@
 
 A plan is a Python file with a function `plan()` that returns a `harness.request.Request`, or several for several backbones; its docstring has the command, the
 cost and the numbers to expect. `LAYOUTS`, if there are any, are the tables of papers that it is about (`table --layout`).
+
+    python -m results.claims results/demo/plan.py               # tables and report again from the records kept beside the plan, without any runs folder
+    python -m results.claims results/demo/plan.py --runs RUNS   # from what a runs folder holds, as it is: nothing is trained
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from harness import plugins
 from harness.checkpoint import write_atomically
-from harness.collect import Result
+from harness.collect import Result, collect
 from harness.request import Keep, Request
 from harness.spec import UserError
 from results.ancestry import Archive
@@ -25,10 +32,15 @@ from results.audit import of_sheet
 from results.audit_command import as_text
 from results.beside import paper_table
 from results.cells import sheets
-from results.report import Page
+from results.kept import NAME, pack
+from results.report import RECORDS, Page
+from results.staleness import Staleness, pinned
 from results.table import Table
 
 SCORES = ("method", "eval", "metric", "protocol", "backbone", "data", "tuning", "seed", "eval_seed", "value", "key")
+# A report that is kept stays below 1 MB, as a file of a repository should: without pictures that of the three-seed demo has 350,000 bytes.
+ROOM = {"pictures": 520_000, "records": RECORDS, "picture": 10_000, "width": 480}
+OF_FILES = re.compile(r"<!-- of files: (\S+) -->.*?<!-- end -->", re.S)  # see results/report.html
 LISTS = ("methods", "evals", "seeds", "eval_seeds", "settings")  # fields of a request that hold several values
 
 
@@ -41,19 +53,75 @@ class Claim:
     layouts: tuple[str, ...] = ()
 
     def keep(self, results: Sequence[Result], runs: Sequence[Path]) -> str:
-        """Write the tables, the scores, the audit and the report of these results, and say where."""
-        written = {**self.tables(results, runs), "report.html": Page(Archive(tuple(runs)), self.folder.resolve()).render(results)}
-        for name, text in written.items():
-            write_atomically(self.folder / name, lambda stream, text=text: stream.write(text.encode()))
-        return f"kept in {self.folder}: {', '.join(written)}"
+        """Write the records behind these results, and from them the tables, the scores, the audit and the report; and say where."""
+        archive = Archive(tuple(runs))
+        self.write({NAME: pack(results, archive)})
+        linked = all(folder.resolve().is_relative_to(Path.cwd()) for folder in (*runs, self.folder))  # elsewhere is not there for others
+        return self.write({**self.tables(), "report.html": self.page(archive, linked).encode()}, NAME)
 
-    def tables(self, results: Sequence[Result], runs: Sequence[Path] = ()) -> dict[str, str]:
-        """Name -> content of all that is kept but the report. Without runs folders what only they can tell is left out (stars, audit)."""
-        order = [list(dict.fromkeys(name for r in self.requests for name in getattr(r, kind))) for kind in ("methods", "evals")]
-        found = {f"table.{end}": Table.render(results, format, *order, folders=runs) + "\n" for end, format in (("md", "markdown"), ("json", "json"))}
-        found |= {f"{name}.md": Table.render_layout(name, results, archive=Archive(tuple(runs))) + "\n" for name in self.layouts}
-        audits = [as_text(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, Archive(tuple(runs)))) for s in sheets(results, *order)]
-        return {**found, "seeds.csv": scores(results), **({"audit.txt": "\n\n".join(audits) + "\n"} if runs else {})}
+    def done(self, results: Iterable[Result]) -> list[Result]:
+        """Those of some results that the plan asks for, by their names and seeds. Raises UserError when there are none."""
+        found = [r for r in results if any(r.protocol == q.protocol and q.backbone in (None, r.backbone)
+                                           and r.method in q.methods and r.eval in q.evals and r.seed in q.seeds and r.eval_seed in q.eval_seeds
+                                           for q in self.requests)]
+        if not found:
+            raise UserError(f"--runs: nothing of {self.folder} there: name the folder that its plan was run in")
+        return found
+
+    def again(self) -> str:
+        """Write tables, scores, audit and report again from the kept records alone; what the report had from the files of runs it keeps."""
+        earlier = self.folder / "report.html"
+        page = with_files(self.page(), earlier.read_text() if earlier.is_file() else "")
+        return self.write({**self.tables(), "report.html": page.encode()})
+
+    def write(self, contents: Mapping[str, bytes], *before: str) -> str:
+        """Write files, and say where, with those written `before`."""
+        for name, content in contents.items():
+            write_atomically(self.folder / name, lambda stream, content=content: stream.write(content))
+        return f"kept in {self.folder}: {', '.join((*before, *contents))}"
+
+    @cached_property
+    def archive(self) -> Archive:
+        """The kept records. Raises UserError when there are none."""
+        if not (self.folder / NAME).is_file():
+            raise UserError(f"{self.folder / NAME}: no such file: `python -m harness run --plan` with its plan makes it")
+        return Archive((self.folder,))
+
+    @property
+    def staleness(self) -> Staleness:
+        """Evaluators as the code has them, libraries as requirements.lock pins them, data as the records say: the same stars on every machine."""
+        return Staleness(self.archive, installed=pinned())
+
+    @property
+    def order(self) -> list[list[str]]:
+        """Names of methods and of evaluators as the plan has them."""
+        return [list(dict.fromkeys(name for r in self.requests for name in getattr(r, kind))) for kind in ("methods", "evals")]
+
+    def tables(self) -> dict[str, bytes]:
+        """Name -> content of all that is kept but the records and the report."""
+        results, archive = self.archive.kept, self.archive
+        found = {f"table.{end}": Table.render(results, format, *self.order, archive=archive, staleness=self.staleness)
+                 for end, format in (("md", "markdown"), ("json", "json"))}
+        found |= {f"{name}.md": Table.render_layout(name, results, staleness=self.staleness) for name in self.layouts}
+        audits = [as_text(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive)) for s in sheets(results, *self.order)]
+        return {name: f"{text}\n".encode() for name, text in {**found, "audit.txt": "\n\n".join(audits)}.items()} | {"seeds.csv": scores(results).encode()}
+
+    def page(self, files: Archive | None = None, linked: bool = False) -> str:
+        """The report; without the runs folders (`files`) it has no curves, pictures or evaluation noise, and no links to logs and checkpoints."""
+        beside = f"its record is a line of {NAME}, beside this page"
+        page = Page(self.archive, self.folder.resolve(), True, files, self.staleness, linked, beside, ROOM.copy())  # it counts the room down
+        return page.render(self.archive.kept, *self.order)
+
+
+def of_records(page: str) -> str:
+    """What of a report its records decide: all that it shows but what it took from the files of runs."""
+    return OF_FILES.sub("", page[page.index("<body>") : page.index("<script>")])
+
+
+def with_files(page: str, earlier: str) -> str:
+    """A report with what an earlier one took from the files of runs."""
+    taken = {found[1]: found[0] for found in OF_FILES.finditer(earlier)}
+    return OF_FILES.sub(lambda found: taken.get(found[1], found[0]), page)
 
 
 def read_plan(path: Path) -> Claim:
@@ -123,3 +191,24 @@ def scores(results: Iterable[Result]) -> str:
         same = {f.name: getattr(r, f.name) for f in fields(r) if f.name in SCORES}
         lines.writerows({**same, "metric": m.name, "value": f"{r.metrics[m.name]:.4f}"} for m in r.columns if m.name in r.metrics)
     return stream.getvalue()
+
+
+def main(words: Sequence[str]) -> int:
+    """Write what is kept beside plan files again: from their kept records, as a changed evaluator or layout of tables needs it, or from what runs folders
+    hold of these plans, as it is there: nothing is planned or trained, what is stale is starred."""
+    parser = argparse.ArgumentParser(prog="python -m results.claims", description="write tables and reports of plans again, beside them")
+    parser.add_argument("plans", metavar="FILE", nargs="+", type=Path, help="plan files, with kept records beside them if --runs is not given")
+    parser.add_argument("--runs", metavar="DIR", nargs="+", type=Path, help="keep what these runs folders hold")
+    args = parser.parse_args(words)
+    try:
+        for plan in args.plans:
+            found = read_plan(plan)
+            print(found.keep(found.done(collect(args.runs)), args.runs) if args.runs else found.again())
+    except UserError as error:
+        print(f"results.claims: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -48,7 +48,8 @@ _LATEX = {
 
 
 def latex(grids: Sequence[Grid], rows: Rows) -> str:
-    r"""Floating tables for \usepackage{booktabs,xcolor}; a single seed is grey."""
+    r"""Floating tables for \usepackage{booktabs,xcolor,graphicx}; a single seed is grey. TeX itself measures a table: what is wider than the line is made
+    smaller, anything else keeps its size."""
 
     def field(entry: Entry) -> str:
         text = rf"\textbf{{{_latex(entry.text)}}}" if entry.bold else _latex(entry.text)
@@ -59,10 +60,10 @@ def latex(grids: Sequence[Grid], rows: Rows) -> str:
     blocks = [f"% {APART.format(len(grids))}."] if len(grids) > 1 else []
     for table in grids:
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}",
-                 rf"\begin{{tabular}}{{{'l' * table.stub}{'r' * (len(table.header) - table.stub)}}}",
+                 rf"\sbox0{{\begin{{tabular}}{{{'l' * table.stub}{'r' * (len(table.header) - table.stub)}}}",
                  r"\toprule", " & ".join(map(_latex, table.header)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(field, row)) + r" \\" for row in table.rows]
-        lines += [r"\bottomrule", r"\end{tabular}"]
+        lines += [r"\bottomrule", r"\end{tabular}}", r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi"]
         lines += [rf"\par\footnotesize \textsuperscript{{{mark}}} {_latex(text)}" for mark, text in table.notes]
         lines += [rf"\par\footnotesize {_latex(text)}" for text in table.below]
         blocks.append("\n".join([*lines, r"\end{table}"]))

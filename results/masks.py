@@ -35,7 +35,7 @@ def picture(folder: Path) -> bytes | None:
         identity, images = read_job(folder / "job.json")["identity"], own_images(folder)
         method, recipe, vit = (restore(identity.get(part)) for part in ("plugin", "recipe", "vit"))
         transform = method.transform(vit, recipe) if images and recipe is not None else None
-    except (JobFailed, UserError, OSError, ValueError, KeyError, TypeError, AttributeError):  # of another version, or a plugin that is not here
+    except (JobFailed, UserError, OSError, ImportError, ValueError, KeyError, TypeError, AttributeError):  # of another version, or a plugin that is not here
         return None
     sheet = Image.new("RGB", (len(images) * (SIDE + 4) - 4, DRAWS * (SIDE + 4) - 4), (255, 255, 255)) if transform else None
     for i, image in enumerate(images if transform else ()):

@@ -78,21 +78,30 @@ class Report:
 
 @dataclass
 class Page:
-    """Assembles the page. `base` is the folder it will lie in, for its links."""
+    """Assembles the page. `base` is the folder it will lie in, for its links.
+
+    What `archive` knows from kept records alone has no files: `files` are the runs folders that have them (logs, curves, pictures, outcomes; by default
+    the archive itself). All that the page takes from files stands between the comments "of files: NAME" and "end". `staleness` decides on stars in place
+    of this machine, `linked` whether there are links to files, `unlinked` is said where there is none; `room` is what the page takes in.
+    """
 
     archive: Archive
     base: Path
     image_noise: bool = True
+    files: Archive | None = None
+    staleness: Staleness | None = None
+    linked: bool = True
+    unlinked: str = "its folder is not here"
+    room: dict[str, int] = field(default_factory=lambda: {"pictures": PICTURES, "records": RECORDS, "picture": BIG, "width": BROAD})
     _anchors: dict[tuple[str, ...], str] = field(default_factory=dict)
     _shown: set[Path] = field(default_factory=set)
-    _room: dict[str, int] = field(default_factory=lambda: {"pictures": PICTURES, "records": RECORDS})
 
     def render(self, results: Sequence[Result], methods: Sequence[str] = (), evals: Sequence[str] = ()) -> str:
         """The page as text."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
 
-        staleness = Staleness(self.archive, data=True)
+        staleness = self.staleness or Staleness(self.archive, data=True)
         found = [with_stale(with_published(s), staleness) for s in sheets(results, methods, evals)]
         for sheet in found:
             for cell in sheet.cells.values():
@@ -107,7 +116,8 @@ class Page:
         count = [f"{n} {name}{'s' if n != 1 else ''}" for n, name in sizes]
         environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
         return environment.get_template("report.html").render(
-            title="Which vision pre-training?", summary=f"{done} scores of {', '.join(count)}; newest record of {newest}; page by harness {__version__}.",
+            title="Which vision pre-training?", summary=f"{done} scores of {', '.join(count)}; newest record of {newest}; page by harness", version=__version__,
+            unlinked=self.unlinked,
             apart=APART.format(len(parts)) + ".", parts=[{k: Markup(v) if k in ("table", "costs", "rank_diagram") else v for k, v in p.items()} for p in parts],
             papers=[Markup(p) for p in papers], scores=[s for sheet in found for s in self.scores(sheet)], environment=environment_of(self.records(results)))
 
@@ -130,7 +140,7 @@ class Page:
         table = replace(table, rows=tuple(rows), below=(*table.below, *said))
         ranks = ranks_of(sheet)
         pictures, without = self.pictures(sheet)
-        pretraining, evaluations = curves_of(sheet, self.archive)
+        pretraining, evaluations = curves_of(sheet, self.files or self.archive)
         curves = [{"title": title, "svg": Markup(svg)} for title, series in (*pretraining, *evaluations)
                   if (svg := charts.lines(series, "step", "loss", sheet.methods))]
         return {
@@ -187,7 +197,7 @@ class Page:
             files = {}
             for cell in cells:
                 result = next(r for r in cell.results if r.seed == min(shared))
-                folder = self.archive.folder(result.key)
+                folder = (self.files or self.archive).folder(result.key)
                 outcomes = (self.archive.record(folder) or {}).get("outcomes")
                 files[cell.method] = ((folder or Path()) / (outcomes or "outcomes.npz"), result.metrics[metric.name])
             rows, reason = noise(files, metric.name, best)
@@ -205,7 +215,7 @@ class Page:
         evals = [name for name, _ in sheet.columns]
         shown, without, left_out = [], [], 0
         for cell in sheet.cells.values():
-            for step in self.archive.steps(cell.results[0]) if cell.results else ():
+            for step in (self.files or self.archive).steps(cell.results[0]) if cell.results else ():
                 if step.folder is None or step.folder in self._shown:
                     continue
                 self._shown.add(step.folder)
@@ -220,14 +230,14 @@ class Page:
                 entries += [(turn, f"{cell.method}, {where}: {title}", content) for turn, (title, content) in zip(turns, found.items(), strict=True)]
         for turn, title, content in sorted(entries, key=lambda entry: entry[0]):
             try:
-                broad, data = inlined(content)
+                broad, data = inlined(content, self.room["picture"], self.room["width"])
             except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
                 without.append(f"{title}: the picture is damaged.")
                 continue
-            if len(data) > self._room["pictures"]:
+            if len(data) > self.room["pictures"]:
                 left_out += 1
                 continue
-            self._room["pictures"] -= len(data)
+            self.room["pictures"] -= len(data)
             shown.append({"title": title, "data": data, "broad": broad, "trained": turn == (0, 0)})
         return shown, [*without, *([f"{left_out} more pictures lie in the runs folders: this page would be too big with them."] if left_out else [])]
 
@@ -243,9 +253,9 @@ class Page:
                     steps.append({"role": role, "key": step.key, "made": made(step), "links": self.links(step)})
                     if step.role == "evaluation" and step.record and not text:
                         text = json.dumps(step.record, indent=1, ensure_ascii=False)
-            if len(text) > self._room["records"]:
+            if len(text) > self.room["records"]:
                 text = ""
-            self._room["records"] -= len(text)
+            self.room["records"] -= len(text)
             title = f"{cell.method} on {cell.eval} ({cell.protocol}, {cell.backbone}): {cell.n} score{'s' if cell.n != 1 else ''}"
             found.append({"anchor": self._anchors[place(cell)], "title": title, "steps": steps, "record": text})
         return found
@@ -254,7 +264,7 @@ class Page:
         """Files of a node, relative to the page."""
         from urllib.parse import quote
 
-        folder = step.folder
+        folder = (self.files or self.archive).folder(step.key) if self.linked else None
         return [(name, quote(os.path.relpath(folder.resolve() / name, self.base))) for name in FILES if (folder / name).exists()] if folder else []
 
 
@@ -265,15 +275,15 @@ def reconstructed(step: Step) -> str:
     return f"images, what is shown of them, {last}" if step.kind == "pretrain" else "images, and what is made of them again"
 
 
-def inlined(content: bytes) -> tuple[bool, str]:
+def inlined(content: bytes, big: int = BIG, broad: int = BROAD) -> tuple[bool, str]:
     """Whether a PNG is broader than a chart, and its data URL; smaller where it is big: photographs at the papers' sizes would fill the page."""
     from PIL import Image
 
     kind = "png"
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
-        if len(content) > BIG:
-            kind, stream, share = "jpeg", io.BytesIO(), min(1.0, BROAD / width)
+        if len(content) > big:
+            kind, stream, share = "jpeg", io.BytesIO(), min(1.0, broad / width)
             image.convert("RGB").resize((round(width * share), max(1, round(height * share)))).save(stream, format="JPEG", quality=88)
             content = stream.getvalue()
     return width > 1.3 * charts.WIDTH, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -74,10 +74,17 @@ def names_of(setting: Any) -> Any:
 
 
 def tried(trials: Mapping[tuple[str, str], Trials], method: str) -> str:
-    """A method's trials in words: "1 for each evaluator", or what differs from it."""
+    """A method's trials in words: "1 for each evaluator", or what differs from it and on what it was chosen."""
     counts = {name: t.count for (m, name), t in trials.items() if m == method}
-    more = [f"{n} on {name}" for name, n in sorted(counts.items()) if n > 1]
+    more = [f"{n} on {name}{chosen_by(trials[method, name])}" for name, n in sorted(counts.items()) if n > 1]
     return (", ".join(more) + (", 1 on the others" if len(more) < len(counts) else "")) if more else "1 for each evaluator" if counts else "none"
+
+
+def chosen_by(trials: Trials) -> str:
+    """On what trials were chosen among, "" where only the counts are known."""
+    said = [f"{', '.join(sorted(trials.sweeps))} by a held-out part of train"] if trials.sweeps else []
+    said += [f"{trials.count_on_test} on the reported split"] if trials.count_on_test > 1 else []
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def selected_on_train(sheet: Sheet, trials: Mapping[tuple[str, str], Trials]) -> str:

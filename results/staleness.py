@@ -16,10 +16,21 @@ from harness.spec import UserError
 from results.ancestry import Archive, Step
 from results.cells import Sheet
 
+LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
+
+
+def pinned() -> dict[str, str]:
+    """Versions that requirements.lock pins, the same on every machine; where there is no such file, those that are installed."""
+    try:
+        lines = LOCK.read_text().splitlines()
+    except OSError:
+        return versions()
+    return {name: version.partition(";")[0].strip() for name, _, version in (line.partition("==") for line in lines) if version}
+
 
 @dataclass
 class Staleness:
-    """Compares records with what is installed, and on `data` with the data sets as they lie on disk (which takes a walk through their folders)."""
+    """Compares records with what is installed (or pinned), and on `data` with the data sets as they lie on disk (which takes a walk through their folders)."""
 
     archive: Archive
     data: bool = False

@@ -24,6 +24,7 @@ from results.cells import sheets
 from results.costs import cell_cost, with_costs
 from results.formats import FORMATS
 from results.grid import grid
+from results.kept import NAME as KEPT
 from results.selection import selected_on_test, selected_on_train, trials_of
 from results.staleness import Staleness, with_stale
 from results.standing import with_published
@@ -48,15 +49,16 @@ class Table:
 
     @staticmethod
     def render(results: Iterable[Result], format: str = "markdown", methods: Sequence[str] = (), evals: Sequence[str] = (), spread: str = "std",
-               folders: Sequence[Path] = (), cost: bool = False, archive: Archive | None = None) -> str:
+               folders: Sequence[Path] = (), cost: bool = False, archive: Archive | None = None, staleness: Staleness | None = None) -> str:
         """Tables as text, without a newline at the end; rows and columns in the given order, then in the order in which they first appear.
 
         `spread`: std or ci95, what stands behind a mean. With the runs folders that the results came from, the table stars what is stale, flags what was
-        selected on test and carries the stamp of the fairness audit, and on `cost` columns of cost. `archive`: these folders, where they have been read.
+        selected on test and carries the stamp of the fairness audit, and on `cost` columns of cost. `archive`: these folders, where they have been read;
+        `staleness`: what decides on stars in place of this machine.
         """
         archive = archive or (Archive(tuple(folders)) if folders else None)
         found = [with_published(sheet) for sheet in sheets(results, methods, evals)]
-        staleness = Staleness(archive, data=True) if archive else None
+        staleness = staleness or (Staleness(archive, data=True) if archive else None)
         found = [with_stale(sheet, staleness) for sheet in found] if staleness else found
         rows, grids = [], []
         for sheet in found:
@@ -96,21 +98,23 @@ class Table:
         if again:
             return watch(lambda: overview(*look()))
         if not (found := overview(*look())):
-            print(f"{look()[0].root}: no runs there yet: `run` with this --runs makes some", file=sys.stderr)
+            kept = (look()[0].root / KEPT).is_file()
+            hint = "kept records, no runs: `table`, `audit` and `report` read them" if kept else "no runs there yet: `run` with this --runs makes some"
+            print(f"{look()[0].root}: {hint}", file=sys.stderr)
         for _, line in found:
             print(line)
         return 0
 
     @staticmethod
-    def render_layout(name: str, results: Iterable[Result], format: str = "markdown", archive: Archive | None = None) -> str:
-        """A paper's table as text, what was measured beside its numbers, starred where it is stale if the runs folders are given; without any result the
+    def render_layout(name: str, results: Iterable[Result], format: str = "markdown", staleness: Staleness | None = None) -> str:
+        """A paper's table as text, what was measured beside its numbers, starred where `staleness` is given and finds it stale; without any result the
         published numbers alone.
 
         Raises:
             UserError: no such layout.
         """
         table = paper_table(name)
-        fields = fill(table, results, Staleness(archive, data=True) if archive else None)
+        fields = fill(table, results, staleness)
         return FORMATS[format]([grid_of(table, fields)], rows_of(table, fields)).rstrip("\n")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -125,7 +129,7 @@ class Table:
         choice = choose(args, needed=args.layout is None)
         gc.freeze()  # statsmodels looks for garbage after each correction: among 10,000 records that takes a second, and they are none
         if args.layout is not None:
-            print(self.render_layout(args.layout, choice.results, args.format, choice.archive))
+            print(self.render_layout(args.layout, choice.results, args.format, Staleness(choice.archive, data=True)))
         else:
             print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, cost=args.cost, archive=choice.archive))
         return 0
@@ -148,7 +152,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", metavar="NAME", help="only this protocol")
     parser.add_argument("--backbone", metavar="NAME", help="only this backbone")
     parser.add_argument("--runs", metavar="DIR", nargs="+", action="extend", type=Path,
-                        help="runs folders that are there, several are joined (default: runs)")
+                        help="runs folders that are there, or folders of a plan with its kept records; several are joined (default: runs)")
 
 
 def choose(args: argparse.Namespace, needed: bool = True) -> Choice:
@@ -161,7 +165,7 @@ def choose(args: argparse.Namespace, needed: bool = True) -> Choice:
     if not needed and not args.runs:
         folders = tuple(f for f in folders if f.is_dir())
     archive = Archive(folders)
-    results = collect(folders, archive.read)
+    results = [*collect([f for f in folders if not (f / KEPT).is_file()], archive.read), *archive.kept]
     if not results and needed:
         shown = " ".join(map(str, folders))
         raise UserError(f"--runs {shown}: no results there: `python -m harness run --methods ... --evals ... --runs {folders[0]}` makes some")

@@ -1,6 +1,6 @@
 """How fast what was measured: the one table that costs of a plan are estimated from, records of the runs folder first, then results/throughput.csv.
 
-    python -m results.throughput SEEDS.csv RUNS [SEEDS.csv RUNS ...] > results/throughput.csv     # how that file was made, from the records of results/
+    python -m results.throughput results/demo results/photos > results/throughput.csv     # how that file is made, from the records kept there
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Figure:
     """One measurement: device-hours of a whole job that was shown so many images, starting and scoring included.
 
     `once`: every image was read once, however many epochs were done on its features. `data`: what it read. `runs`: how many jobs it is the median of.
+    `flops`: those of its training steps, None where they are not known; `computed` tells what an image's FLOPs depend on (`computation`).
     """
 
     work: Work
@@ -48,6 +49,8 @@ class Figure:
     data: str
     source: str
     runs: int = 1
+    flops: float | None = None
+    computed: str = ""
 
 
 def work_of(job: Mapping[str, Any]) -> Work:
@@ -57,6 +60,15 @@ def work_of(job: Mapping[str, Any]) -> Work:
     vit = next((i["vit"] for i in (identity, *about.get("lineage", ())) if i.get("vit")), None)
     shape = "{}x{} patch {}, width {}, {} blocks".format(*vit["size"], vit["patch"], vit["width"], vit["depth"]) if vit else digest(identity.get("plugin"))
     return Work(job["kind"], about.get("eval") or about.get("method", job["name"]), shape, recipe.get("precision", "fp32"), bool(recipe))
+
+
+def computation(job: Mapping[str, Any]) -> str:
+    """Digest of all that decides how many FLOPs a training needs for an image: the plugin's fields, the ViT, precision and what is frozen."""
+    identity = job["identity"]
+    plugin = {k: v for k, v in (identity.get("plugin") or {}).items() if k != "holdout"}
+    vits = [i["vit"] for i in (identity, *job["about"].get("lineage", ())) if i.get("vit")][:1]
+    recipe = {k: v for k, v in (identity.get("recipe") or {}).items() if k in ("precision", "frozen")}
+    return digest([job["kind"], plugin, vits, recipe])
 
 
 def data_of(job: Mapping[str, Any]) -> str:
@@ -87,7 +99,7 @@ def hardware_here() -> str:
 def figure_of(record: Mapping[str, Any], source: str) -> Figure:
     """What a record has measured."""
     return Figure(work_of(record), record["about"].get("method", record["name"]), hardware_words(record["hardware"]), record["images_seen"] or 0,
-                  record["device_hours"], "epochs_on_features" in record["facts"], data_of(record), source)
+                  record["device_hours"], "epochs_on_features" in record["facts"], data_of(record), source, 1, record.get("flops"), computation(record))
 
 
 def measured(store: Store) -> list[Figure]:
@@ -108,32 +120,29 @@ def shipped() -> tuple[Figure, ...]:
     with open(SHIPPED, newline="") as stream:
         return tuple(
             Figure(Work(r["kind"], r["name"], r["shape"], r["precision"], r["trained"] == "True"), r["method"], r["hardware"], int(r["images"]),
-                   float(r["hours"]), r["once"] == "True", r["data"], r["source"], int(r["runs"])) for r in csv.DictReader(stream))
+                   float(r["hours"]), r["once"] == "True", r["data"], r["source"], int(r["runs"]), float(r["flops"]) if r.get("flops") else None,
+                   r.get("computed") or "") for r in csv.DictReader(stream))
 
 
 def medians(figures: Iterable[Figure]) -> Iterator[Figure]:
     """One figure for each kind of job: the median over those that differ in seed alone."""
     groups: dict[tuple[Any, ...], list[Figure]] = {}
     for f in figures:
-        groups.setdefault((f.work, f.method, f.hardware, f.images, f.once, f.data), []).append(f)
-    for (work, method, hardware, images, once, data), same in groups.items():
-        yield Figure(work, method, hardware, images, round(statistics.median(f.hours for f in same), 5), once, data, same[0].source, len(same))
+        groups.setdefault((f.work, f.method, f.hardware, f.images, f.once, f.data, f.computed), []).append(f)
+    for (work, method, hardware, images, once, data, computed), same in groups.items():
+        yield Figure(work, method, hardware, images, round(statistics.median(f.hours for f in same), 5), once, data, same[0].source, len(same),
+                     same[0].flops, computed)
 
 
-def main(words: Sequence[str]) -> None:
-    """Print the table of the records that published seeds.csv files name, with what they were trained from."""
+def main(folders: Sequence[str]) -> None:
+    """Print the table of the records that folders keep."""
+    from results.kept import read_kept
+
     found: list[Figure] = []
-    for seeds, runs in zip(words[::2], words[1::2], strict=True):
-        with open(seeds, newline="") as stream:
-            keys = {row["key"] for row in csv.DictReader(stream)}
-        records = {r["key"]: r for folder in Store(Path(runs)).folders() if (r := read_record(folder)) is not None}
-        above = keys & set(records)
-        while above:
-            above = {p["key"] for key in above for p in records[key]["parents"].values()} - keys
-            keys |= above
-        for record in records.values():  # records did not always say which ViT they are about
-            record["about"].setdefault("lineage", [records[p["key"]]["identity"] for p in record["parents"].values()])
-        found += medians(figure_of(records[key], Path(seeds).parent.as_posix()) for key in sorted(keys))
+    for folder in folders:
+        if (kept := read_kept(Path(folder))) is None:
+            raise SystemExit(f"results.throughput: {folder}: no kept records there")
+        found += medians(figure_of(record, Path(folder).as_posix()) for record in kept.records.values())
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*(f.name for f in fields(Work)), *(f.name for f in fields(Figure)[1:])])
     writer.writerows([*astuple(f.work), *list(asdict(f).values())[1:]] for f in sorted(found, key=lambda f: (f.source, f.work.kind, f.work.name, f.method)))

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 from folders import written
 
+from harness.collect import collect
 from harness.data import read_images
 from harness.jobs import Node
 from harness.plan import Planner
 from harness.request import Plan, Request
 from harness.spec import UserError
 from harness.store import Store
+from results import throughput
+from results.ancestry import Archive
 from results.budget import Budget
+from results.kept import NAME, pack
 
 HERE, OTHER = {"device": "cpu", "cpu": "Test", "threads": 2, "cores": 2}, {"device": "Big GPU", "cpu": "Test", "threads": 2, "cores": 2}
 
@@ -68,6 +72,35 @@ def test_a_probe_on_stored_features_costs_by_images_and_not_by_epochs(smoke_data
     assert budget(longer, store).total == pytest.approx(2.0, rel=0.02)
     held_out = plan(smoke_data, "scratch", "linear", "linear.recipe.epochs=7", "linear.holdout=0.5")
     assert budget(held_out, store).total == pytest.approx(1.0, rel=0.02)
+
+
+def test_flops_are_those_that_a_record_has_counted_for_the_same_computation(smoke_data: Path, store: Store) -> None:
+    before = plan(smoke_data, "mae", "imagenet")
+    for node, flops in zip(before.nodes, (6e9, 2e9), strict=True):
+        measure(store, node, 1.0, OTHER, flops=flops)  # on other hardware: FLOPs are the same there
+    steps = before.nodes[0].recipe.iterations
+    longer = plan(smoke_data, "mae,scratch", "imagenet", f"mae.recipe.iterations={3 * steps}", "mae.recipe.lr=0.1")
+    found = budget(longer, store)
+    assert [found.flops(n) for n in longer.nodes] == [pytest.approx(18e9), pytest.approx(2e9), 0.0, pytest.approx(2e9)]
+    hidden = plan(smoke_data, "mae", "imagenet", "mae.mask_ratio=0.5").nodes[0]
+    assert budget(longer, store).flops(hidden) is None, "another share of patches is another computation"
+
+
+def test_the_shipped_figures_are_those_of_kept_records(
+        smoke_data: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = plan(smoke_data, "mae", "imagenet")
+    for node in before.nodes:
+        measure(store, node, 1.0, flops=6e9)
+    (tmp_path / NAME).write_bytes(pack(collect([store.root]), Archive((store.root,))))
+    throughput.main([str(tmp_path)])
+    (tmp_path / "throughput.csv").write_text(capsys.readouterr().out)
+    monkeypatch.setattr(throughput, "SHIPPED", tmp_path / "throughput.csv")
+    throughput.shipped.cache_clear()
+    found = {(f.work, f.hours, f.flops, f.computed) for f in throughput.shipped()}
+    throughput.shipped.cache_clear()
+    assert found == {(f.work, f.hours, f.flops, f.computed) for f in throughput.measured(store)} and len(found) == 2
+    with pytest.raises(SystemExit, match="no kept records there"):
+        throughput.main([str(store.root)])
 
 
 def test_only_the_same_device_counts_and_elsewhere_what_was_measured_there(smoke_data: Path, store: Store) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -13,19 +11,19 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from harness import cli, layout, plugins
-from harness.collect import Result, result_of
+from harness import cli, layout
+from harness.collect import result_of
 from harness.data import folder_names
 from harness.plan import Planners
 from harness.request import Request, requests_of
-from harness.spec import Metric, UserError
+from harness.spec import UserError
 from results.beside import fill, paper_table
-from results.claims import Claim, claim, read_plan
+from results.claims import claim, of_records, read_plan
 from results.reference.published import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = sorted(p.parent.name for p in (ROOT / "results").glob("*/plan.py"))
-KEPT = sorted(p.parent.name for p in (ROOT / "results").glob("*/seeds.csv"))
+TOLD = sorted(p.parent.name for p in (ROOT / "results").glob("*/README.md"))
 # images of the official split that an evaluator scores
 SCORED = {"imagenet": 50_000, "linear": 50_000, "ade20k": 2_000, "coco": 5_000, "cifar100": 10_000, "inat2017": 95_986, "inat2018": 24_426,
           "inat2019": 3_030, "places205": 20_500, "places365": 36_500}
@@ -51,7 +49,7 @@ def everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_all_claims_are_there() -> None:
-    assert set(PLANS) == {*OPEN, "demo", "photos"} and set(KEPT) == {"demo", "photos"}
+    assert set(PLANS) == {*OPEN, "demo", "photos"} and set(TOLD) == {"demo", "photos"}
 
 
 @pytest.mark.parametrize("name", sorted(OPEN))
@@ -72,57 +70,12 @@ def test_a_papers_plan_fills_the_rows_of_its_tables(name: str, everything: Path)
     assert f"--plan results/{name}/plan.py" in text and "\nCost: " in text
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_the_kept_tables_are_those_of_their_records(name: str) -> None:
-    """table.md and table.json are made again from the single scores, which are those that the plan asks for."""
-    folder = ROOT / "results" / name
-    found, results = read_plan(folder / "plan.py"), scores(folder)
-    (request,) = found.requests
-    wanted = {(m, e, s) for m in request.methods for e in request.evals for s in request.seeds}
-    assert {(r.method, r.eval, r.seed) for r in results} == wanted and len(results) == len(wanted)
-    again = found.tables(results)
-    assert said(again["table.md"]) == said((folder / "table.md").read_text())
-    assert again["seeds.csv"] == (folder / "seeds.csv").read_text()
-    kept = {place(row): row for row in json.loads((folder / "table.json").read_text())}
-    made = {place(row): row for row in json.loads(again["table.json"])}
-    assert set(kept) == set(made)
-    for key, row in kept.items():  # to the digits that seeds.csv leaves
-        names = [k for k in ("n", "undecided", "value", "std", "p_best", "detectable") if k in row]
-        assert {k: made[key][k] for k in names} == {k: pytest.approx(row[k], rel=1e-2, abs=1e-4) if isinstance(row[k], float) else row[k] for k in names}
-
-
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", TOLD)
 def test_a_readmes_line_is_the_plan(name: str) -> None:
     folder = ROOT / "results" / name
     line = next(x.strip() for x in (folder / "README.md").read_text().splitlines() if "harness run --methods" in x)
     requests, _ = requests_of(cli.parser().parse_args(shlex.split(line)[3:]), None)
     assert requests == read_plan(folder / "plan.py").requests
-
-
-def place(row: dict) -> tuple[str, ...]:
-    """Where a row of table.json stands."""
-    return row["method"], row["eval"], row["metric"]
-
-
-def scores(folder: Path) -> list[Result]:
-    """The results behind a seeds.csv."""
-    lines = list(csv.DictReader((folder / "seeds.csv").read_text().splitlines()))
-    caption = {"generated data": plugins.build("protocols", "demo").caption}
-    records: dict[str, list[dict[str, str]]] = {}
-    for line in lines:
-        records.setdefault(line["key"], []).append(line)
-    return [Result(
-        **{k: found[0][k] for k in ("method", "eval", "protocol", "backbone", "data", "tuning")}, seed=int(found[0]["seed"]),
-        eval_seed=int(found[0]["eval_seed"]), metrics={x["metric"]: float(x["value"]) for x in found}, columns=tuple(Metric(x["metric"]) for x in found),
-        status="done", key=key, start=key,
-        caption=caption.get(found[0]["data"], f"demo protocol, {found[0]['data']}{plugins.build('protocols', 'demo').caveat}"),
-    ) for key, found in records.items()]
-
-
-def said(text: str) -> list[list[str]]:
-    """Fields and lines of a table, without what only the runs folder can tell (stars and their reasons, the audit)."""
-    kept = [line for line in text.splitlines() if not line.startswith(("- Fairness", "- Starred", "- [", "|--"))]
-    return [[re.sub(r" \*( \[\w+\])*$", "", field.strip()) for field in line.split("|")] for line in kept if line]
 
 
 GOOD = "from harness.request import Request\ndef plan():\n    return Request(('scratch', 'mae'), ('linear',), 'smoke')\n"
@@ -179,12 +132,15 @@ def test_a_plan_that_flags_have_changed_does_not_overwrite_its_tables(tmp_path: 
 
 
 def test_a_plan_runs_and_keeps_its_tables(harness: Callable[..., CompletedProcess[str]], tmp_path: Path, smoke_data: Path) -> None:
-    """Two requests in one graph: the table on stdout is that of the folder, and the scores make it again."""
+    """Two requests in one graph: the table on stdout is that of the folder, and the kept records make it again."""
     text = GOOD.replace("return Request(('scratch', 'mae'), ('linear',), 'smoke')", "return [Request((m,), ('knn',), 'smoke') for m in ('scratch', 'mae')]")
     (tmp_path / "plan.py").write_text(text)
     done = harness("run", "--plan", "plan.py", "--launcher", "debug")
     assert done.returncode == 0, done.stderr
     kept = {p.name for p in tmp_path.iterdir() if p.is_file()} - {"plan.py"}
-    assert kept == {"table.md", "table.json", "seeds.csv", "audit.txt", "report.html"} and "kept in ." in done.stderr
+    assert kept == {"records.jsonl.gz", "table.md", "table.json", "seeds.csv", "audit.txt", "report.html"} and "kept in ." in done.stderr
     assert (tmp_path / "table.md").read_text() == done.stdout and done.stdout.count("| scratch") == done.stdout.count("| mae") == 1
-    assert len(scores(tmp_path)) == 2 and isinstance(read_plan(tmp_path / "plan.py"), Claim)
+    claim = read_plan(tmp_path / "plan.py")
+    assert {name: (tmp_path / name).read_bytes() for name in claim.tables()} == claim.tables() and len(claim.archive.kept) == 2
+    page = (tmp_path / "report.html").read_text()
+    assert of_records(page) == of_records(claim.page()) and "runs/evaluate-knn" in page and "<img" in page

@@ -6,6 +6,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -205,10 +206,13 @@ def test_a_hundred_methods_and_no_results() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex with booktabs and xcolor (texlive-latex-recommended)")
-def test_latex_compiles(tmp_path: Path) -> None:
-    others = [Table.render_layout(name, [], "latex") for name in LAYOUTS] + [Table.render([cell("Zoë ☃ 模型", "e", 0, {"mIoU": 1.0})], "latex")]
+def test_latex_compiles_within_the_margins(tmp_path: Path) -> None:
+    broad = [cell(f"a-long-method-{m}", f"a-long-evaluator-{e}", 0, {"mIoU": 41.2 + m}) for m in range(3) for e in range(14)]
+    others = [Table.render_layout(name, [], "latex") for name in LAYOUTS]
+    others += [Table.render(broad, "latex"), Table.render([cell("Zoë ☃ 模型", "e", 0, {"mIoU": 1.0})], "latex")]
     text = "\n\\clearpage\n".join([*(path.read_text() for path in sorted(SNAPSHOTS.glob("*.tex"))), *others])
-    (tmp_path / "t.tex").write_text("\\documentclass{article}\n\\usepackage{booktabs,xcolor}\n\\begin{document}\n" + text + "\\end{document}\n")
+    (tmp_path / "t.tex").write_text("\\documentclass{article}\n\\usepackage{booktabs,xcolor,graphicx}\n\\begin{document}\n" + text + "\\end{document}\n")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "t.pdf").stat().st_size > 1000
+    assert re.findall(r"Overfull .hbox.*", (tmp_path / "t.log").read_text()) == []

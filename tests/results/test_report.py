@@ -194,6 +194,17 @@ heads[1].focus(); heads[1].click(); out.push(rows().map(r => r.cells[1].textCont
 heads[1].click(); out.push(rows().map(r => r.cells[1].textContent[0]).join(""));
 const input = document.querySelector("[data-filter]"); input.value = "BEIT"; input.dispatchEvent(new Event("input"));
 out.push(rows().filter(r => !r.hidden).length, performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length);
+const field = rows().find(r => !r.hidden).cells[1], link = field.querySelector("a"), tip = document.getElementById(link.getAttribute("aria-describedby"));
+const said = () => tip.hidden || getComputedStyle(tip).display === "none" ? "" : tip.textContent;
+const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+link.focus(); const focused = said();
+press("Escape"); const escaped = said();
+field.dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); const dismissed = said();
+link.blur(); const left = said();
+field.dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); const hovered = said();
+const box = tip.getBoundingClientRect(), within = box.left >= 0 && box.right <= innerWidth && box.top >= 0 && box.bottom <= innerHeight;
+out.push(focused.startsWith("95 % CI") && focused === hovered && within && !field.title, escaped + dismissed + left === "");
+const bare = document.querySelector("[data-hint]:not(:has(a))"); out.push(!bare || bare.tabIndex === 0);
 location.hash = document.querySelector("#rows-1 td a").hash; dispatchEvent(new Event("hashchange"));
 out.push(document.querySelector(location.hash).closest("details").open);
 document.body.dataset.found = out.join(" ");
@@ -201,10 +212,10 @@ document.body.dataset.found = out.join(" ");
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
-def test_in_a_browser_sorting_and_filtering_work_and_nothing_is_requested(runs: Path) -> None:
+def test_in_a_browser_sorting_filtering_and_hints_work_and_nothing_is_requested(runs: Path) -> None:
     page = runs.parent / "probed.html"
     page.write_text(made(runs, "--no-image-noise", "--evals", "linear").replace("</body>", SCRIPT + "</body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={runs.parent / 'profile'}", "--dump-dom"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert 'data-found="552 255 1 0 true"' in done.stdout, re.findall(r'data-found="[^"]*"', done.stdout)
-    assert "CONSOLE" not in done.stderr
+    assert 'data-found="552 255 1 0 true true true true"' in done.stdout, re.findall(r'data-found="[^"]*"', done.stdout)
+    assert "CONSOLE" not in done.stderr and re.search(r"@media print \{.*#hint \{ display: none \}", page.read_text())

@@ -42,7 +42,7 @@ def test_a_learning_rate_tried_on_the_reported_split_is_flagged(tmp_path: Path) 
     score(tmp_path, 0.1)
     score(tmp_path, 0.2, start="2026-01-02")
     said = "Selected on test: several settings were scored on the reported split, one is shown: mae on linear (2 settings)."
-    assert flagged(tmp_path) == (said, "2 on linear")
+    assert flagged(tmp_path) == (said, "2 on linear (2 on the reported split)")
     assert f"- {said}" in Table.render(collect([tmp_path]), folders=(tmp_path,)).splitlines()
     score(tmp_path, 0.2, mask=0.6, start="2026-01-03")  # the pre-training's fields are settings too
     assert "(3 settings)" in flagged(tmp_path)[0]

@@ -10,6 +10,8 @@ from evals.linear import Linear
 from harness.collect import Result, collect
 from harness.jobs import Node
 from harness.layout import fingerprint
+from harness.plan import Planner
+from harness.request import Request
 from harness.store import Store
 from results.ancestry import Archive
 from results.cells import sheets
@@ -70,3 +72,15 @@ def test_a_stale_number_is_starred_with_the_reason(tmp_path: Path, images: Path)
     (images / "b.png").write_bytes(b"22")
     assert "stale: data folder was " in Table.render([result], folders=archive.roots)
     assert "*" not in Table.render([result])  # without its folder nothing is known
+
+
+def test_a_newer_evaluator_is_another_job_and_a_newer_library_is_not(smoke_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the report says of its commands: which stale numbers the same line makes anew.
+    def key() -> str:
+        return Planner(Request(("scratch",), ("linear",), "smoke", data=str(smoke_data))).plan().nodes[-1].key
+
+    before = key()
+    monkeypatch.setattr("harness.provenance.versions", lambda: {"torch": "0"})
+    assert key() == before
+    monkeypatch.setattr(Linear, "version", Linear.version + 1)
+    assert key() != before

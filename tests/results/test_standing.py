@@ -20,6 +20,7 @@ from results.beside import LAYOUTS, fill, paper_table
 from results.cells import sheets
 from results.reference.names import EVALUATORS, counterpart
 from results.reference.published import published
+from results.staleness import Staleness
 from results.standing import Standing, compare
 from results.table import Table
 
@@ -208,7 +209,7 @@ def test_an_ordinary_table_shows_the_published_number_with_its_source() -> None:
 
 def test_beside_a_paper_a_single_seed_is_grey_too_and_a_stale_number_starred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("results.staleness.Staleness.reasons", lambda self, result: ("imagenet was version 0, is 1",))
-    text = Table.render_layout("mae-table3", measured(83.6), archive=Archive((tmp_path,)))
+    text = Table.render_layout("mae-table3", measured(83.6), staleness=Staleness(Archive((tmp_path,))))
     assert "83.6 (n=1), 0.0 no verdict * [" in text.replace("+", "") and "stale: imagenet was version 0, is 1" in text
     assert r"\textcolor{gray}{83.6 (n=1)" in Table.render_layout("mae-table3", measured(83.6), "latex")
     assert "textcolor" not in Table.render_layout("mae-table3", measured(83.5, 83.7), "latex")

@@ -19,6 +19,8 @@ from harness.request import Plan, Request
 from harness.spec import UserError
 from harness.store import Store, write_json
 from results.ancestry import Archive
+from results.audit import of_sheet
+from results.audit_command import as_text
 from results.cells import sheets
 from results.selection import trials_of
 from results.sweep import Sweep, read_words
@@ -120,6 +122,8 @@ def test_trials_stay_out_of_tables_and_count_in_the_audit(smoke_data: Path, stor
         found = trials_of(sheet, Archive((store.root,)))["scratch", "linear"]
         assert result.metrics == {"top-1": 50.0} and (found.count, found.count_on_test) == (3, 1)
         assert "- Chosen on a held-out part of train: scratch on linear (linear.recipe.lr of 3 values)." in Table.render([result], folders=[store.root])
+        said = as_text("t", of_sheet(sheet, Archive((store.root,))))  # of a single row too
+        assert "3 on linear (linear.recipe.lr by a held-out part of train)" in said
 
 
 @pytest.mark.parametrize("words, said", [
