@@ -97,7 +97,8 @@ class Profile:
     `nodes` (pattern -> keys of Resources) holds for nodes whose folder begins like that, as in "evaluate-coco-*"; later ones win.
     `python`: the interpreter on the nodes, this one by default. `shared`: folders that every node sees; runs and data must lie below one of them.
     `precision`: what `auto` means on the nodes; by default bf16 with a GPU, and as on this machine without.
-    `max_running`: tasks of one array at a time; `max_array`, `max_submit`: jobs in an array, and in the queue, besides the cluster's own limits.
+    `max_running`: nodes of a runs folder that run at a time (slurm/lanes.py).
+    `max_array`, `max_submit`: jobs in an array, and in the queue, besides the cluster's own limits.
     `max_lost`: how many times a job whose node died without a word is started again.
     """
 

@@ -64,12 +64,13 @@ def outside(environment: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A job, or a task of an array, as squeue shows it. `id` as in 12 or 12_3."""
+    """A job, or a task of an array, as squeue shows it. `id` as in 12 or 12_3; `lanes` as it was submitted with (slurm/lanes.py), none without a cap."""
 
     id: str
     state: str
     reason: str
     host: str
+    lanes: tuple[int, ...] = ()
 
     @property
     def waits(self) -> bool:
@@ -95,7 +96,7 @@ def jobs_of(store: Store) -> tuple[dict[str, Job], int]:
         body, task = batches[batch], int(id.partition("_")[2] or 0)
         if not isinstance(body, dict) or task >= len(body["nodes"]):
             continue
-        name, job = body["nodes"][task], Job(id, state, reason, host)
+        name, job = body["nodes"][task], Job(id, state, reason, host, tuple(body.get("lanes", ())))
         if job.waits or not ended(store.root / name, id):
             found[name] = job
     return found, len(lines)

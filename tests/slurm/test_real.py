@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ def queue() -> list[str]:
 
 
 def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str, str], on_slurm: tuple[str, ...], tmp_path: Path) -> None:
-    """Two launchers at once submit each node once; a third picks the jobs up, and killing it changes nothing; the table is that of `local`."""
+    """Two launchers at once submit each node once; a third picks the jobs up, and killing it changes nothing; the table is that of `local`.
+
+    With max_running = 1 all that, an array and what waits for its tasks, is done one after the other."""
+    (tmp_path / "c.toml").write_text(f"{PROFILE}max_running = 1\n")
     line = (*LINE, "--seeds", "0,1")
     command = [sys.executable, "-m", "harness", *line, *on_slurm]
     both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -93,6 +97,8 @@ def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str
     wait_for(lambda: not queue())
     ends = [json.loads(p.read_text())["attempts"] for p in (tmp_path / "runs").glob("*/slurm.json")]
     assert [[a["how"] for a in attempts] for attempts in ends] == [["done"]] * 4
+    times = sorted((a["start"], a["end"]) for attempts in ends for a in attempts)
+    assert all(end <= start for (_, end), (start, _) in pairwise(times)), times
     assert harness(*line, "--runs", "here").stdout == done.stdout
 
 

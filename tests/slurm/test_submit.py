@@ -92,7 +92,7 @@ def fake_ids(store: Store, fake: FakeSlurm) -> dict[str, str]:
 
 def test_edges_become_dependencies_and_equal_nodes_arrays(fake: FakeSlurm, store: Store) -> None:
     nodes = graph(store)
-    launcher = slurm(store, 'max_running = 2\nmem = "8G"\n[nodes."evaluate-coco*"]\nmem = "64G"')
+    launcher = slurm(store, 'mem = "8G"\n[nodes."evaluate-coco*"]\nmem = "64G"')
     assert launcher.launch(nodes, store, quiet) == 3
     ids = fake_ids(store, fake)
     assert set(ids) == {n.folder for n in nodes}, "the whole graph at once"
@@ -107,7 +107,22 @@ def test_edges_become_dependencies_and_equal_nodes_arrays(fake: FakeSlurm, store
             assert options["dependency"] == f"afterok:{first[method]}" and options["kill-on-invalid-dep"] == "yes"
             assert options["mem"] == ("64G" if node.name.startswith("coco") else "8G")
             if not node.name.startswith("coco"):
-                assert options["array"] == "0-2%2", "three evaluations of one shape, two at a time"
+                assert options["array"] == "0-2%3", "three evaluations of one shape"
+
+
+def test_a_cap_on_what_runs_holds_for_the_whole_submission_and_the_next(fake: FakeSlurm, store: Store) -> None:
+    """Two lanes: two pre-trainings, then their evaluations, one array in each; what a second line adds waits for what the first has left there."""
+    launcher, evals = slurm(store, "max_running = 2"), ("linear", "knn")
+    assert launcher.launch(graph(store, ("mae", "scratch"), evals), store, quiet) == 3
+    wanted = [(None, "0-1%2"), ("afterok:100_0,afterany:100", "0-1%1"), ("afterok:100_1,afterany:100", "0-1%1")]
+    assert [(fake.options(id).get("dependency"), fake.options(id)["array"]) for id in fake.scripts] == wanted
+    fake.queue = [line for line in fake.queue if not line[0].startswith("100")]
+    nodes = graph(store, ("moco-v3",), evals)
+    text = launcher.preview(nodes, store)
+    assert "# ---- J1: 1 node, 1 of 2 lanes" in text and "#SBATCH --dependency=afterok:J1,afterany:101:102" in text.splitlines()
+    assert launcher.launch(nodes, store, quiet) == 3
+    assert (fake.options("103")["dependency"], fake.options("104")["dependency"]) == ("afterany:101", "afterok:103,afterany:101:102")
+    assert "kill-on-invalid-dep" not in fake.options("103") and fake.options("104")["array"] == "0-1%2"
 
 
 def test_two_launchers_do_not_submit_a_node_twice(fake: FakeSlurm, store: Store) -> None:
