@@ -25,6 +25,7 @@ from harness.store import read_json, write_json
 from slurm.queue import RESUMES
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+MAX_STALLED = 2  # time limits in a row at which nothing new was saved, after which a job is put back all the same
 BUSY_S = 10.0  # how often a node that another process works on is looked at again
 MORE_MEMORY = "ask for more memory for this node in the cluster profile"
 FEWER_IMAGES = "set HARNESS_MICRO_BATCH in the profile's environment, it changes no key"
@@ -63,18 +64,38 @@ def new_failure(folder: Path, kind: str, message: str) -> str:
     return note_failure(folder, {"class": kind, "message": message, "type": "Exit", "traceback": "", "time": time.time()})
 
 
+def kept(folder: Path) -> list[str]:
+    """What a node goes on from: names below its checkpoint folder, states by their steps. What is half written or damaged does not count."""
+    place = folder / "checkpoint"
+    return sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file() and not p.name.startswith((".", "damaged-")))
+
+
 class Attempts:
-    """slurm.json of a node: its attempts, the last one this."""
+    """slurm.json of a node: its attempts, the last one this. `advanced`: whether one left more to go on from than it had found."""
 
     def __init__(self, folder: Path, job: str) -> None:
         self.path, self.job, self._writing, self._changed = folder / "slurm.json", job, False, False
         self.all: list[dict[str, Any]] = list((read_json(self.path) or {}).get("attempts", []))
+        self._found = kept(folder)
+        self._advance()  # of the one before: when it died it could not say it
         self.lost = [a for a in self.all if a["job"] == job and not a.get("how") and "told" not in a]  # died without a word: its node was lost
 
     def begin(self) -> None:
         """Note the start."""
-        self.all.append({"job": self.job, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "start": time.time()})
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self.all.append({"job": self.job, "host": host, "start": time.time(), "found": self._found})
         self._write()
+
+    def _advance(self) -> None:
+        """Note of the last attempt, once, whether it has come further."""
+        if self.all and (found := self.all[-1].pop("found", None)) is not None:
+            self.all[-1]["advanced"] = bool(set(kept(self.path.parent)) - set(found))
+
+    @property
+    def stalled(self) -> int:
+        """Time limits in a row, the last attempt's first, at which nothing new had been saved since the one before."""
+        mine = [a for a in self.all if a["job"] == self.job and (a.get("how") == "time limit" or a.get("advanced"))]
+        return next((i for i, a in enumerate(reversed(mine)) if a.get("advanced")), len(mine))
 
     def told(self) -> None:
         """Note that it was told to end: SLURM kills what takes longer over that than KillWait, and that is no lost node."""
@@ -83,6 +104,7 @@ class Attempts:
 
     def end(self, how: str) -> None:
         """Note how it ended."""
+        self._advance()
         self.all[-1] |= {"end": time.time(), "how": how}
         self._write()
 
@@ -149,6 +171,10 @@ def work(folder: Path, job: str, max_lost: int) -> int:
     elif asked and (code < 0 or code in (130, BUSY)):
         limit = asked[0] == signal.SIGUSR2
         attempts.end(RESUMES[limit])
+        if limit and attempts.stalled > MAX_STALLED:
+            what = f"nothing new was saved before its time limit, {attempts.stalled} times: raise `time` in the cluster profile"
+            attempts.end(new_failure(folder, "no progress", f"{what}, or lower signal_s, or HARNESS_CHECKPOINT_S in its environment"))
+            return 1
         if limit:  # SLURM puts back those that it stops itself; a cancelled one is to stay away
             done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False)
             print(f"time limit: saved, {'back into the queue' if done.returncode == 0 else done.stderr.strip()}", flush=True)

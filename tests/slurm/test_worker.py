@@ -56,9 +56,9 @@ class Bench:
     def failure(self) -> dict[str, Any]:
         return json.loads((self.node / "failure.json").read_text())
 
-    def stopped_by(self, number: int, program: str) -> int:
+    def stopped_by(self, number: int, program: str, first: str = "") -> int:
         """Exit code when a signal comes."""
-        process = self.start(f"echo here > \"$node/started\"\n{program}")
+        process = self.start(f"{first}\necho here > \"$node/started\"\n{program}")
         deadline = time.monotonic() + 30
         while not (self.node / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -103,6 +103,16 @@ def test_a_node_lost_too_often_is_given_up(tmp_path: Path) -> None:
         assert bench.stopped_by(signal.SIGKILL if killed else signal.SIGTERM, SAVES.replace("while :", "while kill -0 $PPID 2> /dev/null")) != 0
     assert bench.run("exit 0") == 1
     assert bench.ends == ["stopped", None, None, "lost node"] and bench.failure["class"] == "lost node"
+
+
+def test_a_time_limit_that_leaves_no_time_for_work_does_not_come_for_ever(tmp_path: Path) -> None:
+    """A start that takes the whole limit is put back twice; as often as it likes is a job that has saved something new, whatever happens in between."""
+    bench, advances = Bench(tmp_path), 'mkdir -p "$node/checkpoint/train"; echo > "$node/checkpoint/train/state-000000001.pt"'
+    for first, code in (("", 130), ("", 130), (advances, 130), ("", 130), ("", 130), (advances, 1)):  # the same step once more is nothing new
+        (bench.node / "started").unlink(missing_ok=True)
+        assert bench.stopped_by(signal.SIGUSR2, SAVES, first) == code
+    assert bench.ends == ["time limit"] * 5 + ["no progress"] and len((bench.fake.folder / "scontrol.log").read_text().splitlines()) == 5
+    assert bench.failure["message"].startswith("no progress: nothing new was saved before its time limit, 3 times: raise `time` in the cluster profile")
 
 
 def test_a_preempted_job_that_is_killed_while_it_saves_is_no_lost_node(tmp_path: Path) -> None:
