@@ -125,7 +125,7 @@ def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
     last: dict[str, Path] = {}
     for path in sorted((store.root / FOLDER).glob("harness-*/submission.json")):
         last |= dict.fromkeys((read_json(path) or {}).get("nodes", ()), path.parent)
-    found = {}
+    found, without_memory = {}, list[str]()
     for name, batch in last.items():
         folder = store.root / name
         if name in queue or (folder / "record.json").exists() or store.state(folder).status not in ("missing", "interrupted"):
@@ -133,7 +133,11 @@ def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
         parents = (read_json(folder / "job.json") or {}).get("parents", {}).values()
         if all((store.root / p["folder"] / "record.json").exists() for p in parents):
             attempts = (read_json(folder / "slurm.json") or {}).get("attempts") or [{"how": "never began"}]
-            reason = f"left the queue ({attempts[-1].get('how') or 'died without a word'})"
+            how = attempts[-1].get("how")
+            if how is None:
+                without_memory = without_memory or ["", *ask("squeue", "--me", "-h", "-r", "-t", "OUT_OF_MEMORY", "-o", "%i").split()]
+                how = "out of memory" if attempts[-1]["job"] in without_memory else "died without a word"
+            reason = f"left the queue ({how})"
             found[name] = State("interrupted", f"{reason}: see {batch}/slurm-*.out and log.txt; the same run line submits it again")
     return found
 

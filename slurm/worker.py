@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 MAX_STALLED = 2  # time limits in a row at which nothing new was saved, after which a job is put back all the same
 BUSY_S = 10.0  # how often a node that another process works on is looked at again
 MORE_MEMORY = "ask for more memory for this node in the cluster profile"
+KILLED = f"killed (SIGKILL): out of memory, or by somebody: {MORE_MEMORY}, or run with --retry"
+CGROUPS = Path("/sys/fs/cgroup")
 FEWER_IMAGES = "set HARNESS_MICRO_BATCH in the profile's environment, it changes no key"
 
 
@@ -68,6 +70,24 @@ def kept(folder: Path) -> list[str]:
     """What a node goes on from: names below its checkpoint folder, states by their steps. What is half written or damaged does not count."""
     place = folder / "checkpoint"
     return sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file() and not p.name.startswith((".", "damaged-")))
+
+
+def oom_kills(job: str, own: str) -> int:
+    """Processes of a job that the kernel has killed for want of memory, as control groups count them (version 1 or 2); 0 where none can be read.
+
+    Args:
+        job: SLURM_JOB_ID: SLURM has a group for it, with one below for each step. Without that, this process's own group counts.
+        own: /proc/self/cgroup.
+    """
+    files: list[Path] = []
+    for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
+        parts = [part for part in path.split("/") if part]
+        place = "/".join(parts[: parts.index(f"job_{job}") + 1] if f"job_{job}" in parts else parts)
+        if not controllers:
+            files.append(CGROUPS / place / "memory.events")  # counts those of the groups below, too
+        elif "memory" in controllers.split(","):
+            files += (CGROUPS / "memory" / place).rglob("memory.oom_control") if f"job_{job}" in parts else [CGROUPS / "memory" / place / "memory.oom_control"]
+    return sum(int(n) for file in files if file.is_file() for n in re.findall(r"^oom_kill (\d+)", file.read_text(), re.M))
 
 
 class Attempts:
@@ -131,6 +151,21 @@ def command(folder: Path, machines: int) -> list[str]:
     return ["srun", f"--nodes={machines}", f"--ntasks={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none", *here, *line]
 
 
+def memory_watch(folder: Path) -> Callable[[], bool]:
+    """A question to ask later: was a process killed for want of memory since? By the kernel's count here, or by what srun said of other machines."""
+    own, log = Path("/proc/self/cgroup"), folder / "log.txt"
+    job, groups, size = os.environ["SLURM_JOB_ID"], own.read_text() if own.exists() else "", log.stat().st_size if log.exists() else 0
+    before = oom_kills(job, groups)
+
+    def asked() -> bool:
+        with open(log, "rb") as stream:
+            stream.seek(max(size, log.stat().st_size - 2**16))
+            told = re.search(rb"oom[-_]kill event|: Out Of Memory$", stream.read(), re.M)
+        return bool(told) or oom_kills(job, groups) > before
+
+    return asked
+
+
 def work(folder: Path, job: str, max_lost: int) -> int:
     """One attempt at a node. Returns the exit code of the job."""
     attempts = Attempts(folder, job)
@@ -139,6 +174,7 @@ def work(folder: Path, job: str, max_lost: int) -> int:
         hosts = ", ".join(a["host"] for a in attempts.lost)
         attempts.end(new_failure(folder, "lost node", f"died {len(attempts.lost)} times without a word (on {hosts}), max_lost is {max_lost}"))
         return 1
+    out_of_memory = memory_watch(folder)
     asked: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
 
@@ -182,7 +218,8 @@ def work(folder: Path, job: str, max_lost: int) -> int:
     elif code == 130:
         attempts.end(RESUMES[0])
     elif code == -signal.SIGKILL:
-        attempts.end(new_failure(folder, "out of memory", f"its process was killed, most likely for using more memory than the job has: {MORE_MEMORY}"))
+        oom = out_of_memory()
+        attempts.end(new_failure(folder, *(("out of memory", f"its process was killed for it: {MORE_MEMORY}") if oom else ("killed", KILLED))))
     elif isinstance(failure := read_json(folder / "failure.json"), dict):
         attempts.end(note_failure(folder, failure))
     else:

@@ -268,7 +268,7 @@ def test_a_job_on_two_machines(harness: Call, on_slurm: tuple[str, ...], tmp_pat
     wait_for(lambda: "failed" in harness("status").stdout)
     assert time.monotonic() - began < 60
     attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
-    assert [a.get("how") for a in attempts][1:] == ["out of memory"] and {a["job"] for a in attempts} == {pretrain}, log.read_text()
+    assert [a.get("how") for a in attempts][1:] == ["killed"] and {a["job"] for a in attempts} == {pretrain}, log.read_text()
     assert attempts[0].get("how") in ("stopped", None)  # a machine busy with other work may not leave it the time to say so
     wait_for(lambda: not queue())
     (tmp_path / "c.toml").write_text(PROFILE)

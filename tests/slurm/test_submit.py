@@ -231,6 +231,10 @@ def test_a_job_that_never_began_is_not_simply_missing(fake: FakeSlurm, store: St
     assert set(away) == {nodes[0].folder} and away[nodes[0].folder].status == "interrupted", "what waits for it is explained by it"
     assert "left the queue (never began): see" in away[nodes[0].folder].reason
     assert store.explain(store.folder(nodes[1]), away).reason.startswith("its checkpoint interrupted: left the queue")
+    write_json(store.folder(nodes[0]) / "slurm.json", {"attempts": [{"job": "100", "host": "n7", "start": 0}]})
+    assert "left the queue (died without a word): see" in queued(store)[nodes[0].folder].reason
+    (fake.folder / "out_of_memory").write_text("99\n100\n")  # SLURM ended the job, and with it what would have said so
+    assert "left the queue (out of memory): see" in queued(store)[nodes[0].folder].reason
 
 
 def test_wait_takes_on_what_another_process_was_at_work_on(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
