@@ -29,7 +29,8 @@ from harness.store import Locked, State, Store, lock, read_json
 FOLDER = ".slurm"
 RESUMES = ("stopped", "time limit")  # how an attempt ends that is gone on with
 OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_")
-OF_PROCESSES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "HARNESS_LAUNCHER_PID",
+OUR_OWN = tuple(f"HARNESS_{name}" for name in ("LAUNCHER_PID", "ATTEMPT", "NODES", "NODE", "RANK", "WORLD", "MEETING", "DOOR"))  # set for each process
+OF_PROCESSES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", *OUR_OWN,
                 "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SILENT_S = 600.0  # a running job that has reported no step for so long is shown as silent
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED", "SUSPENDED")

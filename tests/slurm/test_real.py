@@ -165,13 +165,13 @@ def test_a_failure_takes_down_what_depends_on_it(harness: Call, on_slurm: tuple[
     assert harness(*line, "--retry").returncode == 0
 
 
-@pytest.mark.parametrize(("lr", "environment_line", "found"), [
-    ("1e30", "", "loss not finite"), ("1e-3", 'environment = { HARNESS_MICRO_BATCH = "x" }\n', "bad configuration"),
+@pytest.mark.parametrize(("lr", "more", "found"), [
+    ("1e30", "", "loss not finite"), ("1e-3", 'setup = ["export HARNESS_MICRO_BATCH=x"]\n', "bad configuration"),
 ])
 def test_failures_are_told_by_their_kind_and_not_tried_again(
-    harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, lr: str, environment_line: str, found: str
+    harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, lr: str, more: str, found: str
 ) -> None:
-    (tmp_path / "c.toml").write_text(PROFILE + environment_line)
+    (tmp_path / "c.toml").write_text(PROFILE + more)
     line = (*LINE, "--set", f"rotation.recipe.lr={lr}", *on_slurm, "--wait")
     failed = harness(*line)
     assert failed.returncode == 1 and found in failed.stdout and found in harness("status").stdout, failed.stdout + failed.stderr
