@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.jobs import Node
+from harness.launch import write_job
 from harness.spec import UserError
-from harness.store import Store, write_json
+from harness.store import Store, read_json, write_json
 from slurm.lanes import Lanes
 from slurm.profile import Profile, Resources
 from slurm.queue import ask, new_batch
@@ -102,6 +104,10 @@ def arrange(
 def call_sbatch(group: Group, store: Store, profile: Profile, code: Snapshot) -> str:
     """Write a batch down, then submit it: killed in between, it is found again in the queue by its name. Returns the job's id; raises Refused."""
     batch = new_batch(store)
+    for node in group.nodes:  # written by an earlier line it may name folders that have moved since, or another --on-oom; `local` writes it at each start, too
+        told = read_json(store.folder(node) / "job.json")
+        if not isinstance(told, dict) or json.dumps(told.get("where"), sort_keys=True) != json.dumps(node.where, sort_keys=True):
+            write_job(node, store)
     body = {"schema": 1, "nodes": [n.folder for n in group.nodes], "max_lost": profile.max_lost, "cluster": profile.path, "time": time.time()}
     code.save()
     write_json(batch / "submission.json", {**body, "snapshot": code.name, "lanes": group.lanes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from evals.linear import Linear
 from evals.probe_recipes import CENTRE
 from harness.canonical import canonical
 from harness.cli import main
-from harness.jobs import Node
+from harness.jobs import Node, read_job
 from harness.launch import make_launcher, queued, write_job
 from harness.plan import Planner
 from harness.request import Request
@@ -173,6 +174,15 @@ def test_what_is_done_failed_or_elsewhere_is_not_submitted(fake: FakeSlurm, stor
     assert set(fake_ids(store, fake)) == {by["linear-mae"].folder, by["dvae"].folder}
     assert "dependency" not in fake.options("100"), "a parent that is done is not waited for"
     assert "4 nodes wait for one that failed" in capsys.readouterr().err
+
+
+def test_a_node_that_is_tried_again_goes_by_the_new_line(fake: FakeSlurm, store: Store) -> None:
+    """Where its data lies and what it does when memory gives out may have changed since job.json was written: they are in no key."""
+    old = Node("pretrain", "mae", {"plugin": "mae"}, {}, {"title": "pretrain mae", "seed": 0}, {"folders": {"imagenet": "/old"}, "on_oom": "fail"})
+    new = dataclasses.replace(old, identity={"plugin": "mae"}, where={"folders": {"imagenet": "/new"}, "on_oom": "halve"})
+    write_job(old, store)
+    assert old.key == new.key and slurm(store).launch([new], store, quiet) == 3
+    assert read_job(store.folder(new) / "job.json")["where"] == new.where
 
 
 def test_limits_of_the_cluster(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
