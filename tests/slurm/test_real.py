@@ -24,6 +24,22 @@ LINE = ("run", "--protocol", "smoke", "--methods", "rotation", "--evals", "neare
 PROFILE = 'cpus = 1\npartition = "low"\ntime = "30"\n'
 LONG = ("--set", "rotation.recipe.iterations=400")
 
+GREEDY = """
+import dataclasses, torch
+from harness.augment import Normalize
+from harness_example import Rotation, TurnLoss
+
+class GigabyteEach(TurnLoss):
+    def forward(self, batch, progress):
+        torch.empty(len(batch["image"]), 2**30, dtype=torch.uint8)
+        return super().forward(batch, progress)
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Rotation):
+    def objective(self, vit, context):
+        return GigabyteEach(vit, self.turns, Normalize(self.mean, self.std))
+"""
+
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("smoke_data", "slurm"), pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
@@ -177,6 +193,28 @@ def test_failures_are_told_by_their_kind_and_not_tried_again(
     assert failed.returncode == 1 and found in failed.stdout and found in harness("status").stdout, failed.stdout + failed.stderr
     assert "submitted 0 nodes" in harness(*line).stderr
     assert len(one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]) == 1
+
+
+def test_memory_gives_out(harness: Call, environment: dict[str, str], on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """The allocator fails in a job (14 GB, a gigabyte for each of 16 images): told with what helps; with --on-oom halve it ends well, and says how."""
+    site = tmp_path / "site"
+    (site / "greedy-1.dist-info").mkdir(parents=True)
+    (site / "greedy-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: greedy\nVersion: 1\n")
+    (site / "greedy-1.dist-info" / "entry_points.txt").write_text("[harness.methods]\ngreedy = greedy:Greedy\n")
+    (site / "greedy.py").write_text(GREEDY)
+    (tmp_path / "c.toml").write_text(f'{PROFILE}setup = ["ulimit -v {14 * 2**20}"]\n')
+    seen = {"PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{site}"}
+    line = ("run", "--protocol", "smoke", "--methods", "greedy", "--evals", "nearest-mean", *on_slurm, "--wait")
+    failed = harness(*line, timeout=600, **seen)
+    said = "out of memory: train: out of memory at step 0 with 16 images at a time: set HARNESS_MICRO_BATCH=8 or --on-oom halve, which changes no key"
+    assert failed.returncode == 1 and said in harness("status", **seen).stdout, failed.stdout + failed.stderr
+    assert "can't allocate memory" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
+    done = harness(*line, "--on-oom", "halve", "--retry", timeout=600, **seen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    halved = "train: out of memory at step 0 with 16 images at a time: 8 from there on"
+    assert one(tmp_path / "runs", "pretrain-*/record.json")["facts"]["out_of_memory"] == [halved]
+    assert [a["how"] for a in one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]] == ["out of memory", "done"]
+    assert f"halved: {halved}" in harness("status", "pretrain-", **seen).stdout.splitlines()
 
 
 def test_a_full_disk_leaves_the_states_before_it(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
