@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,15 @@ MEET_S = 300.0
 FOLLOWS = re.compile(r"gloo|nccl|Dist\w*Error|Connection (closed|reset)|Broken pipe", re.I)  # a failure that says only that another process is gone
 
 
-def number_from(name: str, least: int = 1, default: Any = None) -> Any:
+LEAST = {  # variables that are numbers, and the smallest that each may be
+    **dict.fromkeys(("HARNESS_MICRO_BATCH", "HARNESS_THREADS", "HARNESS_MILESTONES", "HARNESS_PROCESSES"), 1),
+    **dict.fromkeys(("HARNESS_WORKERS", "HARNESS_CHECKPOINT_S", "HARNESS_NAN_RESTARTS"), 0),
+}
+
+
+def number_from(name: str, least: int = 1, default: Any = None, given: Mapping[str, str] = os.environ) -> Any:
     """An integer of an environment variable, `default` when it is not set. Raises UserError."""
-    text = os.environ.get(name, "")
+    text = given.get(name, "")
     if text and not (text.isdecimal() and int(text) >= least):
         raise UserError(f"{name}={text}: expected a whole number, {least} or more")
     return int(text) if text else default

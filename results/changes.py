@@ -8,13 +8,13 @@ from typing import Any
 
 from harness.jobs import read_job
 from harness.spec import UserError
-from harness.store import Store, read_json
+from harness.store import Store, read_json, read_record
 
 Flat = dict[str, Any]
 
 
 def explain(folder: Path) -> list[str]:
-    """Lines for `status RUN`: what it is, what it deviates in, what it was built from, and what changed its key since the nearest earlier run.
+    """Lines for `status RUN`: what it is, what it deviates in, where memory gave out, what it was built from, what changed its key.
 
     Raises:
         UserError: its job.json cannot be read.
@@ -23,6 +23,7 @@ def explain(folder: Path) -> list[str]:
     about, identity = job.get("about") or {}, job["identity"]
     lines = [f"recipe: {source} ({fields})" for fields, source in (identity.get("recipe") or {}).get("sources", ())]
     lines += [f"deviates from the recipe: {text}" for text in about.get("deviations", ())]
+    lines += [f"halved: {text}" for text in ((read_record(folder) or {}).get("facts") or {}).get("out_of_memory", ())]
     lines += [f"data: {name} {value}" for name, value in (identity.get("data") or {}).items()]
     lines += [f"built from: {role} {parent['folder']}" for role, parent in (job.get("parents") or {}).items()]
     found = nearest_earlier(folder)

@@ -7,7 +7,7 @@ queue already is picked up, whoever submitted it. `--wait` follows until everyth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +17,9 @@ from harness.jobs import Node
 from harness.run import stop_on_signal
 from harness.spec import UserError
 from harness.store import ENDED, State, Store
+from slurm.lanes import Lanes
 from slurm.profile import Profile, default_precision, read_profile
-from slurm.queue import jobs_of, limits, sole_submitter, states
+from slurm.queue import Job, jobs_of, limits, sole_submitter, states
 from slurm.snapshot import Snapshot, snapshot
 from slurm.submit import Group, Refused, Submission, arrange, call_sbatch, folders_of, show_groups, warn
 
@@ -60,12 +61,12 @@ class Slurm:
         """What is in the queue, for `status`."""
         return states(store)
 
-    def standing(self, nodes: Sequence[Node], store: Store) -> tuple[dict[str, State], dict[str, str], int]:
-        """(state by key, job id by key of those in the queue, number of all jobs in the queue). The queue first: what leaves it meanwhile has its record."""
+    def standing(self, nodes: Sequence[Node], store: Store) -> tuple[dict[str, State], dict[str, str], Collection[Job], int]:
+        """(state by key, job id by key of those in the queue, jobs here, number of all). The queue first: what leaves it meanwhile has its record."""
         queue, total = jobs_of(store)
         found = {n.key: store.state(store.folder(n)) for n in nodes}
         ids = {n.key: queue[n.folder].id for n in nodes if n.folder in queue and found[n.key].status not in ("done", "failed")}
-        return found | {n.key: queue[n.folder].shown(store.folder(n)) for n in nodes if n.key in ids}, ids, total
+        return found | {n.key: queue[n.folder].shown(store.folder(n)) for n in nodes if n.key in ids}, ids, queue.values(), total
 
     def submit(self, nodes: Sequence[Node], store: Store, only: Sequence[Node] | None = None) -> Submission:
         """Submit what is neither done, failed, in the queue nor worked on elsewhere. `only`: of these nodes.
@@ -74,13 +75,14 @@ class Slurm:
             UserError: SLURM cannot be asked, or refuses the very first job.
         """
         with sole_submitter(store):
-            found, ids, total = self.standing(nodes, store)
+            found, ids, jobs, total = self.standing(nodes, store)
             todo = [n for n in (nodes if only is None else only) if found[n.key].status in ("missing", "interrupted")]
             done = {key for key, state in found.items() if state.status == "done"}
             most = limits() if todo else {}
             max_array = min(self.profile.max_array or MAX_ARRAY, most.get("MaxArraySize", MAX_ARRAY))
             room = min(self.profile.max_submit or len(todo) + total, most.get("MaxJobCount", len(todo) + total)) - total
-            out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lambda group: self.sbatch(group, store))
+            lanes = Lanes(self.profile.max_running, jobs)
+            out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lanes, lambda group: self.sbatch(group, store))
         if out.refused and not out.ids:
             raise Refused(f"--cluster {self.profile.path}: {out.refused}")
         return out
@@ -133,7 +135,7 @@ class Slurm:
                         out = self.submit(nodes, store, [n for n in nodes if n.key in held])
                         held = {n.key for n in (*out.held, *out.waiting)}
                         again = time.monotonic() + HELD_S
-                    found, _, _ = self.standing(nodes, store)
+                    found = self.standing(nodes, store)[0]
                     told = ""
                 except UserError as error:  # the controller may be away for a while
                     if isinstance(error, Refused):
@@ -164,11 +166,12 @@ class Slurm:
         """What --dry-run adds: the text of each batch; with `force` as if nothing were done. Works where there is no SLURM."""
         self.check_places(nodes, store)
         try:
-            found, ids, _ = self.standing(nodes, store)
+            found, ids, jobs, _ = self.standing(nodes, store)
             max_array = limits().get("MaxArraySize", MAX_ARRAY)
         except UserError as error:
             warn(f"as if the queue were empty: {error}")
-            found, ids, max_array = {n.key: store.state(store.folder(n)) for n in nodes}, {}, MAX_ARRAY
+            found, ids, jobs, max_array = {n.key: store.state(store.folder(n)) for n in nodes}, {}, (), MAX_ARRAY
         todo = [n for n in nodes if found[n.key].status in ("missing", "interrupted") or (force and n.key not in ids)]
         done = {key for key, state in found.items() if state.status == "done" and not force}
-        return show_groups(todo, ids, done, store, self.profile, min(self.profile.max_array or MAX_ARRAY, max_array))
+        lanes = Lanes(self.profile.max_running, jobs)
+        return show_groups(todo, ids, done, store, self.profile, min(self.profile.max_array or MAX_ARRAY, max_array), lanes)

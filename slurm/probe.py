@@ -105,7 +105,7 @@ def submit(profile: Profile, store: Store, batch: Path) -> tuple[str, int]:
     code.save()
     short = dataclasses.replace(profile.resources, time=str(round(RUN_S / 60)), signal_s=60)
     for nodes in (2, 1) if most_nodes(profile.resources.partition) > 1 else (1,):
-        (batch / "batch.sh").write_text(script(batch, (), (), short, profile, code.tree, probe=nodes))
+        (batch / "batch.sh").write_text(script(batch, (), short, profile, code.tree, probe=nodes))
         try:
             return ask("sbatch", "--parsable", str(batch / "batch.sh")).strip().splitlines()[-1].partition(";")[0], nodes
         except UserError as error:

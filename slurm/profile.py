@@ -11,12 +11,16 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from harness import ranks
 from harness.jobs import Node
-from harness.ranks import spreads
+from harness.plugins import load
+from harness.provenance import MODES
 from harness.spec import UserError, suggest
+from slurm.queue import OUR_OWN
 
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # minutes, m:s, h:m:s, days-h[:m[:s]]
 MEMORY = re.compile(r"\d+[KMGT]?")
@@ -97,7 +101,8 @@ class Profile:
     `nodes` (pattern -> keys of Resources) holds for nodes whose folder begins like that, as in "evaluate-coco-*"; later ones win.
     `python`: the interpreter on the nodes, this one by default. `shared`: folders that every node sees; runs and data must lie below one of them.
     `precision`: what `auto` means on the nodes; by default bf16 with a GPU, and as on this machine without.
-    `max_running`: tasks of one array at a time; `max_array`, `max_submit`: jobs in an array, and in the queue, besides the cluster's own limits.
+    `max_running`: nodes of a runs folder that run at a time (slurm/lanes.py).
+    `max_array`, `max_submit`: jobs in an array, and in the queue, besides the cluster's own limits.
     `max_lost`: how many times a job whose node died without a word is started again.
     """
 
@@ -127,7 +132,7 @@ class Profile:
     def of_node(self, node: Node) -> Resources:
         """Resources of a node: of a job that cannot be spread over processes those of one."""
         found = self.of(node.folder)
-        return found if found.each * found.machines == 1 or spreads({"kind": node.kind, "identity": node.identity}) else found.single
+        return found if found.each * found.machines == 1 or ranks.spreads({"kind": node.kind, "identity": node.identity}) else found.single
 
     def check_shared(self, flag: str, folder: Path) -> None:
         """Raises UserError when a folder that jobs need is on no shared one."""
@@ -156,13 +161,38 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     return tuple(value.items()) if isinstance(value, Mapping) else tuple(value) if isinstance(value, list) else value
 
 
+@cache
+def variables() -> frozenset[str]:
+    """The variables that users may set: those that the harness's own source reads, without what it sets for its processes."""
+    found = (re.findall(r"HARNESS_[A-Z]+(?:_[A-Z]+)*", file.read_text()) for file in Path(ranks.__file__).parent.glob("*.py"))
+    return frozenset(name for names in found for name in names).difference(OUR_OWN)
+
+
+def check_environment(given: Mapping[str, str]) -> None:
+    """What a job would refuse hours later. Raises UserError."""
+    for name in (n for n in given if n.startswith("HARNESS_")):
+        if name not in variables():
+            raise UserError(f"unknown variable {name}: {suggest(name, variables())}")
+        if name in ranks.LEAST:
+            ranks.number_from(name, ranks.LEAST[name], given=given)
+    if (mode := given.get("HARNESS_GEMM", "")) not in ("", *MODES):
+        raise UserError(f"HARNESS_GEMM={mode}: expected {' or '.join(MODES)}")
+    for logger in filter(None, map(str.strip, given.get("HARNESS_LOGGERS", "").split(","))):
+        load("loggers", logger, "HARNESS_LOGGERS")
+
+
 def read_resources(body: Mapping[str, Any], valid: set[str], where: str = "") -> dict[str, Any]:
     """Keys and values checked against `Resources`. Raises UserError."""
     hints = typing.get_type_hints(Resources)
     for name in body:
         if name not in hints:
             raise UserError(f"{where}unknown key {name!r}: {suggest(name, valid)}")
-    return {name: typed(name, value, hints[name]) for name, value in body.items()}
+    found = {name: typed(name, value, hints[name]) for name, value in body.items()}
+    try:
+        check_environment(dict(found.get("environment", ())))
+    except UserError as error:
+        raise UserError(f"{where}environment: {error}") from error
+    return found
 
 
 def read_profile(path: Path) -> Profile:

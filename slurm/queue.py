@@ -29,7 +29,8 @@ from harness.store import Locked, State, Store, lock, read_json
 FOLDER = ".slurm"
 RESUMES = ("stopped", "time limit")  # how an attempt ends that is gone on with
 OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_")
-OF_PROCESSES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "HARNESS_LAUNCHER_PID",
+OUR_OWN = tuple(f"HARNESS_{name}" for name in ("LAUNCHER_PID", "ATTEMPT", "NODES", "NODE", "RANK", "WORLD", "MEETING", "DOOR"))  # set for each process
+OF_PROCESSES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", *OUR_OWN,
                 "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SILENT_S = 600.0  # a running job that has reported no step for so long is shown as silent
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED", "SUSPENDED")
@@ -64,12 +65,13 @@ def outside(environment: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A job, or a task of an array, as squeue shows it. `id` as in 12 or 12_3."""
+    """A job, or a task of an array, as squeue shows it. `id` as in 12 or 12_3; `lanes` as it was submitted with (slurm/lanes.py), none without a cap."""
 
     id: str
     state: str
     reason: str
     host: str
+    lanes: tuple[int, ...] = ()
 
     @property
     def waits(self) -> bool:
@@ -95,7 +97,7 @@ def jobs_of(store: Store) -> tuple[dict[str, Job], int]:
         body, task = batches[batch], int(id.partition("_")[2] or 0)
         if not isinstance(body, dict) or task >= len(body["nodes"]):
             continue
-        name, job = body["nodes"][task], Job(id, state, reason, host)
+        name, job = body["nodes"][task], Job(id, state, reason, host, tuple(body.get("lanes", ())))
         if job.waits or not ended(store.root / name, id):
             found[name] = job
     return found, len(lines)
@@ -124,7 +126,7 @@ def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
     last: dict[str, Path] = {}
     for path in sorted((store.root / FOLDER).glob("harness-*/submission.json")):
         last |= dict.fromkeys((read_json(path) or {}).get("nodes", ()), path.parent)
-    found = {}
+    found, without_memory = {}, list[str]()
     for name, batch in last.items():
         folder = store.root / name
         if name in queue or (folder / "record.json").exists() or store.state(folder).status not in ("missing", "interrupted"):
@@ -132,7 +134,11 @@ def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
         parents = (read_json(folder / "job.json") or {}).get("parents", {}).values()
         if all((store.root / p["folder"] / "record.json").exists() for p in parents):
             attempts = (read_json(folder / "slurm.json") or {}).get("attempts") or [{"how": "never began"}]
-            reason = f"left the queue ({attempts[-1].get('how') or 'died without a word'})"
+            how = attempts[-1].get("how")
+            if how is None:
+                without_memory = without_memory or ["", *ask("squeue", "--me", "-h", "-r", "-t", "OUT_OF_MEMORY", "-o", "%i").split()]
+                how = "out of memory" if attempts[-1]["job"] in without_memory else "died without a word"
+            reason = f"left the queue ({how})"
             found[name] = State("interrupted", f"{reason}: see {batch}/slurm-*.out and log.txt; the same run line submits it again")
     return found
 

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from harness.jobs import Node
 from slurm.profile import Profile, Resources
 from slurm.snapshot import python_path
 
 
-def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: Resources, profile: Profile, tree: Path, probe: int = 0) -> str:
+def script(
+    batch: Path, nodes: Sequence[Node], resources: Resources, profile: Profile, tree: Path, after: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    running: int = 0, probe: int = 0,
+) -> str:
     """The batch script of nodes that ask for the same and wait for the same jobs.
 
     Args:
         batch: its folder.
-        after: ids of the jobs that must end well before it starts; when one does not, SLURM removes it from the queue.
         tree: the copy of the code that it runs.
+        after: kind of dependency -> ids of the jobs that must have ended before it starts; where one of afterok ends badly, SLURM removes it from the queue.
+        running: tasks of an array at a time, 0: all.
         probe: instead of nodes of the graph, the probe of `doctor --cluster` on so many machines.
     """
     from submitit.slurm.slurm import SlurmExecutor
@@ -51,12 +56,13 @@ def script(batch: Path, nodes: Sequence[Node], after: Sequence[str], resources: 
         ntasks_per_node=1,
         gpus_per_node=resources.gpus or None if not resources.gres else None, gres=resources.gres.format(gpus=resources.gpus) if resources.gpus else None,
         mem=resources.mem or None, mem_per_cpu=resources.mem_per_cpu or None, mem_per_gpu=resources.mem_per_gpu or None,
-        dependency=f"afterok:{':'.join(after)}" if after else None, comment=batch.name, wckey=None, use_srun=False, stderr_to_stdout=True,
-        array_parallelism=profile.max_running or len(nodes), setup=[*resources.setup, *(f"export {k}={shlex.quote(v)}" for k, v in exports.items())],
+        dependency=",".join(f"{kind}:{':'.join(ids)}" for kind, ids in after.items() if ids) or None,
+        comment=batch.name, wckey=None, use_srun=False, stderr_to_stdout=True,
+        array_parallelism=running or len(nodes), setup=[*resources.setup, *(f"export {k}={shlex.quote(v)}" for k, v in exports.items())],
         additional_parameters={
             "output": str(batch / ("slurm-%A_%a.out" if array else "slurm-%j.out")),
             "no-requeue" if probe else "requeue": True, "signal": f"B:USR2@{resources.signal_s}",
-            **({"kill-on-invalid-dep": "yes"} if after else {}),
+            **({"kill-on-invalid-dep": "yes"} if after.get("afterok") else {}),
         },
     )
     if array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.jobs import Node
+from harness.launch import write_job
 from harness.spec import UserError
-from harness.store import Store, write_json
+from harness.store import Store, read_json, write_json
+from slurm.lanes import Lanes
 from slurm.profile import Profile, Resources
 from slurm.queue import ask, new_batch
 from slurm.script import script
@@ -19,11 +22,13 @@ from slurm.snapshot import Snapshot, snapshot
 
 @dataclass(frozen=True)
 class Group:
-    """Nodes that ask for the same and wait for the same jobs: one job, or one array."""
+    """Nodes that ask for the same and wait for the same jobs: one job, or one array. `behind`: ids of all that must have ended before in its `lanes`."""
 
     nodes: Sequence[Node]
     after: Sequence[str]
     resources: Resources
+    lanes: Sequence[int] = ()
+    behind: Sequence[str] = ()
 
 
 class Refused(UserError):
@@ -42,7 +47,7 @@ class Submission:
 
 
 def arrange(
-    todo: Sequence[Node], queue: Mapping[str, str], done: set[str], profile: Profile, max_array: int, room: int, submit: Callable[[Group], str]
+    todo: Sequence[Node], queue: Mapping[str, str], done: set[str], profile: Profile, max_array: int, room: int, lanes: Lanes, submit: Callable[[Group], str]
 ) -> Submission:
     """Submit nodes in the order of the graph, those of equal shape and equal dependency together.
 
@@ -52,6 +57,7 @@ def arrange(
         done: keys of nodes whose result is there.
         max_array: nodes of one array at most.
         room: jobs that the queue takes.
+        lanes: what is in the queue, for the cap on what runs; new groups are added.
         submit: a group -> its job id; raises Refused.
 
     Returns:
@@ -74,6 +80,7 @@ def arrange(
                 (out.held if held else out.waiting).append(node)
                 above |= {node.key} if held else set()
             break
+        beside = sum(map(len, groups.values()))
         for (resources, after), members in groups.items():
             while members:
                 size = min(max_array, room - len(out.new))
@@ -81,11 +88,13 @@ def arrange(
                     out.held += members
                     break
                 part, members = members[:size], members[size:]
+                chosen = lanes.choose(len(part), beside)
                 try:
-                    job = submit(Group(part, after, resources))
+                    job = submit(Group(part, after, resources, chosen, [id for id in lanes.before(chosen) if id not in after]))
                 except Refused as error:
                     out.refused, members = str(error), part + members
                     continue
+                lanes.add(job, chosen, len(part))
                 out.new += part
                 out.ids |= {n.key: f"{job}_{task}" if len(part) > 1 else job for task, n in enumerate(part)}
         left = later
@@ -95,10 +104,14 @@ def arrange(
 def call_sbatch(group: Group, store: Store, profile: Profile, code: Snapshot) -> str:
     """Write a batch down, then submit it: killed in between, it is found again in the queue by its name. Returns the job's id; raises Refused."""
     batch = new_batch(store)
+    for node in group.nodes:  # written by an earlier line it may name folders that have moved since, or another --on-oom; `local` writes it at each start, too
+        told = read_json(store.folder(node) / "job.json")
+        if not isinstance(told, dict) or json.dumps(told.get("where"), sort_keys=True) != json.dumps(node.where, sort_keys=True):
+            write_job(node, store)
     body = {"schema": 1, "nodes": [n.folder for n in group.nodes], "max_lost": profile.max_lost, "cluster": profile.path, "time": time.time()}
     code.save()
-    write_json(batch / "submission.json", {**body, "snapshot": code.name})
-    (batch / "batch.sh").write_text(script(batch, group.nodes, group.after, group.resources, profile, code.tree))
+    write_json(batch / "submission.json", {**body, "snapshot": code.name, "lanes": group.lanes})
+    (batch / "batch.sh").write_text(text_of(group, batch, profile, code.tree))
     try:
         answer = ask("sbatch", "--parsable", str(batch / "batch.sh"))
     except UserError as error:
@@ -106,19 +119,25 @@ def call_sbatch(group: Group, store: Store, profile: Profile, code: Snapshot) ->
     return answer.strip().splitlines()[-1].partition(";")[0]
 
 
-def show_groups(todo: Sequence[Node], queue: Mapping[str, str], done: set[str], store: Store, profile: Profile, max_array: int) -> str:
+def text_of(group: Group, batch: Path, profile: Profile, tree: Path) -> str:
+    """What sbatch gets."""
+    return script(batch, group.nodes, group.resources, profile, tree, {"afterok": group.after, "afterany": group.behind}, len(group.lanes))
+
+
+def show_groups(todo: Sequence[Node], queue: Mapping[str, str], done: set[str], store: Store, profile: Profile, max_array: int, lanes: Lanes) -> str:
     """What would be submitted: the exact text of each batch. Ids are not known yet: J1, J2, ... stand for them."""
     parts: list[str] = []
     tree = snapshot(store).tree
 
     def submit(group: Group) -> str:
         id = f"J{len(parts) + 1}"
-        text = script(store.root.resolve() / ".slurm" / id, group.nodes, group.after, group.resources, profile, tree)
+        text = text_of(group, store.root.resolve() / ".slurm" / id, profile, tree)
         titles = [f"#   {task}: {n.key} {n.about['title']} seed {n.about['seed']}" for task, n in enumerate(group.nodes)]
-        parts.append("\n".join([f"# ---- {id}: {len(group.nodes)} node{'s' * (len(group.nodes) > 1)}", *titles, text]))
+        capped = f", {len(group.lanes)} of {lanes.count} lanes" if group.lanes else ""
+        parts.append("\n".join([f"# ---- {id}: {len(group.nodes)} node{'s' * (len(group.nodes) > 1)}{capped}", *titles, text]))
         return id
 
-    arrange(todo, queue, done, profile, max_array, len(todo), submit)
+    arrange(todo, queue, done, profile, max_array, len(todo), lanes, submit)
     return "\n".join(parts) or "nothing to submit"
 
 

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ from harness.store import read_json, write_json
 from slurm.queue import RESUMES
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+MAX_STALLED = 2  # time limits in a row at which nothing new was saved, after which a job is put back all the same
 BUSY_S = 10.0  # how often a node that another process works on is looked at again
 MORE_MEMORY = "ask for more memory for this node in the cluster profile"
+KILLED = f"killed (SIGKILL): out of memory, or by somebody: {MORE_MEMORY}, or run with --retry"
+CGROUPS = Path("/sys/fs/cgroup")
 FEWER_IMAGES = "set HARNESS_MICRO_BATCH in the profile's environment, it changes no key"
 
 
@@ -63,18 +66,56 @@ def new_failure(folder: Path, kind: str, message: str) -> str:
     return note_failure(folder, {"class": kind, "message": message, "type": "Exit", "traceback": "", "time": time.time()})
 
 
+def kept(folder: Path) -> list[str]:
+    """What a node goes on from: names below its checkpoint folder, states by their steps. What is half written or damaged does not count."""
+    place = folder / "checkpoint"
+    return sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file() and not p.name.startswith((".", "damaged-")))
+
+
+def oom_kills(job: str, own: str) -> int:
+    """Processes of a job that the kernel has killed for want of memory, as control groups count them (version 1 or 2); 0 where none can be read.
+
+    Args:
+        job: SLURM_JOB_ID: SLURM has a group for it, with one below for each step. Without that, this process's own group counts.
+        own: /proc/self/cgroup.
+    """
+    files: list[Path] = []
+    for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
+        parts = [part for part in path.split("/") if part]
+        place = "/".join(parts[: parts.index(f"job_{job}") + 1] if f"job_{job}" in parts else parts)
+        if not controllers:
+            files.append(CGROUPS / place / "memory.events")  # counts those of the groups below, too
+        elif "memory" in controllers.split(","):
+            files += (CGROUPS / "memory" / place).rglob("memory.oom_control") if f"job_{job}" in parts else [CGROUPS / "memory" / place / "memory.oom_control"]
+    return sum(int(n) for file in files if file.is_file() for n in re.findall(r"^oom_kill (\d+)", file.read_text(), re.M))
+
+
 class Attempts:
-    """slurm.json of a node: its attempts, the last one this."""
+    """slurm.json of a node: its attempts, the last one this. `advanced`: whether one left more to go on from than it had found."""
 
     def __init__(self, folder: Path, job: str) -> None:
         self.path, self.job, self._writing, self._changed = folder / "slurm.json", job, False, False
         self.all: list[dict[str, Any]] = list((read_json(self.path) or {}).get("attempts", []))
+        self._found = kept(folder)
+        self._advance()  # of the one before: when it died it could not say it
         self.lost = [a for a in self.all if a["job"] == job and not a.get("how") and "told" not in a]  # died without a word: its node was lost
 
     def begin(self) -> None:
         """Note the start."""
-        self.all.append({"job": self.job, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "start": time.time()})
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self.all.append({"job": self.job, "host": host, "start": time.time(), "found": self._found})
         self._write()
+
+    def _advance(self) -> None:
+        """Note of the last attempt, once, whether it has come further."""
+        if self.all and (found := self.all[-1].pop("found", None)) is not None:
+            self.all[-1]["advanced"] = bool(set(kept(self.path.parent)) - set(found))
+
+    @property
+    def stalled(self) -> int:
+        """Time limits in a row, the last attempt's first, at which nothing new had been saved since the one before."""
+        mine = [a for a in self.all if a["job"] == self.job and (a.get("how") == "time limit" or a.get("advanced"))]
+        return next((i for i, a in enumerate(reversed(mine)) if a.get("advanced")), len(mine))
 
     def told(self) -> None:
         """Note that it was told to end: SLURM kills what takes longer over that than KillWait, and that is no lost node."""
@@ -83,6 +124,7 @@ class Attempts:
 
     def end(self, how: str) -> None:
         """Note how it ended."""
+        self._advance()
         self.all[-1] |= {"end": time.time(), "how": how}
         self._write()
 
@@ -109,6 +151,21 @@ def command(folder: Path, machines: int) -> list[str]:
     return ["srun", f"--nodes={machines}", f"--ntasks={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none", *here, *line]
 
 
+def memory_watch(folder: Path) -> Callable[[], bool]:
+    """A question to ask later: was a process killed for want of memory since? By the kernel's count here, or by what srun said of other machines."""
+    own, log = Path("/proc/self/cgroup"), folder / "log.txt"
+    job, groups, size = os.environ["SLURM_JOB_ID"], own.read_text() if own.exists() else "", log.stat().st_size if log.exists() else 0
+    before = oom_kills(job, groups)
+
+    def asked() -> bool:
+        with open(log, "rb") as stream:
+            stream.seek(max(size, log.stat().st_size - 2**16))
+            told = re.search(rb"oom[-_]kill event|: Out Of Memory$", stream.read(), re.M)
+        return bool(told) or oom_kills(job, groups) > before
+
+    return asked
+
+
 def work(folder: Path, job: str, max_lost: int) -> int:
     """One attempt at a node. Returns the exit code of the job."""
     attempts = Attempts(folder, job)
@@ -117,6 +174,7 @@ def work(folder: Path, job: str, max_lost: int) -> int:
         hosts = ", ".join(a["host"] for a in attempts.lost)
         attempts.end(new_failure(folder, "lost node", f"died {len(attempts.lost)} times without a word (on {hosts}), max_lost is {max_lost}"))
         return 1
+    out_of_memory = memory_watch(folder)
     asked: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
 
@@ -149,6 +207,10 @@ def work(folder: Path, job: str, max_lost: int) -> int:
     elif asked and (code < 0 or code in (130, BUSY)):
         limit = asked[0] == signal.SIGUSR2
         attempts.end(RESUMES[limit])
+        if limit and attempts.stalled > MAX_STALLED:
+            what = f"nothing new was saved before its time limit, {attempts.stalled} times: raise `time` in the cluster profile"
+            attempts.end(new_failure(folder, "no progress", f"{what}, or lower signal_s, or HARNESS_CHECKPOINT_S in its environment"))
+            return 1
         if limit:  # SLURM puts back those that it stops itself; a cancelled one is to stay away
             done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False)
             print(f"time limit: saved, {'back into the queue' if done.returncode == 0 else done.stderr.strip()}", flush=True)
@@ -156,7 +218,8 @@ def work(folder: Path, job: str, max_lost: int) -> int:
     elif code == 130:
         attempts.end(RESUMES[0])
     elif code == -signal.SIGKILL:
-        attempts.end(new_failure(folder, "out of memory", f"its process was killed, most likely for using more memory than the job has: {MORE_MEMORY}"))
+        oom = out_of_memory()
+        attempts.end(new_failure(folder, *(("out of memory", f"its process was killed for it: {MORE_MEMORY}") if oom else ("killed", KILLED))))
     elif isinstance(failure := read_json(folder / "failure.json"), dict):
         attempts.end(note_failure(folder, failure))
     else:

@@ -26,6 +26,7 @@ echo "$id;cluster"
 """
 SQUEUE = """#!/bin/sh
 cd "$(dirname "$0")"
+case "$*" in *OUT_OF_MEMORY*) [ ! -e out_of_memory ] || cat out_of_memory; exit;; esac
 [ -e down ] && { echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1; }
 cat queue
 """

@@ -57,6 +57,12 @@ environment = { B = "2" }
     ('gres = "gpu:h100:1"', "write {gpus} where the number goes"),
     ("nodes = 2", "expected tables"),
     ("cpus = ", "no TOML"),
+    ('environment = { HARNESS_MICRO_BATCH = "x" }', "environment: HARNESS_MICRO_BATCH=x: expected a whole number, 1 or more"),
+    ('environment = { HARNESS_CHECKPOINTS = "9" }', "environment: unknown variable HARNESS_CHECKPOINTS: did you mean HARNESS_CHECKPOINT_S? "),
+    ('environment = { HARNESS_RANK = "0" }', "environment: unknown variable HARNESS_RANK"),
+    ('environment = { HARNESS_GEMM = "fast" }', "environment: HARNESS_GEMM=fast: expected highest or medium"),
+    ('environment = { HARNESS_LOGGERS = "cvs" }', "environment: HARNESS_LOGGERS: "),
+    ('[nodes."evaluate-*"]\nenvironment = { HARNESS_WORKERS = "-1" }', '[nodes."evaluate-*"]: environment: HARNESS_WORKERS=-1: expected a whole number, 0'),
 ])
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:

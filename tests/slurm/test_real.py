@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,22 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 LINE = ("run", "--protocol", "smoke", "--methods", "rotation", "--evals", "nearest-mean")
 PROFILE = 'cpus = 1\npartition = "low"\ntime = "30"\n'
 LONG = ("--set", "rotation.recipe.iterations=400")
+
+GREEDY = """
+import dataclasses, torch
+from harness.augment import Normalize
+from harness_example import Rotation, TurnLoss
+
+class GigabyteEach(TurnLoss):
+    def forward(self, batch, progress):
+        torch.empty(len(batch["image"]), 2**30, dtype=torch.uint8)
+        return super().forward(batch, progress)
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Rotation):
+    def objective(self, vit, context):
+        return GigabyteEach(vit, self.turns, Normalize(self.mean, self.std))
+"""
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("smoke_data", "slurm"), pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -72,7 +89,10 @@ def queue() -> list[str]:
 
 
 def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str, str], on_slurm: tuple[str, ...], tmp_path: Path) -> None:
-    """Two launchers at once submit each node once; a third picks the jobs up, and killing it changes nothing; the table is that of `local`."""
+    """Two launchers at once submit each node once; a third picks the jobs up, and killing it changes nothing; the table is that of `local`.
+
+    With max_running = 1 all that, an array and what waits for its tasks, is done one after the other."""
+    (tmp_path / "c.toml").write_text(f"{PROFILE}max_running = 1\n")
     line = (*LINE, "--seeds", "0,1")
     command = [sys.executable, "-m", "harness", *line, *on_slurm]
     both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -93,6 +113,8 @@ def test_submit_kill_the_launcher_run_again(harness: Call, environment: dict[str
     wait_for(lambda: not queue())
     ends = [json.loads(p.read_text())["attempts"] for p in (tmp_path / "runs").glob("*/slurm.json")]
     assert [[a["how"] for a in attempts] for attempts in ends] == [["done"]] * 4
+    times = sorted((a["start"], a["end"]) for attempts in ends for a in attempts)
+    assert all(end <= start for (_, end), (start, _) in pairwise(times)), times
     assert harness(*line, "--runs", "here").stdout == done.stdout
 
 
@@ -159,18 +181,40 @@ def test_a_failure_takes_down_what_depends_on_it(harness: Call, on_slurm: tuple[
     assert harness(*line, "--retry").returncode == 0
 
 
-@pytest.mark.parametrize(("lr", "environment_line", "found"), [
-    ("1e30", "", "loss not finite"), ("1e-3", 'environment = { HARNESS_MICRO_BATCH = "x" }\n', "bad configuration"),
+@pytest.mark.parametrize(("lr", "more", "found"), [
+    ("1e30", "", "loss not finite"), ("1e-3", 'setup = ["export HARNESS_MICRO_BATCH=x"]\n', "bad configuration"),
 ])
 def test_failures_are_told_by_their_kind_and_not_tried_again(
-    harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, lr: str, environment_line: str, found: str
+    harness: Call, on_slurm: tuple[str, ...], tmp_path: Path, lr: str, more: str, found: str
 ) -> None:
-    (tmp_path / "c.toml").write_text(PROFILE + environment_line)
+    (tmp_path / "c.toml").write_text(PROFILE + more)
     line = (*LINE, "--set", f"rotation.recipe.lr={lr}", *on_slurm, "--wait")
     failed = harness(*line)
     assert failed.returncode == 1 and found in failed.stdout and found in harness("status").stdout, failed.stdout + failed.stderr
     assert "submitted 0 nodes" in harness(*line).stderr
     assert len(one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]) == 1
+
+
+def test_memory_gives_out(harness: Call, environment: dict[str, str], on_slurm: tuple[str, ...], tmp_path: Path) -> None:
+    """The allocator fails in a job (14 GB, a gigabyte for each of 16 images): told with what helps; with --on-oom halve it ends well, and says how."""
+    site = tmp_path / "site"
+    (site / "greedy-1.dist-info").mkdir(parents=True)
+    (site / "greedy-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: greedy\nVersion: 1\n")
+    (site / "greedy-1.dist-info" / "entry_points.txt").write_text("[harness.methods]\ngreedy = greedy:Greedy\n")
+    (site / "greedy.py").write_text(GREEDY)
+    (tmp_path / "c.toml").write_text(f'{PROFILE}setup = ["ulimit -v {14 * 2**20}"]\n')
+    seen = {"PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{site}"}
+    line = ("run", "--protocol", "smoke", "--methods", "greedy", "--evals", "nearest-mean", *on_slurm, "--wait")
+    failed = harness(*line, timeout=600, **seen)
+    said = "out of memory: train: out of memory at step 0 with 16 images at a time: set HARNESS_MICRO_BATCH=8 or --on-oom halve, which changes no key"
+    assert failed.returncode == 1 and said in harness("status", **seen).stdout, failed.stdout + failed.stderr
+    assert "can't allocate memory" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
+    done = harness(*line, "--on-oom", "halve", "--retry", timeout=600, **seen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    halved = "train: out of memory at step 0 with 16 images at a time: 8 from there on"
+    assert one(tmp_path / "runs", "pretrain-*/record.json")["facts"]["out_of_memory"] == [halved]
+    assert [a["how"] for a in one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]] == ["out of memory", "done"]
+    assert f"halved: {halved}" in harness("status", "pretrain-", **seen).stdout.splitlines()
 
 
 def test_a_full_disk_leaves_the_states_before_it(harness: Call, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
@@ -262,7 +306,7 @@ def test_a_job_on_two_machines(harness: Call, on_slurm: tuple[str, ...], tmp_pat
     wait_for(lambda: "failed" in harness("status").stdout)
     assert time.monotonic() - began < 60
     attempts = one(tmp_path / "runs", "pretrain-*/slurm.json")["attempts"]
-    assert [a.get("how") for a in attempts][1:] == ["out of memory"] and {a["job"] for a in attempts} == {pretrain}, log.read_text()
+    assert [a.get("how") for a in attempts][1:] == ["killed"] and {a["job"] for a in attempts} == {pretrain}, log.read_text()
     assert attempts[0].get("how") in ("stopped", None)  # a machine busy with other work may not leave it the time to say so
     wait_for(lambda: not queue())
     (tmp_path / "c.toml").write_text(PROFILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from evals.linear import Linear
 from evals.probe_recipes import CENTRE
 from harness.canonical import canonical
 from harness.cli import main
-from harness.jobs import Node
+from harness.jobs import Node, read_job
 from harness.launch import make_launcher, queued, write_job
 from harness.plan import Planner
 from harness.request import Request
@@ -92,7 +93,7 @@ def fake_ids(store: Store, fake: FakeSlurm) -> dict[str, str]:
 
 def test_edges_become_dependencies_and_equal_nodes_arrays(fake: FakeSlurm, store: Store) -> None:
     nodes = graph(store)
-    launcher = slurm(store, 'max_running = 2\nmem = "8G"\n[nodes."evaluate-coco*"]\nmem = "64G"')
+    launcher = slurm(store, 'mem = "8G"\n[nodes."evaluate-coco*"]\nmem = "64G"')
     assert launcher.launch(nodes, store, quiet) == 3
     ids = fake_ids(store, fake)
     assert set(ids) == {n.folder for n in nodes}, "the whole graph at once"
@@ -107,7 +108,22 @@ def test_edges_become_dependencies_and_equal_nodes_arrays(fake: FakeSlurm, store
             assert options["dependency"] == f"afterok:{first[method]}" and options["kill-on-invalid-dep"] == "yes"
             assert options["mem"] == ("64G" if node.name.startswith("coco") else "8G")
             if not node.name.startswith("coco"):
-                assert options["array"] == "0-2%2", "three evaluations of one shape, two at a time"
+                assert options["array"] == "0-2%3", "three evaluations of one shape"
+
+
+def test_a_cap_on_what_runs_holds_for_the_whole_submission_and_the_next(fake: FakeSlurm, store: Store) -> None:
+    """Two lanes: two pre-trainings, then their evaluations, one array in each; what a second line adds waits for what the first has left there."""
+    launcher, evals = slurm(store, "max_running = 2"), ("linear", "knn")
+    assert launcher.launch(graph(store, ("mae", "scratch"), evals), store, quiet) == 3
+    wanted = [(None, "0-1%2"), ("afterok:100_0,afterany:100", "0-1%1"), ("afterok:100_1,afterany:100", "0-1%1")]
+    assert [(fake.options(id).get("dependency"), fake.options(id)["array"]) for id in fake.scripts] == wanted
+    fake.queue = [line for line in fake.queue if not line[0].startswith("100")]
+    nodes = graph(store, ("moco-v3",), evals)
+    text = launcher.preview(nodes, store)
+    assert "# ---- J1: 1 node, 1 of 2 lanes" in text and "#SBATCH --dependency=afterok:J1,afterany:101:102" in text.splitlines()
+    assert launcher.launch(nodes, store, quiet) == 3
+    assert (fake.options("103")["dependency"], fake.options("104")["dependency"]) == ("afterany:101", "afterok:103,afterany:101:102")
+    assert "kill-on-invalid-dep" not in fake.options("103") and fake.options("104")["array"] == "0-1%2"
 
 
 def test_two_launchers_do_not_submit_a_node_twice(fake: FakeSlurm, store: Store) -> None:
@@ -158,6 +174,15 @@ def test_what_is_done_failed_or_elsewhere_is_not_submitted(fake: FakeSlurm, stor
     assert set(fake_ids(store, fake)) == {by["linear-mae"].folder, by["dvae"].folder}
     assert "dependency" not in fake.options("100"), "a parent that is done is not waited for"
     assert "4 nodes wait for one that failed" in capsys.readouterr().err
+
+
+def test_a_node_that_is_tried_again_goes_by_the_new_line(fake: FakeSlurm, store: Store) -> None:
+    """Where its data lies and what it does when memory gives out may have changed since job.json was written: they are in no key."""
+    old = Node("pretrain", "mae", {"plugin": "mae"}, {}, {"title": "pretrain mae", "seed": 0}, {"folders": {"imagenet": "/old"}, "on_oom": "fail"})
+    new = dataclasses.replace(old, identity={"plugin": "mae"}, where={"folders": {"imagenet": "/new"}, "on_oom": "halve"})
+    write_job(old, store)
+    assert old.key == new.key and slurm(store).launch([new], store, quiet) == 3
+    assert read_job(store.folder(new) / "job.json")["where"] == new.where
 
 
 def test_limits_of_the_cluster(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +241,10 @@ def test_a_job_that_never_began_is_not_simply_missing(fake: FakeSlurm, store: St
     assert set(away) == {nodes[0].folder} and away[nodes[0].folder].status == "interrupted", "what waits for it is explained by it"
     assert "left the queue (never began): see" in away[nodes[0].folder].reason
     assert store.explain(store.folder(nodes[1]), away).reason.startswith("its checkpoint interrupted: left the queue")
+    write_json(store.folder(nodes[0]) / "slurm.json", {"attempts": [{"job": "100", "host": "n7", "start": 0}]})
+    assert "left the queue (died without a word): see" in queued(store)[nodes[0].folder].reason
+    (fake.folder / "out_of_memory").write_text("99\n100\n")  # SLURM ended the job, and with it what would have said so
+    assert "left the queue (out of memory): see" in queued(store)[nodes[0].folder].reason
 
 
 def test_wait_takes_on_what_another_process_was_at_work_on(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from fake_slurm import FakeSlurm
 
 from harness.store import write_json
 from slurm import worker
-from slurm.worker import FEWER_IMAGES, Attempts, classify
+from slurm.worker import FEWER_IMAGES, KILLED, Attempts, classify, oom_kills
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "import sys; sys.executable = sys.argv[1]; sys.argv = ['worker', sys.argv[2]]; import slurm.worker as w; w.BUSY_S = 0.1; sys.exit(w.main())"
@@ -56,9 +56,9 @@ class Bench:
     def failure(self) -> dict[str, Any]:
         return json.loads((self.node / "failure.json").read_text())
 
-    def stopped_by(self, number: int, program: str) -> int:
+    def stopped_by(self, number: int, program: str, first: str = "") -> int:
         """Exit code when a signal comes."""
-        process = self.start(f"echo here > \"$node/started\"\n{program}")
+        process = self.start(f"{first}\necho here > \"$node/started\"\n{program}")
         deadline = time.monotonic() + 30
         while not (self.node / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -77,11 +77,14 @@ def test_done_failed_and_died(tmp_path: Path) -> None:
     assert bench.failure["class"] == "loss not finite" and bench.failure["message"] == "loss not finite: train: loss nan at step 3"
     (bench.node / "failure.json").unlink()
     assert bench.run("kill -KILL $$") == 1
-    assert "out of memory: its process was killed" in bench.failure["message"]
+    assert bench.failure["message"] == KILLED
+    assert bench.run("echo 'slurmstepd: error: Detected 1 oom_kill event in StepId=77.0.'; kill -KILL $$") == 1
+    assert bench.failure["message"].startswith("out of memory: its process was killed for it")
+    assert bench.run("kill -KILL $$") == 1 and bench.failure["class"] == "killed", "what an earlier attempt printed is none of this one's"
     (bench.node / "failure.json").unlink()
     assert bench.run("exit 3") == 3
     assert "exit code 3: see " in bench.failure["message"]
-    assert bench.ends == ["done", "loss not finite", "out of memory", "error"]
+    assert bench.ends == ["done", "loss not finite", "killed", "out of memory", "killed", "error"]
 
 
 def test_a_job_at_its_time_limit_goes_back_into_the_queue(tmp_path: Path) -> None:
@@ -103,6 +106,16 @@ def test_a_node_lost_too_often_is_given_up(tmp_path: Path) -> None:
         assert bench.stopped_by(signal.SIGKILL if killed else signal.SIGTERM, SAVES.replace("while :", "while kill -0 $PPID 2> /dev/null")) != 0
     assert bench.run("exit 0") == 1
     assert bench.ends == ["stopped", None, None, "lost node"] and bench.failure["class"] == "lost node"
+
+
+def test_a_time_limit_that_leaves_no_time_for_work_does_not_come_for_ever(tmp_path: Path) -> None:
+    """A start that takes the whole limit is put back twice; as often as it likes is a job that has saved something new, whatever happens in between."""
+    bench, advances = Bench(tmp_path), 'mkdir -p "$node/checkpoint/train"; echo > "$node/checkpoint/train/state-000000001.pt"'
+    for first, code in (("", 130), ("", 130), (advances, 130), ("", 130), ("", 130), (advances, 1)):  # the same step once more is nothing new
+        (bench.node / "started").unlink(missing_ok=True)
+        assert bench.stopped_by(signal.SIGUSR2, SAVES, first) == code
+    assert bench.ends == ["time limit"] * 5 + ["no progress"] and len((bench.fake.folder / "scontrol.log").read_text().splitlines()) == 5
+    assert bench.failure["message"].startswith("no progress: nothing new was saved before its time limit, 3 times: raise `time` in the cluster profile")
 
 
 def test_a_preempted_job_that_is_killed_while_it_saves_is_no_lost_node(tmp_path: Path) -> None:
@@ -168,3 +181,18 @@ def test_kinds_of_failure(kind: str, message: str, found: str) -> None:
 ])
 def test_a_remedy_is_not_contradicted(kind: str, message: str, helps: str) -> None:
     assert classify({"type": kind, "message": message}) == ("out of memory", helps)
+
+
+@pytest.mark.parametrize(("own", "files", "count"), [
+    ("0::/system.slice/slurmstepd.scope/job_77/step_batch/user/task_0", {"system.slice/slurmstepd.scope/job_77/memory.events": 2}, 2),
+    ("0::/system.slice/slurmstepd.scope/job_78/step_batch", {"system.slice/slurmstepd.scope/job_77/memory.events": 2}, 0),
+    ("5:cpuset:/slurm\n4:memory:/slurm/uid_0/job_77/step_batch", {"memory/slurm/uid_0/job_77/step_0/memory.oom_control": 1,
+                                                                 "memory/slurm/uid_0/job_77/step_batch/memory.oom_control": 1}, 2),
+    ("4:memory:/user\n0::/", {"memory/user/memory.oom_control": 3, "memory/user/other/memory.oom_control": 5}, 3),
+])
+def test_the_kernel_counts_what_it_has_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, int], count: int) -> None:
+    monkeypatch.setattr(worker, "CGROUPS", tmp_path)
+    for name, number in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"oom_kill_disable 0\nunder_oom 0\noom 9\noom_kill {number}\n")
+    assert oom_kills("77", own) == count
