@@ -206,7 +206,7 @@ def test_memory_gives_out(harness: Call, environment: dict[str, str], on_slurm: 
     seen = {"PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{site}"}
     line = ("run", "--protocol", "smoke", "--methods", "greedy", "--evals", "nearest-mean", *on_slurm, "--wait")
     failed = harness(*line, timeout=600, **seen)
-    said = "out of memory: train: out of memory at step 0 with 16 images at a time: set HARNESS_MICRO_BATCH=8 or --on-oom halve, which changes no key"
+    said = "out of memory: train: out of memory at step 0 with 16 images at a time; 8 fit: set HARNESS_MICRO_BATCH=8 or --on-oom halve, which changes no key"
     assert failed.returncode == 1 and said in harness("status", **seen).stdout, failed.stdout + failed.stderr
     assert "can't allocate memory" in next((tmp_path / "runs").glob("pretrain-*/log.txt")).read_text()
     done = harness(*line, "--on-oom", "halve", "--retry", timeout=600, **seen)
