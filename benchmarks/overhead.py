@@ -1,13 +1,10 @@
-"""What the harness itself takes, besides training: commands, planning, the start of a job, and how these grow.
+"""What the harness itself takes, besides training: commands, planning, the start of a job. How these grow is in growth.py.
 
 The rival is the budget of each (design, issue 7): no other harness does the same. Seconds are wall-clock, with processor seconds beside them; peak memory is
 the process's own. Records are made up: a smoke plan of real nodes, each with a record of the full schema and drawn scores; jobs are real. Rounds are
 interleaved. The smoke protocol's data is made first where it is not there.
 
-What grows how (`growth` in the JSON, and the plots): planning, `status` and `table` linearly with nodes and records, in seconds and in memory; a job's start
-with none of them, and with the number of its processes only as these share cores.
-
-    .venv/bin/python benchmarks/overhead.py [benchmarks/results] [--rounds 7] [--records 10000] [--only commands,keys,start,nodes,records,processes]
+    .venv/bin/python benchmarks/overhead.py [benchmarks/results] [--rounds 7] [--records 10000] [--only commands,keys,start]
 """
 
 from __future__ import annotations
@@ -39,9 +36,7 @@ from harness.store import RECORD_SCHEMA, Store, record_validator
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("scratch", "supervised", "supervised@mean", "beit", "beit@random", "beit-pixel", "mae", "mae@pixels", "mae@dec-depth-1", "mae@mask-ratio-50")
 EVALS = ("imagenet", "inat2018", "places365", "linear", "linear@beit", "partial", "partial@0.5", "partial@1", "ade20k", "coco")
-PARTS = ("commands", "keys", "start", "nodes", "records", "processes")
-PLAN = "from harness.plan import Planner; from harness.request import Request; import sys; " \
-    "Planner(Request({m!r}, {e!r}, 'smoke', seeds=tuple(range({s})), eval_seeds=(0, 1), precision='fp32')).plan()"
+PARTS = ("commands", "keys", "start")
 
 
 def spent(words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, first_on_path: Path | None = None) -> tuple[float, float, float]:
@@ -163,9 +158,10 @@ def keys(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write_job(folder: Path) -> Path:
-    """job.json of a pre-training of one step, alone in a runs folder."""
-    request = Request(("mae",), ("knn",), "smoke", settings=("mae.recipe.iterations=1", "mae.recipe.warmup=0"), precision="fp32")
+def write_job(folder: Path, steps: int = 1, images: str | None = None) -> Path:
+    """job.json of a pre-training of so many steps, on the protocol's images or a folder of others, alone in a runs folder."""
+    settings = (f"mae.recipe.iterations={steps}", "mae.recipe.warmup=0")
+    request = Request(("mae",), ("knn",), "smoke", settings=settings, precision="fp32", pretrain_data=images)
     node = next(n for n in Planner(request).plan().nodes if n.kind == "pretrain")
     store = Store(Path(tempfile.mkdtemp(dir=folder)))
     job = store.folder(node) / "job.json"
@@ -174,55 +170,28 @@ def write_job(folder: Path) -> Path:
     return job
 
 
-def started(folder: Path, processes: int) -> tuple[float, float, float]:
+def trained(folder: Path, job: Path, processes: int = 1) -> tuple[float, float, float]:
+    """`spent` of a job with one thread for each of its processes."""
+    return spent(["-m", "harness.run", str(job)], folder, {"HARNESS_PROCESSES": str(processes), "HARNESS_THREADS": "1"})
+
+
+def started(folder: Path) -> tuple[float, float, float]:
     """(seconds from the start of a job's process to its first step in metrics.jsonl, processor seconds of all the job, which has one step, its peak MB)."""
     job = apart(write_job, folder)
     start = time.time()
-    _, cpu, memory = spent(["-m", "harness.run", str(job)], folder, {"HARNESS_PROCESSES": str(processes), "HARNESS_THREADS": "1"})
+    _, cpu, memory = trained(folder, job)
     return (job.parent / "metrics.jsonl").stat().st_mtime - start, cpu, memory
-
-
-def growth(values: Sequence[int], measure: Callable[[int], tuple[float, float, float]]) -> list[dict[str, Any]]:
-    """Points of a curve."""
-    out = []
-    for value in values:
-        wall, cpu, memory = measure(value)
-        out.append({"at": value, "wall_s": round(wall, 3), "processor_s": round(cpu, 3), "peak_MB": round(memory, 1)})
-        print(f"  {value}: {wall:.2f} s, {cpu:.2f} s of processor, {memory:.0f} MB", flush=True)
-    return out
-
-
-def over_records(folder: Path, records: int, word: str) -> tuple[float, float, float]:
-    """`table` or `status` over so many records."""
-    return spent(["-m", "harness", word, "--runs", str(filled(folder, records)[0])], folder)
-
-
-def plot(name: str, curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Processor seconds and memory of some curves against what grows, as a small PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    for label, points in curves.items():
-        for axis, what in zip(axes, ("processor_s", "peak_MB"), strict=True):
-            axis.plot([p["at"] for p in points], [p[what] for p in points], marker="o", label=label)
-            axis.set(xlabel=name, ylabel={"processor_s": "processor seconds", "peak_MB": "peak MB"}[what], xlim=(0, None), ylim=(0, None))
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
 
 
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, help="folder for the dated JSON and its plots")
+    parser.add_argument("out", nargs="?", type=Path, help="folder for the dated JSON")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--records", type=int, default=10_000)
     parser.add_argument("--only", default=",".join(PARTS))
     args = parser.parse_args()
-    wanted, rows, curves = args.only.split(","), list[dict[str, Any]](), dict[str, dict[str, list[dict[str, Any]]]]()
+    wanted, rows = args.only.split(","), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         apart(nodes_of, 1)  # data, caches
@@ -232,23 +201,11 @@ def main() -> None:
             rows += apart(keys, args.rounds)
         if "start" in wanted:
             rows += interleaved(args.rounds, {
-                "start of a job to its first step (mae, smoke)": lambda: started(folder, 1),
+                "start of a job to its first step (mae, smoke)": lambda: started(folder),
                 "import torch, timm, as python does it (a job looks for no garbage meanwhile)": lambda: spent(["-c", "import torch, timm"], folder),
             }).values()
-        if "nodes" in wanted:
-            sizes = [max(1, args.records * part // 2000) for part in (1, 2, 4, 8)]
-            curves["nodes of the graph"] = {"plan": growth([209 * s for s in sizes], lambda n: spent(
-                ["-c", PLAN.format(m=METHODS, e=EVALS, s=n // 209)], folder))}
-        if "records" in wanted:
-            sizes = [max(200, args.records * part // 8) for part in (1, 2, 4, 8)]
-            curves["records"] = {w: growth(sizes, lambda n, w=w: over_records(folder, n, w)) for w in ("table", "status")}  # type: ignore[misc]
-        if "processes" in wanted:
-            curves["processes of a job (gloo)"] = {"a job of one step": growth((1, 2, 4), lambda n: started(folder, n))}
         if args.out:
-            for name, lines in curves.items():
-                day = datetime.date.today().isoformat()
-                plot(name, lines, args.out / f"overhead-{day}-{name.split()[0]}.png")
-            keep("overhead", rows, args.out, growth=curves)
+            keep("overhead", rows, args.out)
 
 
 if __name__ == "__main__":

@@ -119,9 +119,7 @@ def rand_augment(config: str, size: tuple[int, int]) -> Callable[[Image.Image], 
     """
     from timm.data.auto_augment import rand_augment_transform
 
-    settings = {
-        "translate_const": int(min(size) * 0.45), "img_mean": tuple(min(255, round(255 * m)) for m in IMAGENET_MEAN), "interpolation": BICUBIC,
-    }
+    settings = {"translate_const": int(min(size) * 0.45), "img_mean": tuple(min(255, round(255 * m)) for m in IMAGENET_MEAN), "interpolation": BICUBIC}
     try:
         transform = rand_augment_transform(config, settings)
     except (AssertionError, ValueError, KeyError, TypeError) as error:

@@ -109,9 +109,6 @@ def load_rgb(path: Path, size: tuple[int, int] | None = None, data: bytes | None
         raise BadImage(f"{path}: cannot be read as an image ({reason}): mend or remove it, or add --retry --on-bad-image skip") from error
 
 
-# -------------------------------------------------------------------------------------------------------------- layouts
-
-
 class Count(NamedTuple):
     """Official number of images and classes of a split. `sure` is False where no primary source was found."""
 
@@ -168,9 +165,6 @@ def data_set(name: str) -> DataSet:
 def folder_names() -> Mapping[str, str]:
     """Name -> folder below --data, of all data sets that have a place there."""
     return {name: cls.folder for name, cls in importable("datasets").items() if cls.folder is not None}
-
-
-# --------------------------------------------------------------------------------------------------------------- places
 
 
 def generated_root(setting: Setting) -> Path:
@@ -232,9 +226,6 @@ def folder_of(name: str, folders: Mapping[str, Path]) -> Path:
 def missing(names: Iterable[str], folders: Mapping[str, Path]) -> list[str]:
     """The names whose folder is not there."""
     return [n for n in names if ":" not in n and n in folders and not folders[n].is_dir()]
-
-
-# -------------------------------------------------------------------------------------------------------------- readers
 
 
 def images_below(folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ from harness.spec import UserError
 from harness.store import ENDED, State, Store, write_json
 
 POLL_S = 0.2
+EPOCH = 1_000_000  # images of one, roughly, where only the data knows how many there are
 
 
 class Launcher(Protocol):
@@ -78,6 +79,16 @@ def write_job(node: Node, store: Store) -> Path:
     return path
 
 
+def longest_first(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes by how many images they and the longest chain of what stands on them are shown, most first: what is left for the end is short."""
+    ahead = dict.fromkeys((n.key for n in nodes), 0.0)
+    for node in reversed(nodes):
+        recipe = node.identity.get("recipe") or {}
+        ahead[node.key] += recipe["batch"] * recipe["iterations"] if recipe.get("iterations") else EPOCH * (recipe.get("epochs") or 0)
+        ahead |= {parent.key: max(ahead.get(parent.key, 0.0), ahead[node.key]) for parent in node.parents.values()}
+    return sorted(nodes, key=lambda n: -ahead[n.key])
+
+
 @dataclass
 class Local:
     """Processes on this machine."""
@@ -87,7 +98,7 @@ class Local:
     def launch(self, nodes: Sequence[Node], store: Store, show: Callable[[Mapping[str, Any]], None]) -> int:
         """See `Launcher`."""
         slots, threads = room()
-        todo, status = list(nodes), {n.key: store.state(store.folder(n)).status for n in nodes}
+        todo, status = longest_first(nodes), {n.key: store.state(store.folder(n)).status for n in nodes}
         try:
             with stop_on_signal() as asked:
                 while todo and not asked():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from typing import Any
 
@@ -24,6 +25,7 @@ except ImportError:
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 ORIENTATION = 0x0112  # in EXIF; XMP spells it out, and PIL follows that too
+SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xfe]")  # of a JPEG file, with its length behind; the pixels begin at FF DA
 
 
 class Picture(Image.Image):
@@ -41,6 +43,14 @@ class Picture(Image.Image):
         return super().load()
 
 
+def headers(data: bytes) -> bytes:
+    """What stands before a JPEG file's pixels, EXIF and XMP among it; all of the file where its segments do not follow one another."""
+    at = 2
+    while SEGMENT.match(data, at):
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data[:at] if data[at : at + 2] == b"\xff\xda" else data
+
+
 def decode_jpeg(data: bytes) -> Picture | None:
     """A JPEG file's image, or None where PIL has to do it: no JPEG, CMYK, turned by EXIF, damaged, suspiciously large, or no simplejpeg here."""
     if data[:2] != b"\xff\xd8":
@@ -49,9 +59,9 @@ def decode_jpeg(data: bytes) -> Picture | None:
         warnings.warn("simplejpeg is not installed: PIL decodes JPEG files, to the same values but slower: pip install simplejpeg")
         return None
     try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+        (height, width, colour, _), before = simplejpeg.decode_jpeg_header(data), headers(data)  # to look through all of it took a tenth of the decoding
         if colour in ("CMYK", "YCCK") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or (
-            (b"Exif\0\0" in data or b"Orientation" in data) and Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) != 1
+            (b"Exif\0\0" in before or b"Orientation" in before) and Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) != 1
         ):
             return None
         return Picture(torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))

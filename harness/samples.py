@@ -6,7 +6,9 @@ The order is a function of (seed, epoch) and what is drawn for an image of its p
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,13 @@ from harness.data import BadImage, ImageList
 from harness.randomness import generator
 from harness.spec import JobFailed, Recipe
 
-Transform = Callable[[Any, np.random.Generator], dict[str, Tensor]]
+Batch = dict[str, Tensor]
+Transform = Callable[[Any, np.random.Generator], Batch]
 MAX_BAD_IN_A_ROW = 100
+LONG, TIMED, DEARER = 200, 4, 1.3  # batches worth timing, batches timed, and what an image costs in another process (benchmarks/LOG.md)
 
 
-class Samples(Dataset[dict[str, Tensor]]):
+class Samples(Dataset[Batch]):
     """Images in the order of training: item `position` is a place in the run, not a file, and brings its own randomness.
 
     Within each epoch the files are permuted by (seed, epoch); an epoch has steps x batch positions, the rest is dropped as the
@@ -31,8 +35,7 @@ class Samples(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, images: ImageList, transform: Transform, seed: int, per_epoch: int, skip_bad: bool, repeats: int = 1) -> None:
-        self.images, self.transform, self.seed, self.per_epoch, self.skip_bad = images, transform, seed, per_epoch, skip_bad
-        self.repeats = repeats
+        self.images, self.transform, self.seed, self.per_epoch, self.skip_bad, self.repeats = images, transform, seed, per_epoch, skip_bad, repeats
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def file_at(self, position: int) -> int:
@@ -42,9 +45,8 @@ class Samples(Dataset[dict[str, Tensor]]):
             self._order = (epoch, generator(self.seed, "order", epoch).permutation(len(self.images)))
         return int(self._order[1][place // self.repeats % len(self.images)])
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        index = self.file_at(position)
-        bad = -1
+    def __getitem__(self, position: int) -> Batch:
+        index, bad = self.file_at(position), -1
         for _ in range(MAX_BAD_IN_A_ROW):
             try:
                 image = self.images.load(index)
@@ -64,19 +66,45 @@ class Samples(Dataset[dict[str, Tensor]]):
         return sample
 
 
-def stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def stack(samples: list[Batch]) -> Batch:
     """One batch from samples; lists of crops of several sizes have a key each."""
     return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
 
 
-def loader(samples: Dataset[dict[str, Tensor]], batches: Any, workers: int, pin: bool) -> Iterator[dict[str, Tensor]]:
-    """Batches of positions -> stacked tensors, in order."""
+def loader(samples: Dataset[Batch], batches: Sequence[Any], workers: int, pin: bool, say: Callable[[str], None] | None = None) -> Iterator[Batch]:
+    """Batches of positions -> stacked tensors, in order. With `say` a long training's workers are measured, and told, unless HARNESS_WORKERS is set."""
+    if say is not None and len(batches) >= LONG and not os.environ.get("HARNESS_WORKERS") and (pin or torch.get_num_threads() > 1):
+        return _timed(samples, batches, pin, say)
     if workers == 0:
         return (stack([samples[i] for i in batch]) for batch in batches)
-    return iter(DataLoader(
-        samples, batch_sampler=batches, num_workers=workers, collate_fn=stack, pin_memory=pin, worker_init_fn=_one_thread,
-        multiprocessing_context="fork",  # workers never touch CUDA, and a transform may be a closure
-    ))
+    how: Any = {"collate_fn": stack, "worker_init_fn": _one_thread, "multiprocessing_context": "fork"}  # no CUDA there, and a transform may be a closure
+    return iter(DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, **how))
+
+
+def _timed(samples: Dataset[Batch], batches: Sequence[Any], pin: bool, say: Callable[[str], None]) -> Iterator[Batch]:
+    """The first batches loaded here, on one thread, between steps that are waited for; the rest by as many workers as these ask for."""
+    cores, loads, steps = torch.get_num_threads(), list[float](), list[float]()
+    for batch in batches[:TIMED]:
+        start = time.perf_counter()
+        torch.set_num_threads(1)
+        made = stack([samples[i] for i in batch])
+        torch.set_num_threads(cores)
+        loads.append((given := time.perf_counter()) - start)
+        yield made
+        if pin:
+            torch.cuda.synchronize()
+        steps.append(time.perf_counter() - given)
+    workers = workers_for(min(loads), min(steps), cores, pin)
+    say(f"loader: {workers} processes, of {cores} cores: a batch of {len(batches[0])} takes {min(loads):.3g} s to load, {min(steps):.3g} s to train on")
+    yield from loader(samples, batches[TIMED:], workers, pin)
+
+
+def workers_for(load: float, step: float, cores: int, gpu: bool) -> int:
+    """Loader processes for batches of so many seconds on one core and in training: a GPU is to wait for none; a CPU is to gain a tenth by giving up cores."""
+    if gpu:
+        return min(cores, 1 + int(DEARER * load / step))
+    taken = [load + step, *(max(DEARER * load / w, step * cores / (cores - w)) for w in range(1, cores))]
+    return taken.index(min(taken)) if min(taken) < 0.9 * taken[0] else 0
 
 
 def _one_thread(worker: int) -> None:

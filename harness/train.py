@@ -170,7 +170,7 @@ class Training:
         self.parts = self.facts["parts"] = parts_of(self.recipe.batch, self.session, self.objective, at_least)
         self.facts["processes"] = processes()
         places = positions(range(self.step + self.skips, self.total + self.skips), self.recipe.batch, self.parts)
-        self.stream = loader(self.samples, places, self.session.workers, self.cuda)
+        self.stream = loader(self.samples, places, self.session.workers, self.cuda, self.log)
 
     def some(self, images: int) -> dict[str, Tensor]:
         """The first images of the run, as a batch."""

@@ -46,7 +46,7 @@ def script(
     exports = {
         "PYTHONPATH": python_path(tree), "PYTHONSAFEPATH": "1",  # or the folder that sbatch was called in, the tree itself perhaps, would come first
         "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "HARNESS_THREADS": threads, "HARNESS_PROCESSES": str(resources.each),
-        **({"HARNESS_WORKERS": threads} if resources.gpus else {}), **dict(resources.environment),
+        **dict(resources.environment),
     }
     executor = Executor(folder=batch)
     executor.update_parameters(

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as tvf
 import harness.pictures
 from harness.augment import EvalTransform, crop_resize, random_resized_crop_box, to_tensor
 from harness.data import BadImage, load_rgb
-from harness.pictures import Picture, decode_jpeg
+from harness.pictures import Picture, decode_jpeg, headers
 from harness.randomness import generator
 from harness.spec import Augment, ViTConfig, pixels
 from methods.views import same_box
@@ -56,11 +56,14 @@ def test_what_simplejpeg_cannot_do_is_pils(tmp_path: Path) -> None:
     exif[harness.pictures.ORIENTATION] = 6
     late = jpeg(scene(), exif=exif, icc_profile=bytes(200_000))  # profiles come before it in some files
     xmp = jpeg(scene(), xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>')
-    cases = {"cmyk": jpeg(scene(mode="CMYK")), "turned": jpeg(scene(), exif=exif), "late": late, "xmp": xmp, "png": b"\x89PNG", "cut": jpeg(scene())[:-900]}
+    filled = b"\xff\xd8\xff" + jpeg(scene(), exif=exif)[2:]  # a byte that may stand before any marker
+    cases = {"cmyk": jpeg(scene(mode="CMYK")), "turned": jpeg(scene(), exif=exif), "late": late, "xmp": xmp, "png": b"\x89PNG", "cut": jpeg(scene())[:-900],
+             "filled": filled}
+    assert all(len(headers(data)) < 1000 for data in (cases["turned"], xmp)) and headers(filled) == filled and len(late) > len(headers(late)) > 200_000
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
         assert decode_jpeg(data) is None
-    assert load_rgb(tmp_path / "cmyk").size == (403, 301) and {load_rgb(tmp_path / n).size for n in ("turned", "late", "xmp")} == {(301, 403)}
+    assert load_rgb(tmp_path / "cmyk").size == (403, 301) and {load_rgb(tmp_path / n).size for n in ("turned", "late", "xmp", "filled")} == {(301, 403)}
     for name in ("png", "cut"):
         with pytest.raises(BadImage, match=rf"{name}: cannot be read as an image \((?!.*object at)"):
             load_rgb(tmp_path / name)

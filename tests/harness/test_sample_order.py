@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import harness.samples
 from harness.data import ImageList
 from harness.plugins import Session
-from harness.samples import Samples, steps_of
+from harness.samples import Samples, loader, steps_of, workers_for
 from harness.spec import Augment, Recipe
 from harness.train import fit
 
@@ -92,3 +92,32 @@ def test_recipes_repeats_reach_the_training(tmp_path: Path) -> None:
     fit(Watch(), images_of(8, tmp_path), transform, recipe, session)
     labels = [label for label, _ in seen]
     assert labels[::2] == labels[1::2] and len(set(labels)) == 4 and len({draw for _, draw in seen}) == 8
+
+
+@pytest.mark.parametrize(("load", "step", "cores", "gpu", "workers"), [
+    (1.0, 0.5, 16, True, 3), (0.1, 0.5, 16, True, 1), (1.0, 0.1, 16, True, 14), (1.0, 0.01, 16, True, 16), (1.0, 1.0, 1, True, 1),
+    (1.0, 1.0, 1, False, 0), (0.12, 0.88, 2, False, 0), (1.0, 0.1, 2, False, 0), (1.0, 0.4, 2, False, 0), (1.0, 1.0, 4, False, 1), (1.0, 0.1, 4, False, 3),
+    (0.05, 1.0, 16, False, 0),
+])
+def test_workers_are_as_many_as_two_measured_times_ask_for(load: float, step: float, cores: int, gpu: bool, workers: int) -> None:
+    """A GPU that waits for images is the dearest mistake, so one process more than the ratio asks for; a CPU's own step must not lose more than is won."""
+    assert workers_for(load, step, cores, gpu) == workers
+
+
+def test_measuring_workers_changes_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happens during the first steps; what each step is given stays a function of its place, and HARNESS_WORKERS is obeyed without any measuring."""
+    images = ImageList(Path("nowhere"), [str(i) for i in range(7)], None, (), pixels=np.arange(7, dtype=np.uint8).repeat(12).reshape(7, 2, 2, 3))
+    samples, said = Samples(images, lambda image, rng: {"image": torch.tensor([image.getpixel((0, 0))[0], rng.integers(1000)])}, 3, 20, False), list[str]()
+    batches, threads = [range(i, i + 2) for i in range(0, 400, 2)], torch.get_num_threads()
+    asked = list[tuple[float, float, int, bool]]()
+    monkeypatch.setattr(harness.samples, "workers_for", lambda *times: asked.append(times) or 2)
+    torch.set_num_threads(2)
+    try:
+        made = [batch["image"].tolist() for batch in loader(samples, batches, 0, False, said.append)]
+        monkeypatch.setenv("HARNESS_WORKERS", "0")
+        told = [batch["image"].tolist() for batch in loader(samples, batches, 0, False, said.append)]
+    finally:
+        torch.set_num_threads(threads)
+    (load, step, cores, gpu), = asked
+    assert made == told and load > 0 < step and (cores, gpu) == (2, False)
+    assert len(said) == 1 and said[0].startswith("loader: 2 processes, of 2 cores: a batch of 2 takes ")
