@@ -206,7 +206,7 @@ def work(folder: Path, job: str, max_lost: int) -> int:
         attempts.end("done")
     elif asked and (code < 0 or code in (130, BUSY)):
         limit = asked[0] == signal.SIGUSR2
-        attempts.end(RESUMES[limit])
+        attempts.end(RESUMES[limit and code != BUSY])  # where another process was at work, no progress of its own was to be expected
         if limit and attempts.stalled > MAX_STALLED:
             what = f"nothing new was saved before its time limit, {attempts.stalled} times: raise `time` in the cluster profile"
             attempts.end(new_failure(folder, "no progress", f"{what}, or lower signal_s, or HARNESS_CHECKPOINT_S in its environment"))

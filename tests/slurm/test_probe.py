@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def test_a_probe_that_does_not_start_is_cancelled_with_the_reason(
     assert "BAD  job 100 has not started in 0 minutes and is cancelled: SLURM says Priority: others come first" in said and "drill is not done" in said
     assert fake.queue == [] and fake.options("100")["nodes"] == "2" and fake.options("100")["time"] == "5" and fake.options("100")["mem"] == "8G"
     assert "exec srun --cpus-per-task=1 " in fake.scripts["100"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_it_leaves_no_job_in_the_queue(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """A lost connection, or a `timeout` in front of it, while the probe waits for its turn."""
+    before, seen = signal.signal(number, lambda *_: None), list[int]()
+    monkeypatch.setattr(probe, "START_S", 1.0)
+    monkeypatch.setattr(probe.time, "sleep", lambda _: (seen.append(len(fake.queue)), signal.raise_signal(number)))
+    try:
+        assert doctor(tmp_path, 'partition = "low"', "--drill") == 130
+    finally:
+        signal.signal(number, before)
+    assert seen == [1] and fake.queue == []
 
 
 @pytest.mark.parametrize("partitions", ["low|1|1-infinite\nhigh*|9|1-infinite\n", "low|9|1\nhigh*|9|1-infinite\n"])
