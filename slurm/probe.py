@@ -174,7 +174,7 @@ def output(batch: Path) -> list[str]:
 def judge(reports: Mapping[int, Mapping[str, Any]], nodes: int, profile: Profile, batch: Path) -> Iterator[Line]:
     """The lines of the reports."""
     if absent := nodes - len(reports):
-        said = [line for line in output(batch) if MARK not in line][-2:] or ["nothing was printed"]
+        said = [line for line in output(batch) if MARK not in line and "Exited with exit code" not in line][-2:] or ["nothing was printed"]
         remedy = f"the interpreter (`python`), the setup lines and the folder must be there on every node: see {batch}"
         yield False, f"{absent} of {nodes} nodes said nothing ({' / '.join(said)})", remedy
     asked, ours = profile.resources.gpus, {"harness": __version__, **versions()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,8 +43,8 @@ def report(rank: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def judged(*reports: dict[str, Any], gpus: int = 0, printed: str = "") -> list[tuple[bool | None, str, str]]:
-    return list(probe.judge({r["rank"]: r for r in reports}, 2, Profile("c.toml", Resources(gpus=gpus)), Path("runs/.slurm/probe-1")))
+def judged(*reports: dict[str, Any], gpus: int = 0, batch: Path = Path("runs/.slurm/probe-1")) -> list[tuple[bool | None, str, str]]:
+    return list(probe.judge({r["rank"]: r for r in reports}, 2, Profile("c.toml", Resources(gpus=gpus)), batch))
 
 
 def test_a_probe_that_does_not_start_is_cancelled_with_the_reason(
@@ -60,8 +62,13 @@ def test_a_probe_that_does_not_start_is_cancelled_with_the_reason(
 def test_whatever_ends_it_leaves_no_job_in_the_queue(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     """A lost connection, or a `timeout` in front of it, while the probe waits for its turn."""
     before, seen = signal.signal(number, lambda *_: None), list[int]()
+
+    def sleep(seconds: float) -> None:
+        seen.append(len(fake.queue))
+        signal.raise_signal(number)
+
     monkeypatch.setattr(probe, "START_S", 1.0)
-    monkeypatch.setattr(probe.time, "sleep", lambda _: (seen.append(len(fake.queue)), signal.raise_signal(number)))
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))  # not all of Python's: subprocess sleeps, too
     try:
         assert doctor(tmp_path, 'partition = "low"', "--drill") == 130
     finally:
@@ -107,10 +114,13 @@ def test_each_thing_that_is_wrong_is_said_with_a_remedy(changes: dict[str, Any],
     assert text.startswith(found) and remedy
 
 
-def test_missing_gpus_and_silent_nodes() -> None:
+def test_missing_gpus_and_silent_nodes(tmp_path: Path) -> None:
     bad = [text for good, text, _ in judged(report(0, gpus=["H200"]), report(1), gpus=1) if good is False]
     assert bad == ["n2: no GPU"]
     assert [text for good, text, _ in judged(report(0)) if good is False] == ["1 of 2 nodes said nothing (nothing was printed)"]
+    why, after = "slurmstepd-n2: error: execve(): /opt/python: No such file or directory", "srun: error: n2: task 1: Exited with exit code 2"
+    (tmp_path / "slurm-7.out").write_text(f"{why}\n{after}\n")
+    assert [text for good, text, _ in judged(report(0), batch=tmp_path) if good is False] == [f"1 of 2 nodes said nothing ({why})"]
 
 
 def test_a_node_that_does_not_see_the_folder_is_heard_all_the_same(tmp_path: Path) -> None:
