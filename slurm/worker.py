@@ -80,14 +80,18 @@ def oom_kills(job: str, own: str) -> int:
         own: /proc/self/cgroup.
     """
     files: list[Path] = []
-    for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
-        parts = [part for part in path.split("/") if part]
-        place = "/".join(parts[: parts.index(f"job_{job}") + 1] if f"job_{job}" in parts else parts)
-        if not controllers:
-            files.append(CGROUPS / place / "memory.events")  # counts those of the groups below, too
-        elif "memory" in controllers.split(","):
-            files += (CGROUPS / "memory" / place).rglob("memory.oom_control") if f"job_{job}" in parts else [CGROUPS / "memory" / place / "memory.oom_control"]
-    return sum(int(n) for file in files if file.is_file() for n in re.findall(r"^oom_kill (\d+)", file.read_text(), re.M))
+    try:
+        for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
+            parts = [part for part in path.split("/") if part]
+            place = "/".join(parts[: parts.index(f"job_{job}") + 1] if f"job_{job}" in parts else parts)
+            if not controllers:
+                files.append(CGROUPS / place / "memory.events")  # counts those of the groups below, too
+            elif "memory" in controllers.split(","):
+                memory = CGROUPS / "memory" / place
+                files += memory.rglob("memory.oom_control") if f"job_{job}" in parts else [memory / "memory.oom_control"]
+        return sum(int(n) for file in files if file.is_file() for n in re.findall(r"^oom_kill (\d+)", file.read_text(), re.M))
+    except OSError:  # the group of a step that has just ended may go while it is looked at
+        return 0
 
 
 class Attempts:

@@ -205,3 +205,12 @@ def test_the_kernel_counts_what_it_has_killed(tmp_path: Path, monkeypatch: pytes
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"oom_kill_disable 0\nunder_oom 0\noom 9\noom_kill {number}\n")
     assert oom_kills("77", own) == count
+
+
+def test_a_group_that_goes_while_it_is_looked_at_is_no_reason_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step whose process was killed is being taken down when its count is asked for: the attempt must be noted all the same."""
+    def gone(*_: str) -> list[Path]:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "rglob", gone)
+    assert oom_kills("77", "4:memory:/slurm/uid_0/job_77/step_batch") == 0
