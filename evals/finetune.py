@@ -146,12 +146,12 @@ class ImageNet(FineTuning):
 
     data: ClassVar[str] = "imagenet"
     keeps_model: ClassVar[bool] = True
+    groups: ClassVar[tuple[str, ...]] = ("paper",)
     summary: ClassVar[str] = "end-to-end fine-tuning on ImageNet, top-1"
     source: ClassVar[str] = "MAE-repo FINETUNE.md (recipes A2)"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mae": {"by": "mae"}, "mae-table9": {"by": "mae-table9"}, "beit": {"by": "beit"}, "beit-repo": {"by": "beit-repo"},
-        "beit-from-22k": {"by": "beit-from-22k"}, "scratch": {"by": "scratch"}, "384": {"by": "beit-384", "size": 384},
-        "deit-384": {"by": "deit-384", "size": 384}, "448": {"by": "mae-448", "size": 448}, "mocov3": {"by": "mocov3"}, "dino": {"by": "dino"},
+        **{by: {"by": by} for by in ("mae", "mae-table9", "beit", "beit-repo", "beit-from-22k", "scratch", "mocov3", "dino")},
+        "384": {"by": "beit-384", "size": 384}, "deit-384": {"by": "deit-384", "size": 384}, "448": {"by": "mae-448", "size": 448},
     }
     variant_sources: ClassVar[Mapping[str, str]] = {
         "beit-repo": "BEiT-repo README", "384": "BEiT-paper Table 1, DeiT-repo README_deit.md", "beit-from-22k": "BEiT-repo README, from pt22k_ft22k",

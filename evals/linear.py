@@ -41,6 +41,7 @@ class Linear:
     layer: int | None = None
 
     version: ClassVar[int] = 1
+    groups: ClassVar[tuple[str, ...]] = ("paper",)
     columns: ClassVar[tuple[Metric, ...]] = (Metric("top-1"),)
     summary: ClassVar[str] = "linear probe on ImageNet with a frozen ViT, top-1"
     source: ClassVar[str] = "MAE-repo main_linprobe.py; MAE-paper Table 10 (recipes A3)"

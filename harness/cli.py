@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="pre-train, evaluate, print the table", description="Train what is missing, then print the table.")
     run.add_argument("--methods", nargs="+", help="names by commas or spaces, or `all` (see `list methods`)")
-    run.add_argument("--evals", nargs="+", help="names by commas or spaces, or a group such as all, inat, places (see `list evals`)")
+    run.add_argument("--evals", nargs="+", help="names by commas or spaces, or a group such as all, paper, inat, places (see `list evals`)")
     run.add_argument("--plan", metavar="FILE", help="run what a plan says in place of --methods and --evals (results/*/plan.py); its tables are kept beside it")
     run.add_argument("--out", metavar="DIR", help="with --plan: keep its tables and its report here instead")
     run.add_argument("--protocol", help="scale and data (default: demo, minutes on a laptop)")

@@ -132,15 +132,13 @@ class Slurm:
             while not asked():
                 try:
                     if held and time.monotonic() > again:
+                        again = time.monotonic() + HELD_S
                         out = self.submit(nodes, store, [n for n in nodes if n.key in held])
                         held = {n.key for n in (*out.held, *out.waiting)}
-                        again = time.monotonic() + HELD_S
                     found = self.standing(nodes, store)[0]
-                    told = ""
-                except UserError as error:  # the controller may be away for a while
-                    if isinstance(error, Refused):
-                        raise
-                    if not told:
+                    told = told if held else ""
+                except UserError as error:  # the controller may be away for a while, or other jobs of the user fill all that a QOS allows
+                    if str(error) != told:
                         warn(f"{error}; asking again")
                     told = str(error)
                     time.sleep(self.poll_s)

@@ -8,9 +8,10 @@ import datetime
 import json
 import secrets
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,11 +62,26 @@ class Cluster:
         ask("squeue", "--me", "-h")
         store.prepare()
         good = True
-        for line in probe(profile, store, sorted({*roots, *(str(Path(s).expanduser()) for s in profile.shared)})):
-            good &= line[0] is not False
-            yield line
-        if args.drill:
-            yield from drill(launcher, store) if good else [(None, "the drill is not done: mend what is BAD above first", "")]
+        with ended_as_by_ctrl_c():
+            for line in probe(profile, store, sorted({*roots, *(str(Path(s).expanduser()) for s in profile.shared)})):
+                good &= line[0] is not False
+                yield line
+            if args.drill:
+                yield from drill(launcher, store) if good else [(None, "the drill is not done: mend what is BAD above first", "")]
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM and a terminal that is closed (unless nohup has it ignored) end it so, too: its jobs are not to stay in the queue."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def probe(profile: Profile, store: Store, roots: Sequence[str]) -> Iterator[Line]:
@@ -158,7 +174,7 @@ def output(batch: Path) -> list[str]:
 def judge(reports: Mapping[int, Mapping[str, Any]], nodes: int, profile: Profile, batch: Path) -> Iterator[Line]:
     """The lines of the reports."""
     if absent := nodes - len(reports):
-        said = [line for line in output(batch) if MARK not in line][-2:] or ["nothing was printed"]
+        said = [line for line in output(batch) if MARK not in line and "Exited with exit code" not in line][-2:] or ["nothing was printed"]
         remedy = f"the interpreter (`python`), the setup lines and the folder must be there on every node: see {batch}"
         yield False, f"{absent} of {nodes} nodes said nothing ({' / '.join(said)})", remedy
     asked, ours = profile.resources.gpus, {"harness": __version__, **versions()}

@@ -80,14 +80,18 @@ def oom_kills(job: str, own: str) -> int:
         own: /proc/self/cgroup.
     """
     files: list[Path] = []
-    for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
-        parts = [part for part in path.split("/") if part]
-        place = "/".join(parts[: parts.index(f"job_{job}") + 1] if f"job_{job}" in parts else parts)
-        if not controllers:
-            files.append(CGROUPS / place / "memory.events")  # counts those of the groups below, too
-        elif "memory" in controllers.split(","):
-            files += (CGROUPS / "memory" / place).rglob("memory.oom_control") if f"job_{job}" in parts else [CGROUPS / "memory" / place / "memory.oom_control"]
-    return sum(int(n) for file in files if file.is_file() for n in re.findall(r"^oom_kill (\d+)", file.read_text(), re.M))
+    try:
+        for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
+            parts = [part for part in path.split("/") if part]
+            place = "/".join(parts[: parts.index(f"job_{job}") + 1] if f"job_{job}" in parts else parts)
+            if not controllers:
+                files.append(CGROUPS / place / "memory.events")  # counts those of the groups below, too
+            elif "memory" in controllers.split(","):
+                memory = CGROUPS / "memory" / place
+                files += memory.rglob("memory.oom_control") if f"job_{job}" in parts else [memory / "memory.oom_control"]
+        return sum(int(n) for file in files if file.is_file() for n in re.findall(r"^oom_kill (\d+)", file.read_text(), re.M))
+    except OSError:  # the group of a step that has just ended may go while it is looked at
+        return 0
 
 
 class Attempts:
@@ -206,7 +210,7 @@ def work(folder: Path, job: str, max_lost: int) -> int:
         attempts.end("done")
     elif asked and (code < 0 or code in (130, BUSY)):
         limit = asked[0] == signal.SIGUSR2
-        attempts.end(RESUMES[limit])
+        attempts.end(RESUMES[limit and code != BUSY])  # where another process was at work, no progress of its own was to be expected
         if limit and attempts.stalled > MAX_STALLED:
             what = f"nothing new was saved before its time limit, {attempts.stalled} times: raise `time` in the cluster profile"
             attempts.end(new_failure(folder, "no progress", f"{what}, or lower signal_s, or HARNESS_CHECKPOINT_S in its environment"))

@@ -46,6 +46,7 @@ class ADE20K:
     """
 
     version: ClassVar[int] = 2
+    groups: ClassVar[tuple[str, ...]] = ("paper",)
     distributed: ClassVar[bool] = True
     summary: ClassVar[str] = "semantic segmentation: UperNet on the fine-tuned ViT, mIoU on ADE20K"
     source: ClassVar[str] = "MAE-paper Table 5 and A.4, UperNet of Xiao et al. 2018 as in BEiT's configurations (recipes A9)"

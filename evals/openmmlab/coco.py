@@ -43,6 +43,7 @@ class COCO:
     holdout: float = 0.0
 
     version: ClassVar[int] = 2
+    groups: ClassVar[tuple[str, ...]] = ("paper",)
     distributed: ClassVar[bool] = True
     columns: ClassVar[tuple[Metric, ...]] = (Metric("AP_box"), Metric("AP_mask"))
     summary: ClassVar[str] = "detection and instance segmentation: Mask R-CNN on the fine-tuned ViT, AP on COCO"

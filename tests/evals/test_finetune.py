@@ -293,7 +293,8 @@ def test_sizes_and_protocols_without_a_recipe() -> None:
 
 
 def test_groups_and_names() -> None:
-    """`--evals inat` and `--evals places` are promised by the command line."""
+    """They are promised by the command line; `paper` is what the main tables of the BEiT and MAE papers score."""
+    assert group("evals", "paper") == ("ade20k", "coco", "imagenet", "linear")
     assert group("evals", "inat") == ("inat2017", "inat2018", "inat2019") and group("evals", "places") == ("places205", "places365")
     for cls in (ImageNet, INat2018, Places365, ImageFolder):
         assert issubclass(cls, FineTuning) and cls.summary and cls.source and cls.data in cls().datasets(TINY)[0]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,8 +43,8 @@ def report(rank: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def judged(*reports: dict[str, Any], gpus: int = 0, printed: str = "") -> list[tuple[bool | None, str, str]]:
-    return list(probe.judge({r["rank"]: r for r in reports}, 2, Profile("c.toml", Resources(gpus=gpus)), Path("runs/.slurm/probe-1")))
+def judged(*reports: dict[str, Any], gpus: int = 0, batch: Path = Path("runs/.slurm/probe-1")) -> list[tuple[bool | None, str, str]]:
+    return list(probe.judge({r["rank"]: r for r in reports}, 2, Profile("c.toml", Resources(gpus=gpus)), batch))
 
 
 def test_a_probe_that_does_not_start_is_cancelled_with_the_reason(
@@ -53,6 +56,24 @@ def test_a_probe_that_does_not_start_is_cancelled_with_the_reason(
     assert "BAD  job 100 has not started in 0 minutes and is cancelled: SLURM says Priority: others come first" in said and "drill is not done" in said
     assert fake.queue == [] and fake.options("100")["nodes"] == "2" and fake.options("100")["time"] == "5" and fake.options("100")["mem"] == "8G"
     assert "exec srun --cpus-per-task=1 " in fake.scripts["100"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_it_leaves_no_job_in_the_queue(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """A lost connection, or a `timeout` in front of it, while the probe waits for its turn."""
+    before, seen = signal.signal(number, lambda *_: None), list[int]()
+
+    def sleep(seconds: float) -> None:
+        seen.append(len(fake.queue))
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(probe, "START_S", 1.0)
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))  # not all of Python's: subprocess sleeps, too
+    try:
+        assert doctor(tmp_path, 'partition = "low"', "--drill") == 130
+    finally:
+        signal.signal(number, before)
+    assert seen == [1] and fake.queue == []
 
 
 @pytest.mark.parametrize("partitions", ["low|1|1-infinite\nhigh*|9|1-infinite\n", "low|9|1\nhigh*|9|1-infinite\n"])
@@ -93,10 +114,13 @@ def test_each_thing_that_is_wrong_is_said_with_a_remedy(changes: dict[str, Any],
     assert text.startswith(found) and remedy
 
 
-def test_missing_gpus_and_silent_nodes() -> None:
+def test_missing_gpus_and_silent_nodes(tmp_path: Path) -> None:
     bad = [text for good, text, _ in judged(report(0, gpus=["H200"]), report(1), gpus=1) if good is False]
     assert bad == ["n2: no GPU"]
     assert [text for good, text, _ in judged(report(0)) if good is False] == ["1 of 2 nodes said nothing (nothing was printed)"]
+    why, after = "slurmstepd-n2: error: execve(): /opt/python: No such file or directory", "srun: error: n2: task 1: Exited with exit code 2"
+    (tmp_path / "slurm-7.out").write_text(f"{why}\n{after}\n")
+    assert [text for good, text, _ in judged(report(0), batch=tmp_path) if good is False] == [f"1 of 2 nodes said nothing ({why})"]
 
 
 def test_a_node_that_does_not_see_the_folder_is_heard_all_the_same(tmp_path: Path) -> None:

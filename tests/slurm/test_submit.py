@@ -267,6 +267,29 @@ def test_wait_takes_on_what_another_process_was_at_work_on(fake: FakeSlurm, stor
     assert seen[0] == "pending" and seen[-1] == "done"
 
 
+def test_wait_outlasts_a_queue_that_takes_no_more(
+    fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of its own is left there, and other jobs of the user fill what the QOS allows: it says so once, and asks again."""
+    monkeypatch.setattr("slurm.launcher.HELD_S", 0.0)
+    nodes, launcher, tries, seen = graph(store, ("mae",), ("linear",)), slurm(store, wait=True), list[Any](), list[str]()
+
+    def sbatch(group: Any, store: Store) -> str:
+        tries.append(group)
+        if len(tries) == 6:  # refused at the launch, while its parent runs, and twice when that is done
+            (fake.folder / "refuse").unlink()
+        return Slurm.sbatch(launcher, group, store)
+
+    def show(status: Any) -> None:
+        seen.append(status[nodes[1].key])
+        finish(store, nodes[0 if len(seen) == 1 else 1], fake)
+
+    monkeypatch.setattr(launcher, "sbatch", sbatch)
+    (fake.folder / "refuse").write_text("101")
+    assert launcher.launch(nodes, store, show) == 0
+    assert len(tries) == 6 and seen == ["pending", "pending", "done"] and capsys.readouterr().err.count("; asking again") == 1
+
+
 def test_wait_follows_to_the_end(fake: FakeSlurm, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held back is submitted once there is room; a job taken out of the queue ends the wait too, with what is below it."""
     monkeypatch.setattr("slurm.launcher.HELD_S", 0.0)

@@ -140,6 +140,15 @@ def test_a_node_that_another_process_has_is_waited_for(tmp_path: Path) -> None:
     assert len(set((bench.node / "tries").read_text().splitlines())) == 3, "several machines must not meet at the address of the try before"
 
 
+def test_waiting_for_another_process_is_no_want_of_progress(tmp_path: Path) -> None:
+    """Through however many time limits: the node must not be given up while somebody works on it."""
+    bench = Bench(tmp_path)
+    for _ in range(4):
+        (bench.node / "started").unlink(missing_ok=True)
+        assert bench.stopped_by(signal.SIGUSR2, "trap : USR2; sleep 0.3; exit 75") == 130
+    assert bench.ends == ["stopped"] * 4 and len((bench.fake.folder / "scontrol.log").read_text().splitlines()) == 4
+
+
 def test_a_signal_waits_until_the_attempts_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it calls writes the same file, under the same temporary name."""
     attempts, order = Attempts(tmp_path, "77"), list[str]()
@@ -196,3 +205,12 @@ def test_the_kernel_counts_what_it_has_killed(tmp_path: Path, monkeypatch: pytes
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"oom_kill_disable 0\nunder_oom 0\noom 9\noom_kill {number}\n")
     assert oom_kills("77", own) == count
+
+
+def test_a_group_that_goes_while_it_is_looked_at_is_no_reason_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step whose process was killed is being taken down when its count is asked for: the attempt must be noted all the same."""
+    def gone(*_: str) -> list[Path]:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "rglob", gone)
+    assert oom_kills("77", "4:memory:/slurm/uid_0/job_77/step_batch") == 0
