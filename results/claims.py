@@ -214,6 +214,13 @@ def main(words: Sequence[str]) -> int:
     except UserError as error:
         print(f"results.claims: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = error.filename2 or error.filename
+        print(f"results.claims: {where}: {error.strerror}: mend that (space, permissions), then give the same line again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("results.claims: interrupted: what was kept before is still there", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -105,13 +105,18 @@ def test_a_runs_folder_is_kept_as_it_is(runs: Path, claim: Claim, capsys: pytest
     assert {p.name: p.read_bytes() for p in claim.folder.iterdir()} == before
 
 
-def test_what_stops_in_the_middle_leaves_what_was_kept_before(runs: Path, claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stops_in_the_middle_leaves_what_was_kept_before(runs: Path, claim: Claim, monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     # Else records of one making lay beside tables of another, and `again` gave the new report the curves and pictures of the old one.
     before = {p.name: p.read_bytes() for p in claim.folder.iterdir()}
     monkeypatch.setattr("results.report.curves_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         claim.keep(asked(runs)[:1], (runs,))
     assert {p.name: p.read_bytes() for p in claim.folder.iterdir()} == before
+    (claim.folder / "table.md").unlink()
+    (claim.folder / "table.md").mkdir()
+    monkeypatch.undo()
+    assert main([str(claim.folder / "plan.py")]) == 1 and "table.md: Is a directory: mend that" in capsys.readouterr().err
 
 
 def test_a_newer_evaluator_stars_what_is_kept(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
