@@ -75,7 +75,7 @@ def read_kept(folder: Path) -> Kept | None:
     if not path.is_file():
         return None
     try:
-        first, *lines = (json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines())
+        first, *lines = map(json.loads, gzip.decompress(path.read_bytes()).removesuffix(b"\n").split(b"\n"))  # lines of text may end in more ways
         if first["schema"] == SCHEMA:
             records = {line["folder"]: _checked(line["record"]) for line in lines if "record" in line}
             jobs = {line["folder"]: line["job"] for line in lines if "job" in line}

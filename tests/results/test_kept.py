@@ -45,7 +45,7 @@ def runs(tmp_path: Path) -> Path:
     failed = Node("evaluate", "coco-mae", {"plugin": {}}, about=about("mae", "coco", 0, "AP_box"), where={"folders": {"coco": "somewhere"}})
     Store(root).folder(failed).mkdir()
     write_json(Store(root).folder(failed) / "job.json", failed.job(root))
-    write_json(Store(root).folder(failed) / "failure.json", {"message": "no such thing"})
+    write_json(Store(root).folder(failed) / "failure.json", {"message": "no such\u2028thing"})  # U+2028 ends a line of text, and none of the file
     written(root, Node("evaluate", "other", {"plugin": {}, "seed": 7}, about={**about("mae", "linear"), "protocol": "smoke"}))
     return root
 
