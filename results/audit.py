@@ -284,7 +284,7 @@ def score(items: Sequence[Item]) -> str:
 
 def stamp(items: Sequence[Item]) -> str:
     """The audit in a line for under a table, "" for a single row."""
-    unequal, unknown = ([i.name for i in items if i.equal is wanted] for wanted in (False, None))
+    unequal, unknown = ([i.name for i in items if i.verdict == wanted] for wanted in VERDICTS[:2])
     if not compared(items):
         return ""
     said = f"Fairness audit: {score(items)}"

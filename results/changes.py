@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,27 +36,27 @@ def explain(folder: Path) -> list[str]:
 
 
 def nearest_earlier(folder: Path) -> tuple[Path, dict[str, tuple[Any, Any]]] | None:
-    """The run of the same kind and name that was made before and differs in the fewest fields (the newest of several), and these fields."""
-    mine, born = identity_of(folder), _born(folder)
+    """The run of the same kind and name that was started before and differs in the fewest fields (the newest of several), and these fields."""
+    mine, born = identity_of(folder), _started(folder) or math.inf
     kind_and_name = folder.name.rpartition("-")[0]
     best: tuple[int, float, Path, dict[str, tuple[Any, Any]]] | None = None
     for other in Store(folder.parent).folders():
-        if other == folder or other.name.rpartition("-")[0] != kind_and_name or _born(other) >= born:
+        if other == folder or other.name.rpartition("-")[0] != kind_and_name or (then := _started(other)) is None or then >= born:
             continue
         changes = difference(identity_of(other), mine)
-        if best is None or (len(changes), -_born(other)) < best[:2]:
-            best = (len(changes), -_born(other), other, changes)
+        if best is None or (len(changes), -then) < best[:2]:
+            best = (len(changes), -then, other, changes)
     return None if best is None else best[2:]
 
 
-def _born(folder: Path) -> float:
-    """When a job was first written; its start counts where it has one, since copies of folders have new times."""
+def _started(folder: Path) -> float | None:
+    """When a job was first started, None when it was only planned; of a record alone when it was written, though copies of folders have new times."""
     from datetime import datetime
 
     usage = read_json(folder / "usage.json")
     if isinstance(usage, dict) and isinstance(usage.get("start"), str):
         return datetime.fromisoformat(usage["start"]).timestamp()
-    return (folder / "job.json").stat().st_mtime
+    return path.stat().st_mtime if (path := folder / "record.json").exists() else None
 
 
 def identity_of(folder: Path) -> Flat:

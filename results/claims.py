@@ -17,9 +17,10 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness import plugins
@@ -53,20 +54,25 @@ class Claim:
     layouts: tuple[str, ...] = ()
 
     def keep(self, results: Sequence[Result], runs: Sequence[Path]) -> str:
-        """Write the records behind these results, and from them the tables, the scores, the audit and the report; and say where."""
-        archive = Archive(tuple(runs))
-        self.write({NAME: pack(results, archive)})
+        """Write the records behind these results, and from them the tables, the scores, the audit and the report; and say where. All of it is made before
+        any of it is written: who stops it in the middle has what was there before."""
+        files = Archive(tuple(runs))
         linked = all(folder.resolve().is_relative_to(Path.cwd()) for folder in (*runs, self.folder))  # elsewhere is not there for others
-        return self.write({**self.tables(), "report.html": self.page(archive, linked).encode()}, NAME)
+        with TemporaryDirectory() as folder:
+            made = replace(self, folder=Path(folder))
+            made.write(records := {NAME: pack(results, files)})
+            contents = {**records, **made.tables(), "report.html": made.page(files, linked, self.folder).encode()}
+        return self.write(contents)
 
     def done(self, results: Iterable[Result]) -> list[Result]:
-        """Those of some results that the plan asks for, by their names and seeds. Raises UserError when there are none."""
-        found = [r for r in results if any(r.protocol == q.protocol and q.backbone in (None, r.backbone)
-                                           and r.method in q.methods and r.eval in q.evals and r.seed in q.seeds and r.eval_seed in q.eval_seeds
-                                           for q in self.requests)]
+        """Those of some results that the plan asks for, by their names and seeds, in its order. Raises UserError when there are none."""
+        asked = ((q.protocol, q.backbone, s, m, e, t) for q in self.requests for s in q.seeds for m in q.methods for e in q.evals for t in q.eval_seeds)
+        places = {cell: place for place, cell in enumerate(dict.fromkeys(asked))}
+        found = [(place, r) for r in results if (place := next((places[cell] for backbone in (r.backbone, None) if (
+            cell := (r.protocol, backbone, r.seed, r.method, r.eval, r.eval_seed)) in places), None)) is not None]
         if not found:
-            raise UserError(f"--runs: nothing of {self.folder} there: name the folder that its plan was run in")
-        return found
+            raise UserError(f"--runs: nothing there that the plan of {self.folder} asks for: name the folder that it was run in")
+        return [r for _, r in sorted(found, key=lambda placed: placed[0])]
 
     def again(self) -> str:
         """Write tables, scores, audit and report again from the kept records alone; what the report had from the files of runs it keeps."""
@@ -74,11 +80,11 @@ class Claim:
         page = with_files(self.page(), earlier.read_text() if earlier.is_file() else "")
         return self.write({**self.tables(), "report.html": page.encode()})
 
-    def write(self, contents: Mapping[str, bytes], *before: str) -> str:
-        """Write files, and say where, with those written `before`."""
+    def write(self, contents: Mapping[str, bytes]) -> str:
+        """Write files, and say where."""
         for name, content in contents.items():
             write_atomically(self.folder / name, lambda stream, content=content: stream.write(content))
-        return f"kept in {self.folder}: {', '.join((*before, *contents))}"
+        return f"kept in {self.folder}: {', '.join(contents)}"
 
     @cached_property
     def archive(self) -> Archive:
@@ -106,10 +112,11 @@ class Claim:
         audits = [as_text(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive)) for s in sheets(results, *self.order)]
         return {name: f"{text}\n".encode() for name, text in {**found, "audit.txt": "\n\n".join(audits)}.items()} | {"seeds.csv": scores(results).encode()}
 
-    def page(self, files: Archive | None = None, linked: bool = False) -> str:
-        """The report; without the runs folders (`files`) it has no curves, pictures or evaluation noise, and no links to logs and checkpoints."""
+    def page(self, files: Archive | None = None, linked: bool = False, base: Path | None = None) -> str:
+        """The report; without the runs folders (`files`) it has no curves, pictures or evaluation noise, and no links to logs and checkpoints. `base`: where
+        it will lie, if not in the folder of the records."""
         beside = f"its record is a line of {NAME}, beside this page"
-        page = Page(self.archive, self.folder.resolve(), True, files, self.staleness, linked, beside, ROOM.copy())  # it counts the room down
+        page = Page(self.archive, (base or self.folder).resolve(), True, files, self.staleness, linked, beside, ROOM.copy())  # it counts the room down
         return page.render(self.archive.kept, *self.order)
 
 
@@ -207,6 +214,13 @@ def main(words: Sequence[str]) -> int:
     except UserError as error:
         print(f"results.claims: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = error.filename2 or error.filename
+        print(f"results.claims: {where}: {error.strerror}: mend that (space, permissions), then give the same line again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("results.claims: interrupted: what was kept before is still there", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -14,7 +14,8 @@ from results.grid import DASH, Entry, Grid
 
 HEADINGS = ("pre-training h", "evaluations h", "total h", "pre-training FLOPs", "images/s", "peak GiB")
 LEGEND = ("Cost of one seed (mean over seeds), from the records: device-hours of pre-training with what it is built from (tokenizer, parent), of the shown "
-          "evaluations, and together; FLOPs of the training steps (multiply and add = 2); images per second of the pre-training; highest memory of any job.")
+          "evaluations (over the seeds with most of them), and together; FLOPs of the training steps (multiply and add = 2); images per second of the "
+          "pre-training; highest memory of any job.")
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,25 @@ def cell_cost(cell: Cell, sheet: Sheet, archive: Archive) -> dict[str, Any]:
 
 
 def row_entries(method: str, sheet: Sheet, archive: Archive) -> tuple[Entry, ...]:
-    """The cost columns of a method's row: means over pre-training seeds of what each has cost with all its evaluations, highest memory."""
+    """The cost columns of a method's row: means over pre-training seeds of what each has cost with all its evaluations, highest memory. A seed that lacks
+    scores that another has does not count for the evaluations' hours: it would make the row cheap."""
     by_seed: dict[int, dict[str, Step]] = {}
+    scores: dict[int, set[str]] = {}
     for cell in sheet.cells.values():
         for result in cell.results if cell.method == method else ():
             by_seed.setdefault(result.seed, {}).update((s.key, s) for s in archive.steps(result))
-    costs = [cost_of_steps(tuple(steps.values())) for steps in by_seed.values()]
+            scores.setdefault(result.seed, set()).add(result.key)
+    most = max(map(len, scores.values()), default=0)
+    costs = {seed: cost_of_steps(tuple(steps.values())) for seed, steps in by_seed.items()}
 
     def mean(values: Sequence[float | None]) -> float | None:
         return None if not values or None in values else statistics.fmean(v for v in values if v is not None)
 
-    flops, speed = mean([c.pretrain_flops for c in costs]), mean([c.images_per_s for c in costs])
-    memory = max((c.peak_memory_bytes for c in costs if c.peak_memory_bytes), default=None)
-    texts = [hours(mean([getattr(c, name) for c in costs])) for name in ("pretrain_hours", "eval_hours", "total_hours")]
+    before = mean([c.pretrain_hours for c in costs.values()])
+    after = mean([c.eval_hours for seed, c in costs.items() if len(scores[seed]) == most])
+    flops, speed = mean([c.pretrain_flops for c in costs.values()]), mean([c.images_per_s for c in costs.values()])
+    memory = max((c.peak_memory_bytes for c in costs.values() if c.peak_memory_bytes), default=None)
+    texts = [hours(before), hours(after), hours(None if before is None or after is None else before + after)]
     texts += [DASH if flops is None else f"{flops:.2e}" if flops else "0", DASH if speed is None else f"{speed:.0f}",
               DASH if memory is None else f"{memory / 2**30:.1f}"]
     return tuple(map(Entry, texts))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.collect import Result
 from harness.spec import Metric, UserError
+from harness.store import RECORD_SCHEMA, record_shape
 
 if TYPE_CHECKING:
     from results.ancestry import Archive
@@ -73,15 +75,25 @@ def read_kept(folder: Path) -> Kept | None:
     if not path.is_file():
         return None
     try:
-        first, *lines = (json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines())
+        first, *lines = map(json.loads, gzip.decompress(path.read_bytes()).removesuffix(b"\n").split(b"\n"))  # lines of text may end in more ways
         if first["schema"] == SCHEMA:
-            records = {line["folder"]: line["record"] for line in lines if "record" in line}
+            records = {line["folder"]: _checked(line["record"]) for line in lines if "record" in line}
             jobs = {line["folder"]: line["job"] for line in lines if "job" in line}
             by_key = {record["key"]: record for record in records.values()}
             return Kept(tuple(_result(line["cell"], by_key) for line in lines if "cell" in line), records, jobs)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): take it from version control, or run its plan again") from error
     raise UserError(f"{path}: kept records of schema version {first['schema']}, this harness reads {SCHEMA}: use the version that wrote them")
+
+
+def _checked(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record that has all that this version asks of the record.json of a runs folder. Raises ValueError when it has not."""
+    if record["schema"] != RECORD_SCHEMA:
+        raise ValueError(f"a record of schema version {record['schema']}, this harness reads {RECORD_SCHEMA}")
+    wrong = [name for name, types in record_shape().items() if name not in record or not isinstance(record[name], types)]
+    if wrong or not all(isinstance(v, (int, float)) for v in record["metrics"].values()):
+        raise ValueError(f"{', '.join(wrong[:3]) or 'metrics'} of {record.get('key')} missing or wrong")
+    return record
 
 
 def _result(cell: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> Result:

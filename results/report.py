@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -210,7 +211,7 @@ class Page:
     def pictures(self, sheet: Sheet) -> tuple[list[dict[str, Any]], list[str]]:
         """PNG files of the first score of each method and evaluator and of what it was built from, masks and attention of its pre-training; and, in words,
         what there is no picture of, or no room for. Trainings first, then each evaluator's first picture of every method (they are of the same images),
-        the second, and so on, so that what there is no room for is no method's alone."""
+        the second, and so on, all methods' or none, so that what there is no room for is no method's alone."""
         entries: list[tuple[tuple[int, int], str, bytes]] = []
         evals = [name for name, _ in sheet.columns]
         shown, without, left_out = [], [], 0
@@ -226,19 +227,19 @@ class Page:
                 where = cell.eval if step.role == "evaluation" else "pre-training" if step.kind == "pretrain" and step.role == "checkpoint" else step.role
                 if reason := ((step.record or {}).get("facts") or {}).get("no_pictures"):
                     without.append(f"{cell.method}, {where}: no reconstructions, since {reason}.")
-                turns = [(i, evals.index(cell.eval)) if step.role == "evaluation" else (0, 0) for i in range(1, 1 + len(found))]
+                turns = [(i, evals.index(cell.eval)) if step.role == "evaluation" else (0, len(entries) + i) for i in range(1, 1 + len(found))]
                 entries += [(turn, f"{cell.method}, {where}: {title}", content) for turn, (title, content) in zip(turns, found.items(), strict=True)]
-        for turn, title, content in sorted(entries, key=lambda entry: entry[0]):
-            try:
-                broad, data = inlined(content, self.room["picture"], self.room["width"])
-            except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
-                without.append(f"{title}: the picture is damaged.")
-                continue
-            if len(data) > self.room["pictures"]:
-                left_out += 1
-                continue
-            self.room["pictures"] -= len(data)
-            shown.append({"title": title, "data": data, "broad": broad, "trained": turn == (0, 0)})
+        for turn, together in groupby(sorted(entries, key=lambda entry: entry[0]), lambda entry: entry[0]):
+            taken = []
+            for _, title, content in together:
+                try:
+                    broad, data = inlined(content, self.room["picture"], self.room["width"])
+                    taken.append({"title": title, "data": data, "broad": broad, "trained": turn[0] == 0})
+                except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
+                    without.append(f"{title}: the picture is damaged.")
+            fits = (size := sum(len(str(t["data"])) for t in taken)) <= self.room["pictures"]
+            self.room["pictures"] -= size * fits
+            shown, left_out = (shown + taken, left_out) if fits else (shown, left_out + len(taken))
         return shown, [*without, *([f"{left_out} more pictures lie in the runs folders: this page would be too big with them."] if left_out else [])]
 
     def scores(self, sheet: Sheet) -> list[dict[str, Any]]:

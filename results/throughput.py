@@ -63,12 +63,13 @@ def work_of(job: Mapping[str, Any]) -> Work:
 
 
 def computation(job: Mapping[str, Any]) -> str:
-    """Digest of all that decides how many FLOPs a training needs for an image: the plugin's fields, the ViT, precision and what is frozen."""
+    """Digest of what decides how many FLOPs a training needs for an image: the plugin's fields, the ViT, precision, what is frozen, and in which roles other
+    networks stand beside it, from nodes or from files (a tokenizer is DALL-E's from a file, a small one from a node)."""
     identity = job["identity"]
     plugin = {k: v for k, v in (identity.get("plugin") or {}).items() if k != "holdout"}
     vits = [i["vit"] for i in (identity, *job["about"].get("lineage", ())) if i.get("vit")][:1]
     recipe = {k: v for k, v in (identity.get("recipe") or {}).items() if k in ("precision", "frozen")}
-    return digest([job["kind"], plugin, vits, recipe])
+    return digest([job["kind"], plugin, vits, recipe, *(sorted(identity.get(where) or {}) for where in ("parents", "files"))])
 
 
 def data_of(job: Mapping[str, Any]) -> str:

@@ -104,6 +104,7 @@ def test_fine_tuning_on_the_way_to_a_score_is_no_pre_training() -> None:
 
 def test_the_stamp_names_what_is_unequal() -> None:
     items = (Item("x", {"a": "1", "b": "1"}), Item("y", {"a": "1", "b": "2"}), Item("z", {"a": "1", "b": "not known"}))
+    assert stamp((*items, Item("of a alone", {"a": "not known"}))) == stamp(items)
     assert stamp(items) == "Fairness audit: 1 of 3 items equal; unequal: y; not known: z. Who had what: harness audit." and stamp(()) == ""
     assert as_text("t", items).splitlines()[1:] == ["unequal    y  a: 1; b: 2", "not known  z  a: 1; b: not known", "equal      x  1"]
 

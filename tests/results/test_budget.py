@@ -84,6 +84,9 @@ def test_flops_are_those_that_a_record_has_counted_for_the_same_computation(smok
     assert [found.flops(n) for n in longer.nodes] == [pytest.approx(18e9), pytest.approx(2e9), 0.0, pytest.approx(2e9)]
     hidden = plan(smoke_data, "mae", "imagenet", "mae.mask_ratio=0.5").nodes[0]
     assert budget(longer, store).flops(hidden) is None, "another share of patches is another computation"
+    job = before.nodes[0].job(Path())
+    published = {**job, "identity": {**job["identity"], "files": {"tokenizer": "ab"}}}
+    assert throughput.computation(published) != throughput.computation(job), "so is a network from a file beside the ViT"
 
 
 def test_the_shipped_figures_are_those_of_kept_records(

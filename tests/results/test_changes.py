@@ -1,5 +1,6 @@
 """What changed a job's key: the fields that differ from the nearest earlier run of the same name, parents included."""
 
+import os
 from pathlib import Path
 
 from folders import about, written
@@ -29,6 +30,11 @@ def test_the_nearest_earlier_run_is_compared_field_by_field(tmp_path: Path) -> N
     assert explain(first)[-1] == "key: no earlier run of this name here"
     # Two fields and the seed of the newer one differ, of the older one the lr alone: that one is nearer.
     assert explain(last)[-1] == f"key: since {first.name} changed: recipe.lr 0.1 -> 0.3"
+    planned = Node("evaluate", "linear-mae", {"seed": 7, "recipe": {"lr": 0.3}, "data": {"imagenet": "ab"}})
+    Store(tmp_path).folder(planned).mkdir()
+    write_json(Store(tmp_path).folder(planned) / "job.json", planned.job(tmp_path))
+    os.utime(Store(tmp_path).folder(planned) / "job.json", (0, 0))  # all jobs of a plan are written before the first starts: that one is no run yet
+    assert f"since {first.name} changed" in explain(last)[-1] and f"since {last.name} changed" in explain(Store(tmp_path).folder(planned))[-1]
     assert explain(far)[-1].endswith("changed: checkpoint.plugin.mask 0.75 -> 0.5; checkpoint.seed 0 -> 3; recipe.lr 0.1 -> 0.2; seed 0 -> 3")
 
 

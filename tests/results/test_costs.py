@@ -35,6 +35,14 @@ def test_pre_training_is_shared_among_its_evaluations(runs: Path) -> None:
     assert [f.strip() for f in line.split("|")[4:-1]] == ["3.00", "0.75", "3.75", "4.00e+12", "1", "3.0"]
 
 
+def test_a_seed_without_all_evaluations_makes_no_row_cheap(runs: Path) -> None:
+    training = Node("pretrain", "beit", {"seed": 1})
+    written(runs, training, 4.0, flops=4e12, images_seen=14400)
+    written(runs, Node("evaluate", "linear-beit", {"seed": 1}, {"checkpoint": training}, about("beit", "linear", 1)), 0.25, metrics={"score": 1.0})
+    line = next(x for x in Table.render(collect([runs]), folders=(runs,), cost=True).splitlines() if x.startswith("| beit"))
+    assert [f.strip() for f in line.split("|")[4:-1]] == ["3.50", "0.75", "4.25", "4.00e+12", "1", "3.0"]
+
+
 def test_a_cost_with_a_part_gone_is_unknown(runs: Path) -> None:
     # Half of a cost would pass for a cheap method.
     next(runs.glob("asset-*/record.json")).unlink()

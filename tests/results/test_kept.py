@@ -45,7 +45,7 @@ def runs(tmp_path: Path) -> Path:
     failed = Node("evaluate", "coco-mae", {"plugin": {}}, about=about("mae", "coco", 0, "AP_box"), where={"folders": {"coco": "somewhere"}})
     Store(root).folder(failed).mkdir()
     write_json(Store(root).folder(failed) / "job.json", failed.job(root))
-    write_json(Store(root).folder(failed) / "failure.json", {"message": "no such thing"})
+    write_json(Store(root).folder(failed) / "failure.json", {"message": "no such\u2028thing"})  # U+2028 ends a line of text, and none of the file
     written(root, Node("evaluate", "other", {"plugin": {}, "seed": 7}, about={**about("mae", "linear"), "protocol": "smoke"}))
     return root
 
@@ -96,7 +96,27 @@ def test_a_runs_folder_is_kept_as_it_is(runs: Path, claim: Claim, capsys: pytest
     (claim.folder / "plan.py").write_text(PLAN.replace('("linear", "coco"))', '("linear",))'))
     assert main([str(claim.folder / "plan.py"), "--runs", str(runs)]) == 0
     found = Archive((claim.folder,)).kept
-    assert sorted((r.method, r.seed, r.settings) for r in found) == [("beit", 0, "1"), ("mae", 0, "1"), ("mae", 0, "2")], "the plan asks for seed 0"
+    rows = [(r.method, r.seed, r.settings) for r in found]
+    assert sorted(rows[:2]) == [("mae", 0, "1"), ("mae", 0, "2")] and rows[2:] == [("beit", 0, "1")], "the plan asks for seed 0, and for mae first"
+    elsewhere = runs.parent / "elsewhere"
+    Store(elsewhere).prepare()
+    before = {p.name: p.read_bytes() for p in claim.folder.iterdir()}
+    assert main([str(claim.folder / "plan.py"), "--runs", str(elsewhere)]) == 2 and "nothing there that the plan of" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in claim.folder.iterdir()} == before
+
+
+def test_what_stops_in_the_middle_leaves_what_was_kept_before(runs: Path, claim: Claim, monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    # Else records of one making lay beside tables of another, and `again` gave the new report the curves and pictures of the old one.
+    before = {p.name: p.read_bytes() for p in claim.folder.iterdir()}
+    monkeypatch.setattr("results.report.curves_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        claim.keep(asked(runs)[:1], (runs,))
+    assert {p.name: p.read_bytes() for p in claim.folder.iterdir()} == before
+    (claim.folder / "table.md").unlink()
+    (claim.folder / "table.md").mkdir()
+    monkeypatch.undo()
+    assert main([str(claim.folder / "plan.py")]) == 1 and "table.md: Is a directory: mend that" in capsys.readouterr().err
 
 
 def test_a_newer_evaluator_stars_what_is_kept(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +139,9 @@ def test_a_table_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, c
 
 @pytest.mark.parametrize(("content", "line"), [
     (b"no gzip", r"records.jsonl.gz: damaged \(BadGzipFile"), (gzip.compress(b'{"schema": 9}\n'), "kept records of schema version 9, this harness reads 1"),
-    (gzip.compress(b'{"schema": 1}\n{"cell": {}}\n'), r"damaged \(KeyError"),
+    (gzip.compress(b'{"schema": 1}\n{"cell": {}}\n'), r"damaged \(KeyError"), (gzip.compress(b"")[:10] + b"\xff" * 20, r"damaged \(error: Error -3"),
+    (gzip.compress(b'{"schema": 1}\n{"folder": "a-b", "record": {"schema": 1, "key": "b"}}\n'), r"damaged \(ValueError: kind, name, identity of b missing"),
+    (gzip.compress(b'{"schema": 1}\n{"folder": "a-b", "record": {"schema": 7}}\n'), "a record of schema version 7, this harness reads 1"),
 ])
 def test_a_damaged_file_is_one_line(content: bytes, line: str, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(content)

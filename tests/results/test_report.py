@@ -103,13 +103,17 @@ def test_a_big_picture_is_taken_in_smaller() -> None:
     assert inlined(small.getvalue()) == (False, f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}")
 
 
-def test_pictures_go_by_turns(runs: Path) -> None:
-    # By method, the first one's eight pictures would take the room of all others.
+def test_pictures_go_by_turns(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By method, the first one's eight pictures would take the room of all others; and the last of those that fit would stand there alone.
     for folder in runs.glob("evaluate-*-m-*"):
         if (folder / "samples").is_dir():
             Image.new("RGB", (4, 4)).save(folder / "samples" / "second.png")
-    order = re.findall(r"<figcaption>(\w+, \w+: (?:first|second)[^<]*)", made(runs, "--methods", "mae,beit"))
-    assert order == [f"{m}, {e}: {p}" for p in ("first image", "second") for e in ("ade20k", "linear") for m in ("mae", "beit")]
+    page, shown = made(runs, "--methods", "mae,beit"), r"<figcaption>(\w+, \w+: (?:first|second)[^<]*)"
+    wanted = [f"{m}, {e}: {p}" for p in ("first image", "second") for e in ("ade20k", "linear") for m in ("mae", "beit")]
+    assert re.findall(shown, page) == wanted
+    monkeypatch.setattr("results.report.PICTURES", sum(map(len, re.findall(r'src="(data:[^"]+)"', page))) - 1)
+    page = made(runs, "--methods", "mae,beit")
+    assert re.findall(shown, page) == wanted[:-2] and "2 more pictures lie in the runs folders" in page
 
 
 def test_a_damaged_picture_costs_the_picture_and_not_the_page(runs: Path) -> None:
