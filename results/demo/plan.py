@@ -2,7 +2,7 @@
 
     python -m harness run --plan results/demo/plan.py
 
-Expected: what table.md beside this file has. Cost: 2.5 hours of core time on two cores of an AMD EPYC (README.md).
+Expected: what table.md beside this file has. Cost: 2.5 to 3.6 hours of core time on two cores of an AMD EPYC (README.md).
 """
 
 from harness.request import Request

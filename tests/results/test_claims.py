@@ -50,6 +50,7 @@ def everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_all_claims_are_there() -> None:
     assert set(PLANS) == {*OPEN, "demo", "photos"} and set(TOLD) == {"demo", "photos"}
+    assert all((ROOT / "results" / name / "records.jsonl.gz").is_file() for name in TOLD)  # what test_kept.py makes the tables from
 
 
 @pytest.mark.parametrize("name", sorted(OPEN))
