@@ -205,7 +205,7 @@ def execute(path: Path, should_stop: Callable[[], bool] = lambda: False) -> int:
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
-    """For imports: torch and timm are a million objects and no garbage. Looking for it took 0.85 of 3.6 s of processor (benchmarks/LOG.md)."""
+    """For what makes many objects that stay, as imports do: torch and timm are a million. Looking for garbage took 0.85 of 3.6 s of processor (LOG.md)."""
     gc.disable()
     try:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import textwrap
@@ -15,6 +14,7 @@ from typing import ClassVar
 from harness import plugins
 from harness.collect import Result, collect
 from harness.request import Keep, Request
+from harness.run import no_collections
 from harness.spec import UserError, suggest
 from harness.store import State, Store
 from results.ancestry import Archive
@@ -126,12 +126,14 @@ class Table:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # scipy's own would start a thread for each core, for a few seeds
         if args.layout is not None:
             paper_table(args.layout)  # a wrong name is said before anything is read
-        choice = choose(args, needed=args.layout is None)
-        gc.freeze()  # statsmodels looks for garbage after each correction: among 10,000 records that takes a second, and they are none
-        if args.layout is not None:
-            print(self.render_layout(args.layout, choice.results, args.format, Staleness(choice.archive, data=True)))
-        else:
-            print(self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, cost=args.cost, archive=choice.archive))
+        with no_collections():  # 10,000 records are no garbage; and statsmodels looks for some after each correction, among what came since
+            choice = choose(args, needed=args.layout is None)
+        with no_collections():
+            if args.layout is not None:
+                text = self.render_layout(args.layout, choice.results, args.format, Staleness(choice.archive, data=True))
+            else:
+                text = self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, cost=args.cost, archive=choice.archive)
+        print(text)
         return 0
 
 

@@ -142,7 +142,7 @@ def test_a_table_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, c
     (gzip.compress(b'{"schema": 1}\n{"cell": {}}\n'), r"damaged \(KeyError"), (gzip.compress(b"")[:10] + b"\xff" * 20, r"damaged \(error: Error -3"),
     (gzip.compress(b'{"schema": 1}\n{"folder": "a-b", "record": {"schema": 1, "key": "b"}}\n'), r"damaged \(ValueError: kind, name, identity of b missing"),
     (gzip.compress(b'{"schema": 1}\n{"folder": "a-b", "record": {"schema": 7}}\n'), "a record of schema version 7, this harness reads 1"),
-])
+], ids=["no gzip", "another version", "a cell without fields", "no deflate", "a record without fields", "another record's version"])
 def test_a_damaged_file_is_one_line(content: bytes, line: str, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(content)
     with pytest.raises(UserError, match=line):
