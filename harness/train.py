@@ -194,7 +194,7 @@ class Training:
                         self.early.begin()
                     loss.backward()
                 outputs.append((output, weight))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not (short := out_of_memory(error)):
                 raise
             return [], short
