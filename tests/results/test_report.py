@@ -201,7 +201,8 @@ out.push(rows().filter(r => !r.hidden).length, performance.getEntriesByType("res
 const field = rows().find(r => !r.hidden).cells[1], link = field.querySelector("a"), tip = document.getElementById(link.getAttribute("aria-describedby"));
 const said = () => tip.hidden || getComputedStyle(tip).display === "none" ? "" : tip.textContent;
 const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-const told = (element, type) => document.hasFocus() || element.dispatchEvent(new FocusEvent(type, {bubbles: true}));  // a window behind another gets no such events
+// a window behind another is told nothing of focus
+const told = (element, type) => document.hasFocus() || element.dispatchEvent(new FocusEvent(type, {bubbles: true}));
 link.focus(); told(link, "focusin"); const focused = said();
 press("Escape"); const escaped = said();
 field.dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); const dismissed = said();
