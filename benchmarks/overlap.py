@@ -1,10 +1,11 @@
-"""A step's gradients summed over two processes (gloo) after the backward pass, as the rival has it, or while it goes on (`harness.batches.Early`).
+"""A step's gradients summed over two processes (gloo) after the backward pass, or by torch's DDP while it goes on (`harness.batches.summing`).
 
 Prints, for three shapes of a ViT, seconds a step of each (median of interleaved rounds), their ratio, and whether the gradients are equal bit by bit.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from harness.batches import Early, merge
+from harness.batches import merge, summing
 from harness.spec import ViTConfig
 from harness.vit import ViT
 
@@ -30,21 +32,18 @@ def process(rank: int, place: Path) -> None:
     for width, depth, batch in SHAPES:
         torch.manual_seed(0)
         vit = ViT(ViTConfig(size=(64, 64), patch=8, width=width, depth=depth, heads=width // 64))
-        parameters = list(vit.parameters())
         images = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
 
-        def step(early: Early | None, vit: ViT = vit, parameters: list[torch.nn.Parameter] = parameters, images: torch.Tensor = images) -> list[torch.Tensor]:
-            if early is not None:
-                early.begin()
-            loss = vit(images).square().mean()
+        def step(model: torch.nn.Module, images: torch.Tensor = images) -> list[torch.Tensor]:
+            parameters = list(model.parameters())
+            loss = model(images).square().mean()
             loss.backward()
-            merge([({"loss": loss}, torch.tensor(1.0))], parameters, early)
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            for parameter in parameters:
-                parameter.grad = None
+            merge([({"loss": loss}, torch.tensor(1.0))], parameters, isinstance(model, DistributedDataParallel))
+            gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+            model.zero_grad(set_to_none=True)
             return gradients
 
-        ways: tuple[Early | None, ...] = (None, Early(parameters))
+        ways = (copy.deepcopy(vit), summing(vit))
         seconds: list[list[float]] = [[], []]
         same = all(torch.equal(a, b) for a, b in zip(*map(step, ways), strict=True))
         for _ in range(ROUNDS):
@@ -55,8 +54,8 @@ def process(rank: int, place: Path) -> None:
                 times.append(time.perf_counter() - started)
         after, during = map(statistics.median, seconds)
         if rank == 0:
-            print(f"ViT {width} wide, {depth} blocks, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {batch} images each: after {after:.3f} s, "
-                  f"during {during:.3f} s, ratio {after / during:.2f}, {'equal bits' if same else 'OTHER BITS'}", flush=True)
+            print(f"ViT {width} wide, {depth} blocks, {sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M parameters, {batch} images each: "
+                  f"after {after:.3f} s, during {during:.3f} s, ratio {after / during:.2f}, {'equal bits' if same else 'OTHER BITS'}", flush=True)
     dist.destroy_process_group()
 
 

@@ -8,12 +8,12 @@ parts; each builds the same objective from the same seed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from harness.optim import local
 from harness.plugins import Session
@@ -81,51 +81,32 @@ def weigh(output: Mapping[str, Tensor], images: int) -> tuple[dict[str, Tensor],
     return values, weight.detach().to(loss) if isinstance(weight, Tensor) else torch.full_like(loss.detach(), weight)
 
 
-class Early:
-    """Gradients summed over all processes while the backward pass of a step's last part goes on (benchmarks/overlap.py): the same sums, bit by bit.
+def summing(objective: nn.Module, kind: type[DistributedDataParallel] = DistributedDataParallel) -> DistributedDataParallel:
+    """An objective behind torch's DDP, which sums gradients over all processes while the backward pass goes on (benchmarks/overlap.py).
 
-    All begin them in the order in which they came to the first process in its first step, each when it and all before it are there; `merge` begins the rest.
+    Sums and not DDP's means, which would weigh each process's part alike: `merge` divides by what the mean is over. Each process built the same weights
+    and read the same state, and batch norm is over all of them: neither weights nor buffers are sent. Looking for parameters without a gradient lets a
+    step have some, and keeps torch from packing gradients anew after the first step: a run that goes on adds them in the order of one that was not stopped.
     """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters, self.order, self.came = parameters, list[int](), dict[int, None]()
-        self.works, self.hooks = list[Any](), list[Any]()
-
-    def begin(self) -> None:
-        """Before that backward pass."""
-        parameters: Any = self.parameters  # torch leaves the hooks without types
-        self.hooks = [p.register_post_accumulate_grad_hook(partial(self._comes, i)) for i, p in enumerate(parameters)]
-
-    def _comes(self, index: int, parameter: Any) -> None:
-        self.came[index] = None
-        while len(self.works) < len(self.order) and (following := self.order[len(self.works)]) in self.came:
-            gradient: Any = self.parameters[following].grad
-            self.works.append(dist.all_reduce(gradient, async_op=True))
-
-    def leave(self) -> None:
-        """Forget the step, and what of it was begun."""
-        for hook in self.hooks:
-            hook.remove()
-        self.came, self.works, self.hooks = {}, [], []
-
-    def end(self) -> tuple[list[Any], list[nn.Parameter]]:
-        """(sums that were begun, parameters that are left), after it."""
-        works, self.order = self.works, self.order or list(gathered(list(self.came))[0])
-        left = dict.fromkeys([*self.order, *range(len(self.parameters))])
-        self.leave()
-        return works, [self.parameters[i] for i in list(left)[len(works) :]]
+    whole = kind(objective, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=True)
+    hook: Any = lambda state, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda sums: sums.value()[0])  # noqa: E731
+    whole.register_comm_hook(None, hook)
+    return whole
 
 
-def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.Parameter], early: Early | None = None) -> dict[str, Tensor]:
-    """One step from parts whose weighted losses were back-propagated: gradients and logged values become means over the whole batch, on all processes alike."""
+def merge(outputs: list[tuple[dict[str, Tensor], Tensor]], parameters: list[nn.Parameter], summed: bool = False) -> dict[str, Tensor]:
+    """One step from parts whose weighted losses were back-propagated: gradients and logged values become means over the whole batch, on all processes alike.
+
+    Args:
+        summed: gradients are sums over all processes already (`summing`).
+    """
     names = sorted(outputs[0][0])
     rows = [torch.stack([*(values[n].detach().to(weight) * weight for n in names), weight]) for values, weight in outputs]
     sums = torch.stack(rows).sum(dim=0)
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if together():
-        works, left = early.end() if early is not None else ([], parameters)
-        here = [p.grad for p in left if p.grad is not None and not hasattr(p.grad, "to_local")]  # sharded ones were summed on the way
-        for work in [*works, *(dist.all_reduce(tensor, async_op=True) for tensor in (*here, sums))]:
+        here = [] if summed else [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "to_local")]  # sharded ones were summed on the way
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*here, sums)]:
             work.wait()
     torch._foreach_mul_(gradients, 1 / sums[-1])
     return {name: value / sums[-1] for name, value in zip(names, sums[:-1], strict=True)}

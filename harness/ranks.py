@@ -133,6 +133,7 @@ def supervise(job: Path, should_stop: Callable[[], bool]) -> int:
         door.bind(("127.0.0.1" if nodes == 1 else "", 0))
         door.listen(1024)
         shared = {
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns that there may have been no need to look for parameters without a gradient
             **os.environ, "HARNESS_WORLD": str(count * nodes), "HARNESS_MEETING": meeting(folder, door, nodes, node), "HARNESS_DOOR": str(door.fileno()),
             "HARNESS_LAUNCHER_PID": str(os.getpid()), "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]]),
         }

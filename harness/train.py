@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.batches import Early, any_of, couples, gathered, merge, parts_of, positions, processes, rank, weigh
+from harness.batches import any_of, couples, gathered, merge, parts_of, positions, processes, rank, summing, weigh
 from harness.checkpoint import States
 from harness.data import ImageList
 from harness.memory import no_room, out_of_memory
@@ -83,9 +84,11 @@ class Training:
         self.ema = Ema(objective, recipe.ema) if recipe.ema is not None else None
         self.states = States(session.dir / "checkpoint" / stage, self.total, session.milestones, slice_of=(rank(), processes()) if self.sharded else None)
         self.samples = Samples(images, transform, session.seed, self.per_epoch * recipe.batch, session.on_bad_image == "skip", recipe.augment.repeats)
-        self.coupled = couples(objective)  # in more parts another loss; and processes that meet inside a step would wait there for one that has left it
+        self.coupled = couples(objective)  # in more parts another loss
         self.halves = session.on_oom == "halve" and not (self.sharded or self.coupled)
-        self.early = Early(self.parameters) if processes() > 1 and not (self.halves or self.sharded or self.coupled) else None
+        # summed at the end of a step (`merge`) where a process may leave one and do it again; and on a CPU with batch norm over all, which DDP refuses there
+        at_end = self.halves or self.sharded or (self.coupled and not self.cuda)
+        self.summing = summing(objective) if processes() > 1 and not at_end else None
         self.facts: dict[str, Any] = {"flops_per_step": None, "seconds": 0.0, "loss": None}
         self.step, self.parts, self.started = 0, 1, time.monotonic()
 
@@ -187,11 +190,10 @@ class Training:
                     for index in bad[bad >= 0].tolist():
                         session.skipped_images[str(self.images.files[index])] = "cannot be read"
                 seed_all(session.seed, "step", self.step + self.skips, *((part,) if self.parts > 1 else ()))
-                with count_flops(self.facts, len(bad) / recipe.batch), self.autocast():
-                    output, weight = weigh(self.objective(batch, self.step / self.total), len(bad))
+                last = part + processes() >= self.parts
+                with count_flops(self.facts, len(bad) / recipe.batch), self.autocast(), nullcontext() if last or not self.summing else self.summing.no_sync():
+                    output, weight = weigh((self.summing or self.objective)(batch, self.step / self.total), len(bad))
                     loss: Any = output["loss"] if self.parts == 1 else output["loss"] * weight
-                    if self.early is not None and part + processes() >= self.parts:
-                        self.early.begin()
                     loss.backward()
                 outputs.append((output, weight))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -205,7 +207,7 @@ class Training:
         for parameter, mask in self.masks:
             if parameter.grad is not None:
                 local(parameter.grad).mul_(mask)
-        output = outputs[0][0] if self.parts == 1 else merge(outputs, self.parameters, self.early)
+        output = outputs[0][0] if self.parts == 1 else merge(outputs, self.parameters, self.summing is not None)
         norm = clip_gradients(self.parameters, self.recipe)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,8 +233,7 @@ class Training:
             torch.cuda.empty_cache()
         if not self.halves or more == self.parts:
             self.log(short)
-            if self.early is not None:
-                self.early.leave()
+            self.summing = None  # what it was doing in this step is not waited for
             larger = ": its loss couples the images of a batch" if self.coupled else "" if more == self.parts else None
             raise no_room(told, now, self.session, larger, None if self.sharded else self.attempt)
         self.split(more)

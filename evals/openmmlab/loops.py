@@ -12,16 +12,18 @@ sampled in a part: detectron2 takes them so on each device, with one image on ea
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from mmengine.dataset import pseudo_collate
+from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 
 from evals.openmmlab.samples import InOrder, batches
 from evals.openmmlab.work import Work
-from harness.batches import any_of, couples, gathered, parts_of, positions, processes, rank
+from harness.batches import any_of, couples, gathered, parts_of, positions, processes, rank, summing
 from harness.checkpoint import States
 from harness.memory import no_room, out_of_memory
 from harness.metrics import Metrics, count_flops
@@ -43,6 +45,8 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
         self.iter, self.max_iters, self.skips, self.parts = 0, work.steps, 0, 1  # skips: steps that restarts leave out (`harness.restarts`)
         self.states, self.coupled = States(work.states_folder, work.steps, work.session.milestones), couples(work.model)
         self.halves = work.session.on_oom == "halve" and not self.coupled
+        at_end = self.halves or (self.coupled and work.session.device.type == "cpu")  # see `harness.train.Training`
+        self.summing = summing(work.model, MMDistributedDataParallel) if processes() > 1 and not at_end else None
 
     def run(self) -> nn.Module:
         """Train to the end.
@@ -73,7 +77,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
             if (self.halves and any_of(bool(short))[0]) or short:
                 self._make_room(short)
                 continue
-            losses = wrapper.update_from(outputs)
+            losses = wrapper.update_from(outputs, self.summing is not None)
             self.iter += 1
             now = time.monotonic()
             stop, due = any_of(session.should_stop(), self.lead and states.due(now - saved, session.checkpoint_every_s))
@@ -145,8 +149,9 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
                 wrapper.images = None if self.parts == 1 else images
                 seed_all(session.seed, "step", self.iter + self.skips, *((part,) if self.parts > 1 else ()))
                 self.runner.call_hook("before_train_iter", batch_idx=self.iter, data_batch=data)
-                with count_flops(work.facts, images / work.recipe.batch):
-                    losses = work.model.train_step(data, wrapper)
+                last = part + processes() >= self.parts
+                with count_flops(work.facts, images / work.recipe.batch), nullcontext() if last or not self.summing else self.summing.no_sync():
+                    losses = (self.summing or work.model).train_step(data, wrapper)
                 self.runner.call_hook("after_train_iter", batch_idx=self.iter, data_batch=data, outputs=losses)
                 outputs.append((losses, torch.tensor(float(images), device=session.device)))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -169,6 +174,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
             torch.cuda.empty_cache()
         if not self.halves or more == self.parts:
             session.log(short)
+            self.summing = None  # what it was doing in this step is not waited for
             larger = ": its loss couples the images of a batch" if self.coupled else "" if more == self.parts else None
             failure = no_room(told, now, session, larger, self._attempt)
             raise failure if session.recompute else JobFailed(f"{failure}; HARNESS_RECOMPUTE=1 takes less memory, for the same numbers")

@@ -42,21 +42,22 @@ class Optimize(OptimWrapper):  # type: ignore[misc]
         """The gradients of a step, or of a part of it by its number of images; `update_from` makes the step."""
         self.backward(loss if self.images is None else loss * self.images)
 
-    def update_from(self, outputs: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
-        """The step of all parts on all processes: from (logged values, images) of this process's to the values' means."""
-        losses = outputs[0][0] if self.images is None else self._merged(outputs)
+    def update_from(self, outputs: list[tuple[dict[str, Tensor], Tensor]], summed: bool) -> dict[str, Tensor]:
+        """The step of all parts on all processes: from (logged values, images) of this process's to the values' means; see `harness.batches.merge`."""
+        if together() and not summed:
+            self._alike()
+        losses = outputs[0][0] if self.images is None else merge(outputs, self.parameters, summed)
         self.step()
         self.zero_grad()
         return losses
 
-    def _merged(self, outputs: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
-        if together():  # the sum over processes wants the same gradients in each
-            used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.int32, device=self.work.session.device)
-            dist.all_reduce(used, op=dist.ReduceOp.MAX)
-            for parameter, somewhere in zip(self.parameters, used.tolist(), strict=True):
-                if somewhere and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        return merge(outputs, self.parameters)
+    def _alike(self) -> None:
+        """A gradient in each process where one has one: the sum over them wants the same."""
+        used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.int32, device=self.work.session.device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        for parameter, somewhere in zip(self.parameters, used.tolist(), strict=True):
+            if somewhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

@@ -5,6 +5,7 @@ torch is imported once and the processes are forked before it has any threads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -15,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.augment import TrainTransform
-from harness.batches import BatchNorm, Early
+from harness.batches import BatchNorm
 from harness.data import ImageList
 from harness.plugins import Session, TrainContext
 from harness.randomness import seed_all
-from harness.spec import Augment, Recipe, ViTConfig
+from harness.spec import Augment, Interrupted, Recipe, ViTConfig
 from harness.train import fit
 from harness.vit import ViT
 from methods.beit import BEiT
@@ -78,11 +79,11 @@ def train_probe(folder: Path, images: Path) -> dict[str, Tensor]:
 
 
 class Runs(nn.Module):
-    """A linear map that runs out of memory in one process, once, with its gradients half made."""
+    """A linear map, and one that is never used; runs out of memory in one process, once, with its gradients half made."""
 
     def __init__(self, at: int | None) -> None:
         super().__init__()
-        self.layer, self.calls, self.at = nn.Linear(3, 1), 0, at
+        self.layer, self.idle, self.calls, self.at = nn.Linear(3, 1), nn.Linear(3, 1), 0, at
 
     def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
         self.calls += 1
@@ -109,14 +110,16 @@ def process(rank: int, count: int, place: Path) -> None:
     for name, drop_path in (("plain", 0.0), ("dropped", 0.5)):
         state = train(place / f"{name}-{rank}", place / "images", dataclasses.replace(RECIPE, drop_path=drop_path))
         torch.save(state, place / f"{name}-{rank}.pt")
-    begun, end = list[int](), Early.end
-    Early.end = lambda self: (begun.append(len(self.works)), end(self))[1]  # type: ignore[func-returns-value, method-assign]
     early = train(place / f"early-{rank}", place / "images", micro_batch=2)
     late = train(place / f"late-{rank}", place / "images", micro_batch=2, on_oom="halve")  # which keeps sums to the end of a step
-    torch.save((early, late, begun), place / f"early-{rank}.pt")
+    with contextlib.suppress(Interrupted):
+        train(place / "again", place / "images", micro_batch=2, should_stop=lambda: True)
+    torch.save((early, late, train(place / "again", place / "images", micro_batch=2)), place / f"early-{rank}.pt")
     torch.save(train_probe(place / f"probe-{rank}", place / "images"), place / f"probe-{rank}.pt")
     halved, facts = train_short(place / f"short-{rank}", place / "images", 1, on_oom="halve")
-    torch.save((halved, facts["out_of_memory"], train_short(place / f"long-{rank}", place / "images", None, micro_batch=2)[0]), place / f"short-{rank}.pt")
+    small, _ = train_short(place / f"long-{rank}", place / "images", None, micro_batch=2, on_oom="halve")
+    summed, _ = train_short(place / f"summed-{rank}", place / "images", None, micro_batch=2)
+    torch.save((halved, facts["out_of_memory"], small, summed), place / f"short-{rank}.pt")
     dist.destroy_process_group()
 
 

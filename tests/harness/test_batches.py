@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import RECIPE, SMALL, train, train_probe
+from processes import RECIPE, train, train_probe
 from torch import Tensor, nn
 
 from harness.batches import parts_of, positions
@@ -24,7 +24,6 @@ from harness.run import check_environment
 from harness.samples import Samples
 from harness.spec import JobFailed, UserError
 from harness.train import fit
-from harness.vit import ViT
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +69,15 @@ def test_four_processes_equal_one_with_four_parts(place: Path, whole: dict[str, 
     assert distance(torch.load(place / "dropped-0.pt", weights_only=True), dropped) < 2e-5 < distance(dropped, whole)
     normed = train_probe(place / "probe", place / "images")
     assert max(distance(torch.load(place / f"probe-{rank}.pt", weights_only=True), normed) for rank in range(4)) < 2e-5
-    for rank in range(4):  # sums that are begun in the backward pass, of the second step on, are those that are begun after it
-        early, late, begun = torch.load(place / f"early-{rank}.pt", weights_only=True)
-        assert begun == [0, *[len(list(ViT(SMALL).parameters())) + 3] * 2]  # 3: mask token and head
-        assert all(torch.equal(early[k], late[k]) for k in late)
+    for rank in range(4):  # sums that torch's DDP makes in the backward pass of the last part are those that are made after it
+        early, late, again = torch.load(place / f"early-{rank}.pt", weights_only=True)
+        assert distance(early, late) < 2e-5
+        assert all(torch.equal(early[k], again[k]) for k in early)  # stopped after its first step
     for rank in range(4):  # one ran out of memory in its first part: all of them split the batch, in that step already
-        halved, told, small = torch.load(place / f"short-{rank}.pt", weights_only=True)
+        halved, told, small, summed = torch.load(place / f"short-{rank}.pt", weights_only=True)
         assert told == ["train: out of memory at step 0 with 3 images at a time: 2 from there on"]
         assert all(torch.equal(halved[k], small[k]) for k in small)
+        assert distance(small, summed) < 2e-5  # a layer without a gradient does not hold up DDP
     assert (place / "plain-0" / "metrics.jsonl").exists() and not (place / "plain-1" / "metrics.jsonl").exists()
 
 
