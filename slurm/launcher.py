@@ -78,14 +78,23 @@ class Slurm:
             found, ids, jobs, total = self.standing(nodes, store)
             todo = [n for n in (nodes if only is None else only) if found[n.key].status in ("missing", "interrupted")]
             done = {key for key, state in found.items() if state.status == "done"}
-            most = limits() if todo else {}
+            most = self.limits() if todo else {}
             max_array = min(self.profile.max_array or MAX_ARRAY, most.get("MaxArraySize", MAX_ARRAY))
-            room = min(self.profile.max_submit or len(todo) + total, most.get("MaxJobCount", len(todo) + total)) - total
+            caps = {name: number for name, number in most.items() if name.startswith(("MaxSubmitJobs", "MaxJobCount"))}
+            caps |= {"max_submit": self.profile.max_submit} if self.profile.max_submit else {}
+            least = min(caps, key=caps.__getitem__, default="")
+            room = caps[least] - total if least else len(todo)
             lanes = Lanes(self.profile.max_running, jobs)
             out = arrange(todo, ids, done, self.profile, max(1, max_array), max(0, room), lanes, lambda group: self.sbatch(group, store))
+            out.full = f"the queue has no room for more ({least} is {caps[least]}, {total + len(out.new)} are there)" if least else ""
         if out.refused and not out.ids:
             raise Refused(f"--cluster {self.profile.path}: {out.refused}")
         return out
+
+    def limits(self) -> Mapping[str, int]:
+        """See `slurm.queue.limits`."""
+        asked = self.profile.resources
+        return limits(asked.account, asked.partition, asked.qos)
 
     def sbatch(self, group: Group, store: Store) -> str:
         """Submit a group. All that one process submits runs the same code, also what --wait submits hours later."""
@@ -120,8 +129,7 @@ class Slurm:
         warn(f"submitted {len(out.new)} nodes as {jobs} jobs or arrays" + (f", {before} were in the queue already" if before else "")
              + ": `python -m harness status` follows them, the same line with --wait too")
         if out.held:
-            reason = out.refused or "the queue has no room for more (max_submit)"
-            warn(f"{len(out.held)} nodes are not submitted yet: {reason}: run the same line again later, or with --wait")
+            warn(f"{len(out.held)} nodes are not submitted yet: {out.refused or out.full}: run the same line again later, or with --wait")
         if out.waiting:
             warn(f"{len(out.waiting)} nodes wait for one that failed (--retry) or that a process elsewhere works on: run the same line again when it has ended")
 
@@ -165,7 +173,7 @@ class Slurm:
         self.check_places(nodes, store)
         try:
             found, ids, jobs, _ = self.standing(nodes, store)
-            max_array = limits().get("MaxArraySize", MAX_ARRAY)
+            max_array = self.limits().get("MaxArraySize", MAX_ARRAY)
         except UserError as error:
             warn(f"as if the queue were empty: {error}")
             found, ids, jobs, max_array = {n.key: store.state(store.folder(n)) for n in nodes}, {}, (), MAX_ARRAY

@@ -12,6 +12,7 @@ A batch's name is its job's comment in SLURM. What squeue shows under it is in t
 from __future__ import annotations
 
 import datetime
+import getpass
 import os
 import re
 import subprocess
@@ -143,10 +144,32 @@ def left(store: Store, queue: Mapping[str, State]) -> dict[str, State]:
     return found
 
 
-def limits() -> Mapping[str, int]:
-    """MaxArraySize and the other whole numbers of the cluster's configuration. Raises UserError."""
-    pairs = (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())
-    return {name.strip(): int(value) for name, _, value in pairs if value.strip().isdecimal()}
+def limits(account: str, partition: str, qos: str) -> Mapping[str, int]:
+    """MaxArraySize and the other whole numbers of the cluster's configuration, and what accounting lets this user have in the queue. Raises UserError.
+
+    Args:
+        account, partition, qos: what jobs ask for; "" for the user's own.
+    """
+    pairs = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())}
+    found = {name: int(value) for name, value in pairs.items() if value.isdecimal()}
+    return found | (accounted(account, partition, qos) if pairs.get("AccountingStorageEnforce", "none") != "none" else {})
+
+
+def accounted(account: str, partition: str, qos: str) -> dict[str, int]:
+    """MaxSubmitJobs of the user's association and MaxSubmitJobsPerUser of the QOS, where they are set and sacctmgr can be asked.
+
+    A limit that is not seen here (of a parent, a partition's QOS) is met when sbatch refuses: what it does not take is held back, too.
+    """
+    try:
+        rows = [line.split("|") for line in ask(
+            "sacctmgr", "-nP", "show", "user", getpass.getuser(), "withassoc", "format=DefaultAccount,Account,Partition,MaxSubmitJobs,DefaultQOS").splitlines()]
+        own = [row for row in rows if row[1] == (account or row[0]) and row[2] in ("", partition)]
+        name = qos or next((row[4] for row in own if row[4]), "normal")
+        of_qos = ask("sacctmgr", "-nP", "show", "qos", name, "format=MaxSubmitJobsPU").split()
+    except UserError:
+        return {}
+    told = {"MaxSubmitJobs": [row[3] for row in own], f"MaxSubmitJobsPerUser of the QOS {name}": of_qos}
+    return {limit: min(map(int, numbers)) for limit, values in told.items() if (numbers := [v for v in values if v.isdecimal()])}
 
 
 @contextmanager

@@ -37,13 +37,14 @@ class Refused(UserError):
 
 @dataclass
 class Submission:
-    """What became of a call: ids by key (of jobs in the queue before, too), nodes held back for lack of room, and what sbatch said."""
+    """What became of a call: ids by key (of jobs in the queue before, too), nodes held back for lack of room, what sbatch said, and whose limit the room is."""
 
     ids: dict[str, str] = field(default_factory=dict)
     new: list[Node] = field(default_factory=list)
     held: list[Node] = field(default_factory=list)
     waiting: list[Node] = field(default_factory=list)
     refused: str = ""
+    full: str = ""
 
 
 def arrange(

@@ -38,6 +38,12 @@ SCONTROL = """#!/bin/sh
 cd "$(dirname "$0")"
 echo "$@" >> scontrol.log
 echo "MaxArraySize            = 11"; echo "MaxJobCount             = 10000"; echo "ClusterName = fake"
+[ ! -e associations ] || echo "AccountingStorageEnforce = associations,limits,qos"
+"""
+# rows as sacctmgr 22.05 with slurmdbd printed them
+SACCTMGR = """#!/bin/sh
+cd "$(dirname "$0")"
+case "$*" in *"show user"*) cat associations;; *"show qos $(cut -d" " -f1 qos) "*) cut -d" " -f2 qos;; esac
 """
 
 SINFO = """#!/bin/sh
@@ -52,7 +58,7 @@ class FakeSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("scontrol", SCONTROL), ("sinfo", SINFO)):
+        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("scontrol", SCONTROL), ("sinfo", SINFO), ("sacctmgr", SACCTMGR)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         (folder / "next").write_text("100\n")

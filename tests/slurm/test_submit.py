@@ -192,10 +192,28 @@ def test_limits_of_the_cluster(fake: FakeSlurm, store: Store, capsys: pytest.Cap
     launcher = slurm(store, "max_submit = 20")
     assert launcher.launch(nodes, store, quiet) == 3
     assert len(fake.queue) == 20 and [fake.options(i).get("array") for i in fake.scripts] == [None, "0-10%11", "0-6%7"]
-    assert "7 nodes are not submitted yet: the queue has no room for more (max_submit)" in capsys.readouterr().err
+    assert "7 nodes are not submitted yet: the queue has no room for more (max_submit is 20, 20 are there)" in capsys.readouterr().err
     fake.queue = fake.queue[:10]
     assert launcher.launch(nodes, store, quiet) == 3
     assert len(fake.queue) == 20
+
+
+@pytest.mark.parametrize(("associations", "qos", "text", "limit", "taken"), [
+    ("root|lab||5|\nroot|root|||\n", "normal -", 'account = "lab"', "MaxSubmitJobs is 5", 5),
+    ("root|lab||5|\nroot|root||6|\n", "normal 9", "", "MaxSubmitJobs is 6", 6),  # the user's own account
+    ("root|root|low|2|fast\nroot|root||20|fast\n", "fast 4", 'partition = "high"', "MaxSubmitJobsPerUser of the QOS fast is 4", 4),
+    ("root|root|||fast\n", "slow 3", 'qos = "slow"', "MaxSubmitJobsPerUser of the QOS slow is 3", 3),
+    ("root|root|||\n", "normal -", "", "", 10),
+])
+def test_limits_of_accounting(
+    fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str], associations: str, qos: str, text: str, limit: str, taken: int
+) -> None:
+    """The smallest of what accounting, the configuration and the profile allow, and which one it is."""
+    (fake.folder / "associations").write_text(associations)
+    (fake.folder / "qos").write_text(f"{qos}\n".replace("-", ""))
+    assert slurm(store, text).launch(graph(store, ("mae",), tuple(f"linear@{i}" for i in range(9))), store, quiet) == 3
+    said = capsys.readouterr().err
+    assert len(fake.queue) == taken and (f"no room for more ({limit}, {taken} are there)" in said if limit else "not submitted" not in said)
 
 
 def test_what_sbatch_refuses_is_said(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
