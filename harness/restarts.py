@@ -44,7 +44,7 @@ def past(folder: Path) -> list[list[int]]:
 
 
 def bounded(train: Callable[[], None], folder: Path, session: Session, stage: str) -> None:
-    """Train, and go back and do it again after a loss that is not finite, at most session.nan_restarts times. Raises NotFinite."""
+    """Train, and go back and do it again after a loss that is not finite, at most session.nan_restarts times. Raises NotFinite, JobFailed."""
     while True:
         try:
             return train()
@@ -53,6 +53,8 @@ def bounded(train: Callable[[], None], folder: Path, session: Session, stage: st
                 raise
             session.log(str(failure))
             restarts = go_back(folder, failure.step)
+            if States(folder).latest() is None:
+                raise JobFailed(f"{failure}: and no state in {folder} can be read: start the job again (--retry), from its beginning") from failure
             session.log(f"{stage}: restart {len(restarts)} of at most {session.nan_restarts}, without the batches in between")
 
 

@@ -15,7 +15,7 @@ from harness.plugins import Session
 from harness.provenance import Usage, make_record
 from harness.randomness import generator
 from harness.restarts import NotFinite
-from harness.spec import Interrupted, Recipe
+from harness.spec import Interrupted, JobFailed, Recipe
 from harness.store import write_json
 from harness.train import fit
 
@@ -82,6 +82,20 @@ def test_a_state_that_was_damaged_is_not_the_one_gone_back_to(tmp_path: Path) ->
     weight, facts, _ = train(tmp_path, (6,), nan_restarts=1)
     assert weight == pytest.approx(-0.5 * (sum(DRAWN[:5]) + sum(DRAWN[7 : STEPS + 2])), rel=1e-12)
     assert facts["deviations"] == ["loss not finite at step 7 of 20: went on from step 5, without the batches in between (2)"]
+
+
+def test_weights_that_are_not_finite_are_no_state(tmp_path: Path) -> None:
+    """Where no state can be read, going back would keep them: the job fails, and begins anew past what it failed at when it is started again."""
+    def damage() -> bool:
+        for path in (tmp_path / "checkpoint" / "train").glob("state-*.pt"):
+            path.write_bytes(b"damaged")
+        return False
+
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(JobFailed, match=r"loss nan at step 5 of 20 .* can be read: start"):
+        train(tmp_path, (4,), nan_restarts=1, should_stop=damage)
+    with pytest.warns(UserWarning, match="is damaged"):
+        weight, _, _ = train(tmp_path, (4,), nan_restarts=1)
+    assert weight == pytest.approx(-0.5 * sum(DRAWN[5 : 5 + STEPS]), rel=1e-12)
 
 
 def test_what_happened_before_is_told_of_the_score(tmp_path: Path) -> None:
