@@ -26,7 +26,7 @@ from harness.metrics import loggers
 from harness.provenance import Usage, gemm_mode, make_record, set_up
 from harness.ranks import BUSY, LEAST, failure_name, join, log_name, number_from, own_rank, processes_here, spreads, supervise
 from harness.spec import Interrupted, JobFailed, UserError
-from harness.store import Locked, lock, read_record, record_validator, write_json
+from harness.store import Locked, lock, read_record, record_schema, write_json
 
 
 def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bool], log: Callable[[str], None], usage: Usage) -> Any:
@@ -233,7 +233,9 @@ def attempt(job: dict[str, Any], folder: Path, usage: Usage, should_stop: Callab
             return 0
         usage.save()
         record = make_record(job, session, machine, usage, parts)
-        record_validator().validate(record)
+        import jsonschema
+
+        jsonschema.Draft202012Validator(record_schema()).validate(record)
         write_json(folder / "record.json", record)
         (folder / "progress.json").unlink(missing_ok=True)
         for states in (folder / "checkpoint").glob("*/"):  # the result is safe: training states are not needed any more

@@ -49,11 +49,10 @@ def read_json(path: Path) -> Any | None:
 
 
 @cache
-def record_validator() -> Any:
-    """Validator of record.schema.json (JSON Schema draft 2020-12)."""
-    import jsonschema
-
-    return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("record.schema.json").read_text()))
+def record_schema() -> dict[str, Any]:
+    """record.schema.json (JSON Schema draft 2020-12)."""
+    schema: dict[str, Any] = json.loads(Path(__file__).with_name("record.schema.json").read_text())
+    return schema
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -86,7 +85,7 @@ def record_shape() -> dict[str, tuple[type, ...]]:
         "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "null": (type(None),),
     }
     found = {}
-    for name, told in record_validator().schema["properties"].items():
+    for name, told in record_schema()["properties"].items():
         allowed = told.get("type", [])
         found[name] = tuple(t for word in ([allowed] if isinstance(allowed, str) else allowed) for t in types[word]) or (object,)
     return found
@@ -253,4 +252,5 @@ class Store:
         """All node folders, sorted by name."""
         if not self.root.is_dir():
             return []
-        return sorted((p for p in self.root.iterdir() if (p / "job.json").exists()), key=lambda p: p.name)
+        with os.scandir(self.root) as entries:
+            return [self.root / name for name in sorted(e.name for e in entries if os.path.exists(f"{e.path}/job.json"))]  # noqa: PTH110

@@ -91,7 +91,7 @@ def compare(scores: Mapping[str, Mapping[int, float]], higher_is_better: bool = 
     best = (max if higher_is_better else min)(means, key=lambda method: means[method])
     gaps = {pair: differences(scores[pair[0]], scores[pair[1]]) for pair in itertools.combinations(scores, 2)}
     gaps = {pair: values for pair, values in gaps.items() if len(values) > 1}
-    p = dict(zip(gaps, holm([paired_p(values) for values in gaps.values()]), strict=True))
+    p = dict(zip(gaps, holm(paired_p(list(gaps.values()))), strict=True))
     against = {m: p.get((m, best), p.get((best, m))) for m in scores if m != best}
     spreads = [(len(values), statistics.variance(values)) for values in gaps.values()]
     detectable = None
@@ -107,13 +107,18 @@ def differences(first: Mapping[int, float], second: Mapping[int, float]) -> list
     return [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
 
 
-def paired_p(values: Sequence[float]) -> float:
-    """Two-sided p of Student's t-test that paired differences (two at least) have mean 0. Without any spread nothing can be shown: 1."""
-    if math.isclose(statistics.stdev(values), 0.0, abs_tol=1e-9):
-        return 1.0
-    from scipy.stats import ttest_1samp
+def paired_p(gaps: Sequence[Sequence[float]]) -> list[float]:
+    """Two-sided p of Student's t-test that paired differences (two at least) have mean 0, of each row. Without any spread nothing can be shown: 1."""
+    found, alike = [1.0] * len(gaps), dict[int, list[int]]()
+    for place, values in enumerate(gaps):
+        if not math.isclose(statistics.stdev(values), 0.0, abs_tol=1e-9):
+            alike.setdefault(len(values), []).append(place)
+    for places in alike.values():  # a call for all of a length: scipy's checks take longer than a test
+        from scipy.stats import ttest_1samp
 
-    return float(ttest_1samp(values, 0.0).pvalue)
+        for place, p in zip(places, ttest_1samp([gaps[i] for i in places], 0.0, axis=1).pvalue, strict=True):
+            found[place] = float(p)
+    return found
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from harness.jobs import Node
-from harness.store import RECORD_SCHEMA, Store, record_validator, write_json
+from harness.store import RECORD_SCHEMA, Store, record_schema, write_json
 
 EMPTY = {"object": {}, "array": [], "string": "", "integer": 0, "number": 0.0}
 
@@ -15,7 +15,7 @@ def written(root: Path, node: Node, hours: float = 0.0, **fields: object) -> Pat
     job = node.job(root)
     write_json(folder / "job.json", job)
     plain: dict[str, object] = {}
-    for name in (schema := record_validator().schema)["required"]:
+    for name in (schema := record_schema())["required"]:
         kinds = schema["properties"][name].get("type", [])
         plain[name] = None if "null" in kinds else EMPTY.get(kinds) if isinstance(kinds, str) else None
     same = {k: job[k] for k in ("kind", "name", "key", "identity", "about", "parents")}

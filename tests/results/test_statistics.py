@@ -13,7 +13,7 @@ SECOND = dict(enumerate((1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4)))
 
 
 def test_paired_t_test_of_students_sleep_data() -> None:
-    assert paired_p(differences(FIRST, SECOND)) == pytest.approx(0.002833, abs=5e-7)
+    assert paired_p([differences(FIRST, SECOND), [1.0, 1.0]]) == pytest.approx([0.002833, 1.0], abs=5e-7)
 
 
 def test_interval_of_students_sleep_data() -> None:
