@@ -25,13 +25,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 from report import keep
 
 from harness.jobs import Node
 from harness.plan import Planner
 from harness.provenance import versions
 from harness.request import Request
-from harness.store import RECORD_SCHEMA, Store, record_validator
+from harness.store import RECORD_SCHEMA, Store, record_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("scratch", "supervised", "supervised@mean", "beit", "beit@random", "beit-pixel", "mae", "mae@pixels", "mae@dec-depth-1", "mae@mask-ratio-50")
@@ -116,7 +117,7 @@ def fill(runs: Path, seeds: int) -> None:
             "deviations": list(job["about"]["deviations"]), "deviations_found": [], "facts": {},
         }
         if number == len(nodes) - 1:
-            record_validator().validate(record)
+            jsonschema.Draft202012Validator(record_schema()).validate(record)
         (folder / "record.json").write_text(json.dumps(record, indent=1))
         (folder / "usage.json").write_text(json.dumps({"seconds": 1.0, "device_seconds": 1.0, "start": start}))
 
