@@ -1,100 +1,32 @@
-"""Charts as SVG for the report: curves, dots with intervals, scatter, critical-difference diagram.
+"""Charts for the report: curves, dots with intervals, scatter, critical-difference diagram.
 
-By matplotlib, without its pyplot: figures are made where the tables are, in Python, as vectors that need no script, no browser and no network, on paper as
-on a screen; it is there anyway, since mmengine asks for it. Libraries that draw in the browser (plotly.js, Vega) would bring megabytes of script into each
-page, and a reader without scripts would see nothing. What it writes is made fit for a page here: text stays text, in the page's font; colours are variables
-of its style sheet, dark and light; an artist's gid is what a pointer on it is told. Sizes are in pixels.
+By matplotlib: figures are made where the tables are, in Python, as vectors (SVG) that need no script, no browser and no network, on paper as on a screen; its
+scales, ticks and layout are well kept, and it is there anyway, since mmengine asks for it. Libraries that draw in the browser (plotly.js, Vega) would bring
+megabytes of script into each page, and a reader without scripts would see nothing. Sizes are in pixels.
 """
 
 from __future__ import annotations
 
-import hashlib
-import html
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+
+from results.drawing import COLOURS, SAID, drawn, ink
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
-COLOURS = 8
 WIDTH = 376  # three charts side by side on a desktop
 MOST = 24  # names that a chart can hold: of more the best are shown
 LONGEST = 21  # characters of a name
 LEAST = 1e-6  # where zero lies on a logarithmic axis
-VARIABLES = ("text", "quiet", "rule", "ground", *(f"c{i}" for i in range(COLOURS)))  # colours of the page
-SAID = "said: "  # begins a gid that is told on hover
-ILLEGAL = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
 
 
 def colour(number: int) -> str:
-    """Variable of the n-th colour; beyond the last they come again, curves dashed."""
+    """Variable of the n-th colour in the page's style sheet; beyond the last they come again, curves dashed."""
     return f"c{number % COLOURS}"
-
-
-def ink(variable: str) -> str:
-    """What stands for a colour of the page until `reduced` names it."""
-    return f"#fade{VARIABLES.index(variable):02x}"
-
-
-STYLE = {
-    "axes.axisbelow": True, "axes.formatter.useoffset": False, "axes.grid": True, "axes.labelcolor": ink("quiet"), "font.size": 12, "grid.color": ink("rule"),
-    "lines.solid_capstyle": "butt", "svg.fonttype": "none", "svg.hashsalt": "", "text.color": ink("text"), "text.parse_math": False,
-}
-
-
-def drawn(paint: Callable[[Axes], None], label: str, aloud: str, height: float, width: float = WIDTH) -> str:
-    """A picture that scales with the page: `label`, and below it what `paint` draws; `aloud` is read aloud. Neither changes nor heeds settings of others."""
-    from matplotlib import style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    stream = io.StringIO()
-    with style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # the reader's fonts have it
-        figure = Figure((width / 72, height / 72), dpi=72, layout="constrained", frameon=False)
-        canvas = FigureCanvasSVG(figure)
-        figure.suptitle(label, x=0.01, ha="left", size=12, color=ink("quiet"))
-        axes = figure.add_subplot(frame_on=False)
-        axes.tick_params(left=False, bottom=False, labelsize=11, labelcolor=ink("quiet"))
-        paint(axes)
-        canvas.print_svg(stream, metadata={"Date": None})
-    text = ILLEGAL.sub("?", stream.getvalue())
-    root = ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", text).replace("xlink:href", "href"))
-    mark = hashlib.sha256(text.encode()).hexdigest()[:6]  # charts of a page share no ids
-    parts = "".join(ElementTree.tostring(e, encoding="unicode") for e in reduced(root, mark))
-    size = f'viewBox="0 0 {width} {height:.0f}" style="max-width:{width}px"'
-    return f'<svg {size} role="img" aria-label="{html.escape(aloud)}">{parts}</svg>'
-
-
-def reduced(element: ElementTree.Element, mark: str) -> list[ElementTree.Element]:
-    """What a page needs of an element, a fifth of what matplotlib writes: of a group that says nothing its children, tenths of pixels, no clipping."""
-    children = [c for child in element if child.tag not in ("metadata", "style", "clipPath") for c in reduced(child, mark)]
-    name, kept = element.get("id", ""), {k: rounded(element.attrib[k]) for k in ("d", "x", "y") if k in element.attrib}
-    if element.tag in ("svg", "g", "defs") and not (children and (element.tag == "defs" or name.startswith(SAID))):
-        return children
-    if element.tag == "path" and name:  # a mark that `use` draws, in the colours that it names
-        kept["id"] = f"{name}-{mark}"
-    elif look := re.sub("font-family:[^;]*;? ?", "", element.get("style", "")):
-        kept["style"] = re.sub("#fade(..)", lambda hit: f"var(--{VARIABLES[int(hit[1], 16)]})", look)
-    if element.tag == "use":
-        kept["href"] = f"{element.get('href')}-{mark}"
-    if name.startswith(SAID):
-        children.insert(0, said := ElementTree.Element("title"))
-        said.text = name.removeprefix(SAID)
-    element.attrib, element[:], element.tail, element.text = kept, children, None, element.text if element.tag == "text" else None
-    return [element]
-
-
-def rounded(numbers: str) -> str:
-    """Coordinates to a tenth of a pixel, without room around letters."""
-    return re.sub(r"\s*([A-Z])\s*", r"\1", re.sub(r"-?\d+\.\d+", lambda hit: f"{round(float(hit[0]), 1) + 0.0:g}", numbers).strip())
 
 
 def clipped(name: str) -> str:
@@ -120,10 +52,9 @@ def lines(series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]
         for name, curves in series.items():
             look = {"color": ink(colour(order.index(name))), "linestyle": "-" if order.index(name) < COLOURS else "--", "linewidth": 1.4, "alpha": 0.85}
             for seed, curve in enumerate(curves, 1):
-                xs, ys = zip(*(p for p in zip(*curve, strict=True) if math.isfinite(p[1])), strict=True)
-                axes.plot(xs, ys, gid=f"{SAID}{name}, curve {seed}", **look)
+                axes.plot(*curve, gid=f"{SAID}{name}, curve {seed}", **look)
 
-    return drawn(paint, y_label, f"{y_label} over {x_label}: {', '.join(series)}", 240)
+    return drawn(paint, y_label, f"{y_label} over {x_label}: {', '.join(series)}", WIDTH, 240)
 
 
 @dataclass(frozen=True)
@@ -168,7 +99,7 @@ def dots(rows: Sequence[Dot], label: str, order: Sequence[str], higher_is_better
             words(axes, f"{d.value:.1f}", max(values), y, 11, size=11, color=ink("quiet"))
         axes.set(ylim=(len(rows) - 0.4, -0.6), **{"xlim": (0, None)} if from_zero else {})
 
-    return drawn(paint, label, label, 66 + 24 * len(rows))
+    return drawn(paint, label, label, WIDTH, 66 + 24 * len(rows))
 
 
 def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str, order: Sequence[str], higher_is_better: bool = True) -> str:
@@ -192,21 +123,24 @@ def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: s
             axes.plot(max(LEAST, x), y, "o", color=tone, markersize=9, markeredgewidth=2, gid=f"{SAID}{name}: {y:.2f} at {x:.3g}", **fill)
         beside(axes, [(clipped(p[0]) if len(points) <= MOST or p in front else "", max(LEAST, p[1]), p[2]) for p in points])
 
-    return drawn(paint, y_label, f"{y_label} against {x_label}", 260)
+    return drawn(paint, y_label, f"{y_label} against {x_label}", WIDTH, 260)
 
 
 def beside(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names of points: right of one, else left, above or below it, where the first place is free; left where none is. Those without a name are kept free."""
+    """Names of points: right of one, else left, above or below it, where the first place is free of points, of names and of the chart's first line; left
+    where none is. The place of a point without a name is kept free too."""
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()  # places are known once the layout is
+    line = axes.transData.transform_path(axes.lines[0].get_path())
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform([p[1:] for p in points])]
     places = [("left", 9, 0), ("right", -9, 0), *((side, 0, up) for up in (14, -14) for side in ("center", "right", "left")), ("right", -9, 0)]
     for name, x, y in points:
         for last, (side, right, up) in zip((*[False] * 8, True), places, strict=True):
             note = words(axes, name, x, y, right, up, ha=side, in_layout=False)
             box = note.get_window_extent()
-            if last or (0 <= box.x0 <= box.x1 <= axes.figure.bbox.x1 and not box.count_overlaps(taken)):
+            within = 0 <= box.x0 <= box.x1 <= axes.figure.bbox.x1
+            if last or (within and not box.count_overlaps(taken) and not line.intersects_bbox(box, filled=False)):
                 break
             note.remove()
         taken.append(box)
@@ -242,4 +176,4 @@ def rank_diagram(mean: Mapping[str, float], critical: float, groups: Sequence[Se
             words(axes, f"{clipped(name)} {mean[name]:.2f}", edge, y, right, ha=side)
 
     label = f"the best {len(names)} of {len(mean)}" if len(names) < len(mean) else ""
-    return drawn(paint, label, "Mean ranks: " + ", ".join(f"{n} {mean[n]:.2f}" for n in names), 30 + 20 * (2 + top + half), 640)
+    return drawn(paint, label, "Mean ranks: " + ", ".join(f"{n} {mean[n]:.2f}" for n in names), 640, 30 + 20 * (2 + top + half))
