@@ -139,7 +139,7 @@ def beside(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
         for last, (side, right, up) in zip((*[False] * 8, True), places, strict=True):
             note = words(axes, name, x, y, right, up, ha=side, in_layout=False)
             box = note.get_window_extent()
-            within = 0 <= box.x0 <= box.x1 <= axes.figure.bbox.x1
+            within = (box.min >= axes.bbox.min).all() and (box.max <= axes.bbox.max).all()
             if last or (within and not box.count_overlaps(taken) and not line.intersects_bbox(box, filled=False)):
                 break
             note.remove()

@@ -1,7 +1,7 @@
 """The report: one page that needs nothing else, says what the records say, and works in a browser.
 
-screens/ shows how the page looked in Chromium at desktop and phone width (1280, shown smaller, and 400): that of the three-seed demo, light and dark, and
-the pictures of a smoke run; for the next one who changes its style.
+screens/ shows how the page of the three-seed demo looked in Chromium at desktop and phone width (1280, shown smaller, and 400): its begin, light and dark,
+and its pictures; for the next one who changes its style.
 """
 
 import argparse
