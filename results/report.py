@@ -181,7 +181,7 @@ class Page:
                 cell = sheet.cell(method, name, metric)
                 totals = [cost_of(r, self.archive).total_hours for r in cell.results]
                 if cell.value is not None and totals and None not in totals:
-                    points.append((method, max(1e-6, sum(t for t in totals if t is not None) / len(totals)), cell.value))
+                    points.append((method, sum(t for t in totals if t is not None) / len(totals), cell.value))
             if len(points) > 1:
                 found.append(charts.scatter(points, "device-hours", f"{name} {metric.name}", sheet.methods, metric.higher_is_better))
         return found

@@ -1,17 +1,21 @@
 """The report: one page that needs nothing else, says what the records say, and works in a browser.
 
-screens/ shows how the page looked in Chromium at desktop and phone width (1280, shown smaller, and 400): that of the three-seed demo, light and dark, and
-the pictures of a smoke run; for the next one who changes its style.
+screens/ shows how the page of the three-seed demo looked in Chromium at desktop and phone width (1280, shown smaller, and 400): its begin, light and dark,
+and its pictures; for the next one who changes its style.
 """
 
 import argparse
 import base64
 import io
+import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from folders import about, written
@@ -155,8 +159,11 @@ def test_what_a_pre_training_goes_on_from_has_a_chart_of_its_own(tmp_path: Path)
 
 def test_only_a_bar_from_zero_is_drawn_as_a_bar() -> None:
     # The length of a bar that begins at 80 would show 83 as three times 81.
-    assert "<rect" not in charts.dots([charts.Dot("a", 83.0, (82.0, 84.0)), charts.Dot("b", 81.0, None)], "top-1", ["a", "b"])
-    assert charts.dots([charts.Dot("a", 30.0, None), charts.Dot("b", 5.0, None)], "top-1", ["a", "b"]).count("<rect") == 2
+    assert "opacity: 0.45" not in charts.dots([charts.Dot("a", 83.0, (82.0, 84.0)), charts.Dot("b", 81.0, (80.0, 82.0))], "top-1", ["a", "b"])
+    bars = charts.dots([charts.Dot("a", 30.0, (20.0, 40.0)), charts.Dot("b", 5.0, (-1.0, 11.0)), charts.Dot("c", 6.0, None)], "top-1", ["a", "b", "c"])
+    lengths = [float(right) - float(left) for left, right in re.findall(r"M([\d.]+) [\d.]+L([\d.]+)[^>]*opacity: 0.(?:45|25)", bars)]
+    assert lengths == pytest.approx([6 * lengths[1], lengths[1], 1.2 * lengths[1]], abs=0.5)
+    assert "opacity: 0.25" in bars and ">c: 6.00, one seed<" in bars and ">b: 5.00, 95 % CI -1.00 to 11.00<" in bars
 
 
 def test_of_a_hundred_methods_charts_show_the_best() -> None:
@@ -165,29 +172,53 @@ def test_of_a_hundred_methods_charts_show_the_best() -> None:
     bars = charts.dots([charts.Dot(n, 20.0 + i, None) for i, n in enumerate(names)], "error", names, higher_is_better=False)
     assert "error: the best 24 of 100" in bars and "method-023" in bars and "method-024" not in bars
     ranks = charts.rank_diagram({n: 1.0 + i for i, n in enumerate(names)}, 30.0, [names[i : i + 31] for i in range(70)])
-    assert "the best 24 of 100" in ranks and "method-023" in ranks and "method-024" not in ranks and ranks.count('class="group"') == 1
+    assert "the best 24 of 100" in ranks and "method-023" in ranks and "method-024" not in ranks and ranks.count("stroke-width: 4") == 1
     points = charts.scatter([(n, 1.0 + i, 50.0 - i) for i, n in enumerate(names)], "h", "score", names)
-    assert points.count("<circle") == 100 and points.count('class="name"') == 1  # the first is cheaper and better than all others
+    assert points.count("<title>") == 100 and re.findall(r">(method-\d+)</text>", points) == names[:1]  # cheaper and better than all others
 
 
 def test_the_front_of_a_scatter_is_what_nothing_beats() -> None:
+    filled = r"<title>(\w+):[^<]*</title>(?:<defs><path[^>]*></defs>)?<use [^>]*fill: var"
     picture = charts.scatter([("cheap", 1.0, 10.0), ("beaten", 2.0, 9.0), ("best", 3.0, 20.0)], "h", "score", ["cheap", "beaten", "best"])
-    assert picture.count('class="dot"') == 2 and picture.count('class="ring"') == 1
-    assert re.search(r'beaten.*?class="ring"', picture)
-    twins = charts.scatter([("a", 1.0, 10.0), ("b", 1.0, 10.0), ("c", 2.0, 9.0)], "h", "score", ["a", "b", "c"])
-    assert twins.count('class="dot"') == 2 and twins.count('class="ring"') == 1  # equal ones do not beat each other
+    assert re.findall(filled, picture) == ["cheap", "best"] and picture.count("fill-opacity: 0; stroke: var(--c1)") == 1
+    twins = charts.scatter([("a", 0.0, 10.0), ("b", 0.0, 10.0), ("c", 2.0, 9.0)], "h", "score", ["a", "b", "c"])
+    assert re.findall(filled, twins) == ["a", "b"]  # equal ones do not beat each other
+    assert "a: 10.00 at 0<" in twins
 
 
 def test_labels_of_neighbours_do_not_lie_on_each_other() -> None:
-    first = charts.beside(100.0, 100.0, "supervised", [(94, 94, 106, 106), (124, 96, 136, 108)], 376.0)
-    assert first[1] == "end"  # the other point lies where the label would: to the left
-    assert charts.beside(130.0, 102.0, "beit-pixel", [(94, 94, 106, 106), first[2]], 376.0)[1] == "start"
-    assert charts.beside(370.0, 50.0, "at the edge", [], 376.0)[1] == "end"
+    points = [("supervised", 1.0, 10.0), ("beit-pixel", 1.1, 10.0), ("far off", 0.1, 11.0), ("at the edge", 30.0, 5.0)]
+    picture = charts.scatter(points, "h", "score", [p[0] for p in points])
+    anchors = {name: (look, float(x)) for x, look, name in re.findall(r'<text x="([\d.]+)"[^>]*?(?:text-anchor: (\w+);[^>]*)?>([^<]+)</text>', picture)}
+    assert anchors["supervised"][0] == "end" and anchors["beit-pixel"][0] == "start"  # the other point lies where the label would: to the left
+    assert anchors["at the edge"][0] == "end" and anchors["at the edge"][1] < charts.WIDTH
 
 
-def test_ticks_are_round_and_within() -> None:
-    assert charts.Scale(0.0, 10.0, 0, 1).ticks() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
-    assert charts.Scale(0.02, 0.3, 0, 1, True).ticks() == pytest.approx([0.02, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("name", [EVIL, "$x_1$ and $", "a" * 200, "\x00 two\nlines", "\u6f22\u5b57", "#fade99", "said: so", ' xlink:href="x" id="y"'])
+def test_a_chart_takes_any_name(name: str) -> None:
+    points, curves = [(name, 0.0, 1.0), ("b", 1.0, 2.0)], [([1, 2, 3], [3.0, math.nan, 1.0]), ([1, 2], [math.nan, math.inf])]
+    drawn = [charts.dots([charts.Dot(name, 1.0, (0.5, 1.5), (0.9, 1.1), 1.3)], name, [name]), charts.scatter(points, "h", name, [name, "b"]),
+             charts.lines({name: curves}, "step", "loss", [name]), charts.rank_diagram({name: 1.2, "b": 1.8}, 3.0, [(name, "b")])]
+    for chart in drawn:
+        root = ElementTree.fromstring(chart)
+        told, wanted = (" ".join(text.replace("\x00", "?").split()) for text in (" ".join(root.itertext()), name))
+        assert {e.tag for e in root.iter()} <= {"svg", "g", "path", "defs", "use", "text", "title"} and (wanted in told or charts.clipped(wanted) in told)
+
+
+def test_charts_are_of_the_page_and_leave_matplotlib_as_it_is() -> None:
+    # A colour that is fixed is unreadable in the dark, an id that two charts share makes one draw the other's marks, pyplot would open a window's backend.
+    before, loaded = dict(matplotlib.rcParams), set(sys.modules)
+    curves = [(range(9), [1.0 / (i + 1) for i in range(9)])]
+    names = [f"m{i}" for i in range(9)]
+    made = [charts.lines(dict.fromkeys(names, curves), "step", "loss", names), charts.dots([charts.Dot("m1", 1.0, (0.5, 1.5), (0.9, 1.1))], "top-1", names),
+            charts.dots([charts.Dot("m1", 1.0, (0.5, 1.6), (0.9, 1.1))], "top-1", names)]
+    assert dict(matplotlib.rcParams) == before and "matplotlib.pyplot" not in set(sys.modules) - loaded
+    assert not re.search(r"#[0-9a-f]{6}|font-family|<style|<metadata|clip-path", "".join(made))
+    assert all(re.match(r'<svg viewBox="0 0 376 \d+" style="max-width:376px" role="img" aria-label="[^"]+">', m) for m in made)
+    ids = re.findall(r' id="([^"]+)"', "".join(made))
+    assert ids and len(set(ids)) == len(ids) and {f"#{i}" for i in ids} == set(re.findall(r'href="([^"]+)"', "".join(made)))
+    assert made[0].count("stroke-dasharray") == 1 and "<title>m8, curve 1</title>" in made[0]  # the ninth has the first's colour
+    assert charts.lines({"a": [([1.0], [math.nan])]}, "step", "loss", ["a"]) == ""
 
 
 SCRIPT = """<script>
