@@ -133,8 +133,30 @@ def test_a_table_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, c
 
     assert cli.main(["table", "--runs", str(claim.folder), "--methods", "mae,beit"]) == 0
     assert capsys.readouterr().out == Table.render(asked(runs), "markdown", ("mae", "beit"), folders=(runs,)) + "\n"
-    assert cli.main(["status", "--runs", str(claim.folder)]) == 0
-    assert "kept records, no runs: `table`, `audit` and `report` read them" in capsys.readouterr().err
+
+
+def test_status_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, capsys: pytest.CaptureFixture[str]) -> None:
+    from harness import cli
+
+    def said(*words: str) -> tuple[str, ...]:
+        found = []
+        for folder in (runs, claim.folder):
+            assert cli.main(["status", *words, "--runs", str(folder)]) == 0
+            found.append(capsys.readouterr().out)
+        return tuple(found)
+
+    live, kept = said()
+    assert kept.splitlines() == [line for line in live.splitlines() if " other " not in line]
+    assert kept.count("done ") == 10 and "coco-mae seed 0: no such" in kept
+    for folder in Archive((claim.folder,)).folders():
+        live, kept = said(folder.name)
+        assert kept == live or "failed: no such" in kept, "a job without a record is kept without the places of its data"
+    mae = next(r.key for r in asked(runs) if r.method == "mae" and r.settings == "1")  # started a day after the other setting
+    assert "\nkey: since evaluate-linear-" in said(mae)[1] and "changed: plugin.lr 2 -> 1\n" in said(mae)[1] and "\ndata: imagenet abab" in said(mae)[1]
+    assert cli.main(["status", "evaluate-linear", "--runs", str(claim.folder)]) == 2
+    assert "6 runs fit: did you mean evaluate-linear-" in capsys.readouterr().err
+    assert cli.main(["status", mae[:-1] + "x", "--runs", str(claim.folder)]) == 2
+    assert f"no such run: did you mean evaluate-linear-{mae}? " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "line"), [
