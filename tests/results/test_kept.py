@@ -1,6 +1,7 @@
 """Kept records: a small file that gives back all that tables, audits and the words of a report are made of."""
 
 import gzip
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,23 @@ def test_a_table_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, c
 
     assert cli.main(["table", "--runs", str(claim.folder), "--methods", "mae,beit"]) == 0
     assert capsys.readouterr().out == Table.render(asked(runs), "markdown", ("mae", "beit"), folders=(runs,)) + "\n"
+
+
+def test_a_page_without_runs_says_where_what_is(runs: Path, claim: Claim, capsys: pytest.CaptureFixture[str]) -> None:
+    # Of a kept folder a page can link to the records alone. What lies elsewhere is named by its folder, without the place on the machine that made it.
+    from harness import cli
+
+    shutil.rmtree(runs)
+    key = next(r.key for r in claim.archive.kept if r.status == "done")
+    said = f'in <a href="{{}}">{NAME}</a>; log and checkpoint in <code>evaluate-linear-{key}</code> of the runs folder it was made in<!-- end -->'
+    assert said.format(NAME) in claim.page() and str(runs) not in claim.page()
+    earlier = re.sub(rf"(<!-- of files: {key} -->).*?(<!-- end -->)", rf"\1: its record is a line of {NAME}, as an older page said\2", claim.page())
+    (claim.folder / "report.html").write_text(earlier)
+    claim.again()
+    assert said.format(NAME) in (claim.folder / "report.html").read_text()
+    (elsewhere := runs.parent / "elsewhere").mkdir()
+    assert cli.main(["report", "--runs", str(claim.folder), "--out", str(elsewhere / "page.html"), "--no-image-noise"]) == 0
+    assert said.format(f"../claim/{NAME}") in (elsewhere / "page.html").read_text()
 
 
 def test_status_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, capsys: pytest.CaptureFixture[str]) -> None:
