@@ -81,8 +81,8 @@ def as_text(title: str, items: Sequence[Item]) -> str:
 
 def planned(args: argparse.Namespace) -> tuple[Item, ...]:
     """The audit of a plan: what is known before anything has run. Device-hours as `run --dry-run` estimates them for this machine, FLOPs from records that
-    have counted them for the same computation (both `results.budget`); what no record tells of is not known, nor is, before the trials of a sweep have
-    ended, what the values of the sweep differ in."""
+    have counted them for the same computation, or counted without numbers (both `results.budget`). What neither tells of is not known, nor is, before the
+    trials of a sweep have ended, what the values of the sweep differ in."""
     from harness.jobs import Node
     from harness.plan import Planner
     from harness.request import Cell, Request
