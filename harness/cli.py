@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness import __version__
-from harness.spec import UserError, suggest
+from harness.spec import UserError
 
 if TYPE_CHECKING:
     from harness.request import Keep, Plan
@@ -239,7 +238,7 @@ def command_status(args: argparse.Namespace) -> int:
     """`harness status`."""
     from harness.launch import queued
     from harness.plugins import load
-    from harness.store import Store, read_json, read_record
+    from harness.store import Store
 
     store = Store(Path(args.runs))
     if not store.root.is_dir():
@@ -249,15 +248,7 @@ def command_status(args: argparse.Namespace) -> int:
         return int(load("commands", "table")().overview(lambda: (store, queued(store)), args.watch))
     if args.watch:
         raise UserError("--watch: shows all runs: leave RUN out")
-    folders, away = store.folders(), queued(store)
-    found = [f for f in folders if f.name == Path(args.run).name or f.name.rsplit("-", 1)[-1].startswith(args.run)]
-    found = found or [f for f in folders if args.run in f.name]
-    if len(found) != 1:
-        what = "no such run" if not found else f"{len(found)} runs fit"
-        raise UserError(f"status {args.run}: {what}: {suggest(args.run, [f.name for f in (found or folders)], most=200)}")
-    state, record = store.explain(found[0], away), read_record(found[0])
-    print(f"{found[0].name}: {state.status}{': ' + state.reason if state.reason else ''}", *load("commands", "table").explain(found[0]), sep="\n")
-    print(json.dumps(record or read_json(found[0] / "job.json"), indent=1))
+    print(*load("commands", "table").explain(args.run, store, queued(store)), sep="\n")
     return 0
 
 

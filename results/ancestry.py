@@ -11,7 +11,7 @@ from typing import Any
 from harness.collect import Result
 from harness.jobs import read_job
 from harness.spec import UserError
-from harness.store import Store, read_record
+from harness.store import State, Store, read_record
 from results.kept import read_kept
 
 
@@ -79,6 +79,27 @@ class Archive:
             self._records[place] = read_record(folder)
         return self._records[place]
 
+    def folders(self) -> list[Path]:
+        """Folders of all nodes, sorted by name; those of kept records are not there."""
+        return sorted((folder for found in self._folders.values() for folder in found), key=lambda folder: folder.name)
+
+    def has(self, folder: Path) -> bool:
+        """Whether it is the folder of a node."""
+        return folder in self._folders.get(folder.name.rsplit("-", 1)[-1], ())
+
+    def job(self, folder: Path) -> Mapping[str, Any]:
+        """What job.json says of a node, or its record, which says the same. Raises UserError when neither can be read."""
+        return self.record(folder) or self._unfinished.get(str(folder)) or read_job(folder / "job.json")
+
+    def state(self, folder: Path, away: Mapping[str, State]) -> State:
+        """State of a node; of kept ones without a record as their cells have it. `away`: what launchers know of nodes elsewhere. Raises UserError."""
+        if self.read(folder) is not None:
+            return State("done")
+        if str(folder) not in self._unfinished:
+            return Store(folder.parent).explain(folder, away)
+        key = self._unfinished[str(folder)]["key"]
+        return next((State(r.status, r.reason) for r in self.kept if r.key == key), State("missing", "no record was kept"))
+
     def record(self, folder: Path | None) -> Mapping[str, Any] | None:
         """The record of a folder, None where there is none that can be read."""
         try:
@@ -90,7 +111,7 @@ class Archive:
         """Key -> what job.json says of each node that can be read, or its record, which says the same."""
         for key, folders in self._folders.items() if not self._jobs else ():
             with contextlib.suppress(UserError):
-                self._jobs[key] = self.record(self.folder(key)) or self._unfinished.get(str(folders[0])) or read_job(folders[0] / "job.json")
+                self._jobs[key] = self.job(self.folder(key) or folders[0])
         return self._jobs
 
     def steps(self, result: Result) -> tuple[Step, ...]:

@@ -38,8 +38,8 @@ class Item:
             low, high = min(self.measured.values()), max(self.measured.values())
             same = high - low <= self.tolerance * high
         else:
-            same = len(set(self.values.values()) - {UNTRAINED, UNKNOWN}) <= 1
-        return None if same and UNKNOWN in self.values.values() else same
+            same = len({v for v in self.values.values() if v != UNTRAINED and not v.startswith(UNKNOWN)}) <= 1
+        return None if same and any(v.startswith(UNKNOWN) for v in self.values.values()) else same
 
     @property
     def verdict(self) -> str:

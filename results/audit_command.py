@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 from harness.spec import UserError
 from harness.store import Store
 from results.ancestry import Step
-from results.audit import ALONE, VERDICTS, Item, audit, compared, of_sheet, score
+from results.audit import ALONE, UNKNOWN, VERDICTS, Item, audit, compared, of_sheet, score
 from results.budget import Budget
 from results.cells import sheets
+from results.selection import Trials, tried
 from results.table import add_choice, choose
 
 
@@ -32,6 +33,7 @@ class Audit:
         parser.add_argument("--pretrain-data", metavar="DIR", help="with --plan: as for run")
         parser.add_argument("--tuning", choices=("shared", "published"), help="with --plan: as for run")
         parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --plan: as for run")
+        parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="with --plan: as for run")
         add_choice(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -43,8 +45,8 @@ class Audit:
         if args.plan:
             found = [("plan", planned(args))]
         else:
-            if args.data or args.pretrain_data or args.tuning or args.set:
-                raise UserError("audit: --data, --pretrain-data, --tuning and --set describe a plan: add --plan, or leave them out")
+            if args.data or args.pretrain_data or args.tuning or args.set or args.sweep:
+                raise UserError("audit: --data, --pretrain-data, --tuning, --set and --sweep describe a plan: add --plan, or leave them out")
             choice = choose(args)
             archive = choice.archive
             found = [(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive))
@@ -79,10 +81,12 @@ def as_text(title: str, items: Sequence[Item]) -> str:
 
 def planned(args: argparse.Namespace) -> tuple[Item, ...]:
     """The audit of a plan: what is known before anything has run. Device-hours as `run --dry-run` estimates them for this machine, FLOPs from records that
-    have counted them for the same computation (both `results.budget`); what no record tells of is not known."""
+    have counted them for the same computation, or counted without numbers (both `results.budget`). What neither tells of is not known, nor is, before the
+    trials of a sweep have ended, what the values of the sweep differ in."""
     from harness.jobs import Node
     from harness.plan import Planner
-    from harness.request import Request
+    from harness.request import Cell, Request
+    from results.sweep import Sweep
 
     if not args.methods or not args.evals:
         raise UserError("audit --plan: name --methods and --evals, as for run")
@@ -90,19 +94,40 @@ def planned(args: argparse.Namespace) -> tuple[Item, ...]:
     request = Request(words["methods"], words["evals"], args.protocol or "demo", args.backbone, data=args.data, pretrain_data=args.pretrain_data,
                       settings=tuple(args.set), tuning=args.tuning)
 
-    plan = Planner(request).plan()
-    costs = Budget(plan, Store((args.runs or [Path("runs")])[0]), True, None)
+    store = Store((args.runs or [Path("runs")])[0])
+    sweep = Sweep(request, argparse.Namespace(sweep=args.sweep, force=False, retry=False), store) if args.sweep else None
+    plan = (sweep or Planner(request)).plan()
+    costs = Budget(plan, store, True, None)
+    swept = sweep.found if sweep else []
+    ways: Iterable[Iterable[Cell]] = [plan.cells]
+    if plan.later:  # each cell with each of its values; of how many there are decides the key that has most
+        base = next(iter(swept[0].plans.values())).cells
+        values = [next(([p.cells[i] for p in t.plans.values()] for t in swept if i in t.touched), [cell]) for i, cell in enumerate(base)]
+        ways = [[found[min(way, len(found) - 1)] for found in values] for way in range(max(map(len, values)))]
 
     def trail(role: str, node: Node) -> list[Step]:
         step = Step(role, node.key, None, {**expected(node), "device_hours": costs.estimates[node.key].hours, "flops": costs.flops(node)})
         return [step, *(s for name, parent in node.parents.items() for s in trail(name, parent))]
 
-    found: dict[str, dict[str, tuple[Step, ...]]] = {}
-    for cell in plan.cells:
-        if cell.node is not None:
-            found.setdefault(cell.about["method"], {})[cell.about["eval"]] = tuple(trail("evaluation", cell.node))
-    items = audit(found, dict.fromkeys(found, "1 for each evaluator"), dict.fromkeys(found, "1")) if found else ()
+    each, counts = [], dict[tuple[str, str], Trials]()
+    for cells in ways:
+        found: dict[str, dict[str, tuple[Step, ...]]] = {}
+        for index, cell in enumerate(cells):
+            if cell.node is not None:
+                method, name = place = cell.about["method"], cell.about["eval"]
+                found.setdefault(method, {})[name] = tuple(trail("evaluation", cell.node))
+                counts[place] = Trials({"": {""}}, sweeps={t.key: len(t.plans) for t in swept if index in t.touched})
+        each.append(audit(found, {m: tried(counts, m) for m in found}, dict.fromkeys(found, "1")) if found else ())
+    items = [either(same) for same in zip(*each, strict=True)]
     return tuple(replace(i, name=f"{i.name}, estimated") if i.name.endswith(("device-hours", "FLOPs")) else i for i in items)
+
+
+def either(items: Sequence[Item]) -> Item:
+    """An item of several plans, one of which is going to be done: what they differ in is not known."""
+    first, *_ = items
+    values = {m: dict.fromkeys(i.values[m] for i in items) for m in first.values}
+    said = {m: next(iter(v)) if len(v) == 1 else f"{UNKNOWN} before the trials: {' or '.join(v)}" for m, v in values.items()}
+    return replace(first, values=said, measured=first.measured and {m: v for m, v in first.measured.items() if said[m] == first.values[m]})
 
 
 def expected(node: Any) -> Mapping[str, Any]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.canonical import restore
-from harness.data import read_images
+from harness.data import ImageList, read_images
 from harness.jobs import Node
 from harness.request import Plan
 from harness.spec import UserError
 from harness.store import Store
+from results.flops import step_flops
 from results.throughput import Figure, Work, computation, data_of, hardware_here, measured, shipped, work_of
 
 
@@ -37,7 +38,8 @@ class Budget:
         self.plan, self.store, self.hardware = plan, store, None if hasattr(launcher, "precision") else hardware_here()
         self.tables = tuple(map(by_work, (measured(store), shipped()) if self.hardware else (measured(store),)))
         self.computed = {f.computed: f for f in (*shipped(), *measured(store)) if f.flops and f.images}  # on any hardware: FLOPs are the same there
-        self._images: dict[str, int | None] = {}
+        self._images: dict[str, ImageList | None] = {}
+        self._steps: dict[tuple[str, int, int], float | None] = {}
         every = {n.key: n for nodes in (plan.nodes, *plan.later) for n in nodes}
         done = {key for key, n in every.items() if not force and store.state(store.folder(n)).status == "done"}
         self.estimates = {key: Estimate(0.0, "") if key in done else self.estimate(n) for key, n in every.items()}
@@ -82,28 +84,43 @@ class Budget:
         return Estimate(None, f"nothing like it was measured on {self.hardware or 'any device'}: {describe(work)}")
 
     def flops(self, node: Node) -> float | None:
-        """FLOPs of a node's training steps: those that a record has counted for the same computation, for as many images as it will be shown; 0 where nothing
-        is trained, None where no record is known (a field, the ViT or the precision is another) or its data is not there yet."""
-        if not node.identity.get("recipe"):
+        """FLOPs of a node's training steps: those that a record has counted for the same computation, for as many images as it will be shown; where there is
+        no record (a field, the ViT or the precision is another) those of one step of a pre-training or an asset, counted without numbers (`results.flops`),
+        times its steps. 0 where nothing is trained, None where neither tells or its data is not there yet."""
+        recipe: Any = node.recipe
+        if not recipe:
             return 0.0
-        found = self.computed.get(computation(node.job(Path())))
-        images = self.images(node, found) if found else None
-        return found.flops * images / found.images if found and found.flops and images else None
+        found = self.computed.get(same := computation(node.job(Path())))
+        if found and found.flops and (shown := self.images(node, found)):
+            return found.flops * shown / found.images
+        images = self.train_set(node)
+        if node.kind == "evaluate" or not images:
+            return None
+        from harness.samples import steps_of
+
+        classes = images.classes if images.labels is not None else ()
+        if (key := (same, recipe.batch, len(classes))) not in self._steps:
+            self._steps[key] = step_flops(node, classes)
+        step, steps = self._steps[key], steps_of(recipe, round(len(images) * kept_of(node)))[1]
+        return None if step is None else step * steps
 
     def images(self, node: Node, like: Figure) -> int | None:
         """How many images a training will be shown, as `like` counts them; None where its data cannot be read yet."""
         recipe: Any = restore(node.identity["recipe"])
         if recipe.iterations is not None and not like.once:
             return int(recipe.iterations * recipe.batch)
+        images = self.train_set(node)
+        return None if not images else max(1, round(len(images) * kept_of(node) * (1 if like.once else recipe.epochs)))
+
+    def train_set(self, node: Node) -> ImageList | None:
+        """The images that a training is shown, None where they cannot be read yet."""
         name, folder = next(iter(node.where["folders"].items()), ("", ""))
         if folder not in self._images:
             try:
-                self._images[folder] = len(read_images(name.partition(":")[0], "train", Path(folder)))
+                self._images[folder] = read_images(name.partition(":")[0], "train", Path(folder))
             except UserError:
                 self._images[folder] = None
-        count = self._images[folder]
-        kept = 1.0 - float((node.identity.get("plugin") or {}).get("holdout") or 0.0)
-        return count and max(1, round(count * kept * (1 if like.once else recipe.epochs)))
+        return self._images[folder]
 
     def words(self, node: Node) -> str:
         """For behind a node in the list."""
@@ -132,6 +149,11 @@ class Budget:
                 f"--budget {limit:g}: {len(self.unknown)} of {len(self.nodes)} nodes cost nobody knows what, such as {first.about['title']} "
                 f"({self.estimates[first.key].why}), the others {self.total:.3g} device-hours: run it once with less (fewer epochs by --set, "
                 f"same --runs) to measure, or leave --budget out")
+
+
+def kept_of(node: Node) -> float:
+    """The part of a node's images that it does not hold out."""
+    return 1.0 - float((node.identity.get("plugin") or {}).get("holdout") or 0.0)
 
 
 def by_work(figures: Iterable[Figure]) -> dict[Work, list[Figure]]:

@@ -115,8 +115,7 @@ class Claim:
     def page(self, files: Archive | None = None, linked: bool = False, base: Path | None = None) -> str:
         """The report; without the runs folders (`files`) it has no curves, pictures or evaluation noise, and no links to logs and checkpoints. `base`: where
         it will lie, if not in the folder of the records."""
-        beside = f"its record is a line of {NAME}, beside this page"
-        page = Page(self.archive, (base or self.folder).resolve(), True, files, self.staleness, linked, beside, ROOM.copy())  # it counts the room down
+        page = Page(self.archive, (base or self.folder).resolve(), True, files, self.staleness, linked, NAME, ROOM.copy())  # it counts the room down
         return page.render(self.archive.kept, *self.order)
 
 
@@ -126,8 +125,8 @@ def of_records(page: str) -> str:
 
 
 def with_files(page: str, earlier: str) -> str:
-    """A report with what an earlier one took from the files of runs."""
-    taken = {found[1]: found[0] for found in OF_FILES.finditer(earlier)}
+    """A report with what an earlier one took from the files of runs; where it only says that these are not there, it took nothing."""
+    taken = {found[1]: found[0] for found in OF_FILES.finditer(earlier) if NAME not in found[0]}
     return OF_FILES.sub(lambda found: taken.get(found[1], found[0]), page)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from results.ancestry import Step
 from results.cells import Sheet
 from results.costs import hours
+from results.kept import NAME
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 SETTING = re.compile(r"[\w@:+-]+(\.\w+)+=\S+")  # a deviation that --set made; a plugin's own notes are sentences
 
@@ -23,6 +29,21 @@ def made(step: Step) -> str:
     commit = f"commit {str(git['commit'])[:10]}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else "commit not known"
     when = str(step.record.get("end"))[:16].replace("T", " ")
     return f"{when}, {commit}, {hardware.get('device', 'device not known')}, {hours(step.record.get('device_hours'))} h"
+
+
+def whereabouts(step: Step, base: Path, kept: str = "") -> Markup:
+    """Where a node's record, log and checkpoint are, as HTML, when its folder is not there: what a page in `base` can link to are the kept records alone.
+
+    `kept`: the link to these, where it is not simply the way from `base`.
+    """
+    from urllib.parse import quote
+
+    from markupsafe import Markup
+
+    if step.folder is None or not (path := step.folder.with_name(NAME)).is_file():
+        return Markup("its folder is not here")
+    record = Markup('config, parents, commit and environment in <a href="{}">{}</a>').format(kept or quote(os.path.relpath(path.resolve(), base)), NAME)
+    return record + Markup("; log and checkpoint in <code>{}</code> of the runs folder it was made in").format(step.folder.name)
 
 
 def device(step: Step) -> str:

@@ -31,7 +31,7 @@ from results.curves import curves_of
 from results.formats import APART, web
 from results.grid import grid
 from results.image_noise import noise
-from results.origins import commands, environment_of, made
+from results.origins import commands, environment_of, made, whereabouts
 from results.ranks import ranks_of, sentence
 from results.selection import selected_on_test, selected_on_train, trials_of
 from results.staleness import Staleness, with_stale
@@ -83,7 +83,8 @@ class Page:
 
     What `archive` knows from kept records alone has no files: `files` are the runs folders that have them (logs, curves, pictures, outcomes; by default
     the archive itself). All that the page takes from files stands between the comments "of files: NAME" and "end". `staleness` decides on stars in place
-    of this machine, `linked` whether there are links to files, `unlinked` is said where there is none; `room` is what the page takes in.
+    of this machine, `linked` whether there are links to files of runs; `kept` is the link to kept records, where they will lie elsewhere than in the
+    archive; `room` is what the page takes in.
     """
 
     archive: Archive
@@ -92,7 +93,7 @@ class Page:
     files: Archive | None = None
     staleness: Staleness | None = None
     linked: bool = True
-    unlinked: str = "its folder is not here"
+    kept: str = ""
     room: dict[str, int] = field(default_factory=lambda: {"pictures": PICTURES, "records": RECORDS, "picture": BIG, "width": BROAD})
     _anchors: dict[tuple[str, ...], str] = field(default_factory=dict)
     _shown: set[Path] = field(default_factory=set)
@@ -118,7 +119,6 @@ class Page:
         environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
         return environment.get_template("report.html").render(
             title="Which vision pre-training?", summary=f"{done} scores of {', '.join(count)}; newest record of {newest}; page by harness", version=__version__,
-            unlinked=self.unlinked,
             apart=APART.format(len(parts)) + ".", parts=[{k: Markup(v) if k in ("table", "costs", "rank_diagram") else v for k, v in p.items()} for p in parts],
             papers=[Markup(p) for p in papers], scores=[s for sheet in found for s in self.scores(sheet)], environment=environment_of(self.records(results)))
 
@@ -251,7 +251,7 @@ class Page:
                 said = ", ".join(f"{k} {v:.2f}" for k, v in result.metrics.items())
                 for step in self.archive.steps(result):
                     role = f"seed {result.seed}/{result.eval_seed}, {said}: evaluation" if step.role == "evaluation" else f"built on {step.role}"
-                    steps.append({"role": role, "key": step.key, "made": made(step), "links": self.links(step)})
+                    steps.append({"role": role, "key": step.key, "made": made(step), "links": self.links(step), "at": whereabouts(step, self.base, self.kept)})
                     if step.role == "evaluation" and step.record and not text:
                         text = json.dumps(step.record, indent=1, ensure_ascii=False)
             if len(text) > self.room["records"]:

@@ -51,6 +51,7 @@ class Sweep:
         self.request, self.store, self.retry = request, store, args.retry and not again
         self.values = read_words(args.sweep)
         self.planners: list[Planner] = []
+        self.found: list[Trials] = []
         self.fingerprints: dict[str, str] = {}
 
     @property
@@ -73,7 +74,7 @@ class Sweep:
         Raises:
             UserError: no such field, a value of the wrong type, values that change nothing, keys that meet in a cell, or nothing to choose by.
         """
-        found = [self.trials(key, values) for key, values in self.values.items()]
+        found = self.found = [self.trials(key, values) for key, values in self.values.items()]
         base = next(iter(found[0].plans.values()))
         for one in found:
             for other in found[found.index(one) + 1 :]:

@@ -74,11 +74,11 @@ class Table:
         return FORMATS[format](grids, rows).rstrip("\n")
 
     @staticmethod
-    def explain(folder: Path) -> list[str]:
-        """What `harness status RUN` says of a job besides its record."""
+    def explain(run: str, store: Store, away: Mapping[str, State]) -> list[str]:
+        """What `harness status RUN` says."""
         from results.changes import explain
 
-        return explain(folder)
+        return explain(run, Archive((store.root,)), away)
 
     @staticmethod
     def claim(args: argparse.Namespace, given: Sequence[str]) -> tuple[tuple[Request, ...], Keep]:
@@ -97,10 +97,11 @@ class Table:
 
         if again:
             return watch(lambda: overview(*look()))
-        if not (found := overview(*look())):
-            kept = (look()[0].root / KEPT).is_file()
-            hint = "kept records, no runs: `table`, `audit` and `report` read them" if kept else "no runs there yet: `run` with this --runs makes some"
-            print(f"{look()[0].root}: {hint}", file=sys.stderr)
+        found, root = overview(*look()), look()[0].root
+        if (root / KEPT).is_file():
+            print(f"{root}: kept records of {len(found)} jobs; logs, curves and checkpoints lie in the runs folder that they were made in", file=sys.stderr)
+        elif not found:
+            print(f"{root}: no runs there yet: `run` with this --runs makes some", file=sys.stderr)
         for _, line in found:
             print(line)
         return 0

@@ -6,21 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from harness.jobs import read_job
 from harness.spec import UserError
-from harness.store import State, Store, read_json, read_record
+from harness.store import State, Store, read_json
+from results.ancestry import Archive
 
 LOOK_EVERY_S, LINE_EVERY_S = 2.0, 15.0
 
 
 def overview(store: Store, away: Mapping[str, State]) -> list[tuple[str, str]]:
     """State of each job and its line. `away`: what launchers know of jobs elsewhere."""
-    lines = []
-    for folder in store.folders():
+    lines, archive = [], Archive((store.root,))
+    for folder in archive.folders():
         try:
-            record = read_record(folder)
-            job = record or read_job(folder / "job.json")  # which say the same
-            state = State("done") if record else store.explain(folder, away)
+            record, job, state = archive.read(folder), archive.job(folder), archive.state(folder, away)
         except UserError as error:
             lines.append(("damaged", f"{'damaged':12} {folder.name}: {error}"))
             continue

@@ -30,7 +30,7 @@ COMMANDS = {
     "data": {"what", "names", "--protocol", "--data", "--archives", "--labels"},
     "table": {"--format", "--layout", "--methods", "--evals", "--protocol", "--backbone", "--spread", "--cost", "--runs"},
     "report": {"--out", "--no-image-noise", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
-    "audit": {"--plan", "--format", "--data", "--pretrain-data", "--tuning", "--set", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
+    "audit": {"--plan", "--format", "--data", "--pretrain-data", "--tuning", "--set", "--sweep", "--methods", "--evals", "--protocol", "--backbone", "--runs"},
 }
 
 

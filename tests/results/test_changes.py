@@ -7,7 +7,13 @@ from folders import about, written
 
 from harness.jobs import Node
 from harness.store import Store, write_json
-from results.changes import explain
+from results import changes
+from results.ancestry import Archive
+
+
+def explain(folder: Path) -> list[str]:
+    """What `status` says of a node between its state and its record."""
+    return changes.explain(folder.name, Archive((folder.parent,)), {})[1:-1]
 
 
 def evaluation(root: Path, start: str, seed: int = 0, lr: float = 0.1, mask: float = 0.75, **fields: object) -> Path:

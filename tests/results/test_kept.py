@@ -1,6 +1,7 @@
 """Kept records: a small file that gives back all that tables, audits and the words of a report are made of."""
 
 import gzip
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -133,8 +134,47 @@ def test_a_table_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, c
 
     assert cli.main(["table", "--runs", str(claim.folder), "--methods", "mae,beit"]) == 0
     assert capsys.readouterr().out == Table.render(asked(runs), "markdown", ("mae", "beit"), folders=(runs,)) + "\n"
-    assert cli.main(["status", "--runs", str(claim.folder)]) == 0
-    assert "kept records, no runs: `table`, `audit` and `report` read them" in capsys.readouterr().err
+
+
+def test_a_page_without_runs_says_where_what_is(runs: Path, claim: Claim, capsys: pytest.CaptureFixture[str]) -> None:
+    # Of a kept folder a page can link to the records alone. What lies elsewhere is named by its folder, without the place on the machine that made it.
+    from harness import cli
+
+    shutil.rmtree(runs)
+    key = next(r.key for r in claim.archive.kept if r.status == "done")
+    said = f'in <a href="{{}}">{NAME}</a>; log and checkpoint in <code>evaluate-linear-{key}</code> of the runs folder it was made in<!-- end -->'
+    assert said.format(NAME) in claim.page() and str(runs) not in claim.page()
+    earlier = re.sub(rf"(<!-- of files: {key} -->).*?(<!-- end -->)", rf"\1: its record is a line of {NAME}, as an older page said\2", claim.page())
+    (claim.folder / "report.html").write_text(earlier)
+    claim.again()
+    assert said.format(NAME) in (claim.folder / "report.html").read_text()
+    (elsewhere := runs.parent / "elsewhere").mkdir()
+    assert cli.main(["report", "--runs", str(claim.folder), "--out", str(elsewhere / "page.html"), "--no-image-noise"]) == 0
+    assert said.format(f"../claim/{NAME}") in (elsewhere / "page.html").read_text()
+
+
+def test_status_of_kept_records_is_that_of_the_runs(runs: Path, claim: Claim, capsys: pytest.CaptureFixture[str]) -> None:
+    from harness import cli
+
+    def said(*words: str) -> tuple[str, ...]:
+        found = []
+        for folder in (runs, claim.folder):
+            assert cli.main(["status", *words, "--runs", str(folder)]) == 0
+            found.append(capsys.readouterr().out)
+        return tuple(found)
+
+    live, kept = said()
+    assert kept.splitlines() == [line for line in live.splitlines() if " other " not in line]
+    assert kept.count("done ") == 10 and "coco-mae seed 0: no such" in kept
+    for folder in Archive((claim.folder,)).folders():
+        live, kept = said(folder.name)
+        assert kept == live or "failed: no such" in kept, "a job without a record is kept without the places of its data"
+    mae = next(r.key for r in asked(runs) if r.method == "mae" and r.settings == "1")  # started a day after the other setting
+    assert "\nkey: since evaluate-linear-" in said(mae)[1] and "changed: plugin.lr 2 -> 1\n" in said(mae)[1] and "\ndata: imagenet abab" in said(mae)[1]
+    assert cli.main(["status", "evaluate-linear", "--runs", str(claim.folder)]) == 2
+    assert "6 runs fit: did you mean evaluate-linear-" in capsys.readouterr().err
+    assert cli.main(["status", mae[:-1] + "x", "--runs", str(claim.folder)]) == 2
+    assert f"no such run: did you mean evaluate-linear-{mae}? " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "line"), [

@@ -20,7 +20,7 @@ from harness.spec import UserError
 from harness.store import Store, write_json
 from results.ancestry import Archive
 from results.audit import of_sheet
-from results.audit_command import as_text
+from results.audit_command import Audit, as_text, planned
 from results.cells import sheets
 from results.selection import trials_of
 from results.sweep import Sweep, read_words
@@ -124,6 +124,33 @@ def test_trials_stay_out_of_tables_and_count_in_the_audit(smoke_data: Path, stor
         assert "- Chosen on a held-out part of train: scratch on linear (linear.recipe.lr of 3 values)." in Table.render([result], folders=[store.root])
         said = as_text("t", of_sheet(sheet, Archive((store.root,))))  # of a single row too
         assert "3 on linear (linear.recipe.lr by a held-out part of train)" in said
+
+
+def test_the_audit_of_a_plan_counts_the_trials_that_it_would_make(smoke_data: Path, store: Store) -> None:
+    parser = argparse.ArgumentParser()
+    Audit.add_arguments(parser)
+    sweep = ("linear.recipe.lr=0.05,0.1,0.2", "mae.mask_ratio=0.5,0.6")
+    line = ["--plan", "--methods", "scratch,mae", "--protocol", "smoke", "--data", str(smoke_data), "--runs", str(store.root)]
+
+    def items(*words: str) -> dict[str, dict[str, str]]:
+        return {i.name: dict(i.values) for i in planned(parser.parse_args([*line, *words]))}
+
+    before = items("--evals", "linear", "--sweep", sweep[0])
+    of_three = "3 on linear (linear.recipe.lr by a held-out part of train)"
+    assert before["hyper-parameter trials"] == {"scratch": of_three, "mae": of_three}
+    recipe = before["linear: fine-tuning recipe"]["mae"]
+    assert recipe.startswith("not known before the trials: lr 0.05 at batch") and recipe.count(" or lr 0.") == 2
+    assert before["linear: fine-tuning budget"] == items("--evals", "linear")["linear: fine-tuning budget"]
+    swept_method = items("--evals", "knn,linear", "--sweep", sweep[1])["hyper-parameter trials"]
+    assert swept_method["scratch"] == "1 for each evaluator" and swept_method["mae"].count("2 on ") == 2
+    request = asked(smoke_data, "scratch,mae", "linear")
+    score(store, swept(store, request, sweep[0]), **{"scratch_0.05": 30.0, "mae_0.1": 31.0})
+    chosen = items("--evals", "linear", "--sweep", sweep[0])
+    assert {m: v[:7] for m, v in chosen["linear: fine-tuning recipe"].items()} == {"scratch": "lr 0.05", "mae": "lr 0.1 "}
+    score(store, swept(store, request, sweep[0]))
+    (sheet,) = sheets(collect([store.root]))
+    after = {i.name: dict(i.values) for i in of_sheet(sheet, Archive((store.root,)))}
+    assert chosen["hyper-parameter trials"] == before["hyper-parameter trials"] == after["hyper-parameter trials"]
 
 
 @pytest.mark.parametrize("words, said", [
