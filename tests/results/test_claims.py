@@ -49,7 +49,7 @@ def everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_all_claims_are_there() -> None:
-    assert set(PLANS) == {*OPEN, "demo", "photos"} and set(TOLD) == {"demo", "photos"}
+    assert set(PLANS) == {*OPEN, "demo", "photos", "rivals"} and set(TOLD) == {"demo", "photos", "rivals"}
     assert all((ROOT / "results" / name / "records.jsonl.gz").is_file() for name in TOLD)  # what test_kept.py makes the tables from
 
 
