@@ -3,7 +3,7 @@
     python -m harness run --plan results/photos/plan.py --data photos
 
 `photos` is the folder of README.md, which has the layouts of ImageNet, ADE20K and COCO.
-Expected: what table.md beside this file has. Cost: 34 minutes of core time on two cores of an AMD EPYC (README.md).
+Expected: what table.md beside this file has. Cost: 34 to 50 minutes of core time on two cores of an AMD EPYC (README.md).
 """
 
 from harness.request import Request
