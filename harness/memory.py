@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 
@@ -44,6 +45,7 @@ def no_room(told: str, images: int, session: Session, larger: str | None, attemp
     if attempt is None:
         return JobFailed(f"{told}: set HARNESS_MICRO_BATCH={-(-images // 2)}, which changes no key")
     session.log(f"trying how many images fit, from {images // 2} on")
+    gc.collect()  # a process's first DDP lies in a cycle of references: while it is there, it takes an attempt's gradients for those of the step that failed
     if not (fits := most_that_fit(attempt, images)):
         return JobFailed(f"{told}, nor with one: it needs a larger device")
     return JobFailed(f"{told}; {fits} fit: set HARNESS_MICRO_BATCH={fits} or --on-oom halve, which changes no key")

@@ -49,6 +49,7 @@ def lines(series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]
         axes.set_xlabel(x_label)
         axes.margins(0, 0.06)
         axes.locator_params(nbins=5)
+        axes.locator_params(axis="x", integer=True)  # steps
         for name, curves in series.items():
             look = {"color": ink(colour(order.index(name))), "linestyle": "-" if order.index(name) < COLOURS else "--", "linewidth": 1.4, "alpha": 0.85}
             for seed, curve in enumerate(curves, 1):

@@ -152,7 +152,8 @@ def limits(account: str, partition: str, qos: str) -> Mapping[str, int]:
     """
     pairs = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())}
     found = {name: int(value) for name, value in pairs.items() if value.isdecimal()}
-    return found | (accounted(account, partition, qos) if pairs.get("AccountingStorageEnforce", "none") != "none" else {})
+    enforced = pairs.get("AccountingStorageEnforce", "").split(",")  # without "limits" they are written down and hold nobody back
+    return found | (accounted(account, partition, qos) if "limits" in enforced else {})
 
 
 def accounted(account: str, partition: str, qos: str) -> dict[str, int]:

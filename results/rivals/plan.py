@@ -2,7 +2,7 @@
 
     python -m harness run --plan results/rivals/plan.py
 
-Expected: what table.md beside this file has. Cost: an hour and a half of core time on two cores of an AMD EPYC, and what of results/demo is not there yet
+Expected: what table.md beside this file has. Cost: two hours of core time on two cores of an AMD EPYC, and what of results/demo is not there yet
 (README.md).
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from processes import RECIPE, train, train_probe
 from torch import Tensor, nn
 
-from harness.batches import parts_of, positions
+from harness.batches import parts_of, positions, summing
 from harness.data import ImageList
 from harness.plugins import Session
 from harness.ranks import number_from
@@ -131,6 +133,44 @@ def test_memory_that_gives_out_ends_the_job_with_what_may_fit(place: Path, tmp_p
     coupled.batch_coupled = True
     with pytest.raises(JobFailed, match="at step 0 with 10 images at a time: it needs a larger device: its loss couples the images"):
         fit(coupled, images, mean_of, RECIPE, session(tmp_path / "coupled", on_oom="halve"))
+
+
+class Back(nn.Module):
+    """Two linear maps; runs out of memory above so many images on the way back, when the second one has its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(1, 2), nn.Linear(2, 1)
+
+    def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        middle = self.first(batch["x"])
+        if len(middle) > 3:
+            middle.register_hook(self.full)
+        return {"loss": self.second(middle).pow(2).mean()}
+
+    def full(self, gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError("as a GPU would")
+
+
+def test_what_fits_is_tried_without_what_ddp_had_begun(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reducer of the failed step still there, an attempt would end in torch's "marked as ready twice". The first DDP of a process is in a cycle of
+    references, whatever it was imported with: so is this one."""
+    def in_cycle(objective: nn.Module) -> Any:
+        whole = summing(objective)
+        vars(whole)["itself"] = whole
+        return whole
+
+    images = ImageList(place / "images", sorted(p.name for p in (place / "images").iterdir()), None, ())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    monkeypatch.setattr("harness.train.processes", lambda: 2)  # of which this is the first: it trains by DDP, and is in a group of its own
+    monkeypatch.setattr("harness.train.summing", in_cycle)
+    gc.disable()  # as a collection may be long in coming
+    try:
+        with pytest.raises(JobFailed, match="at step 0 with 10 images at a time; 2 fit: set HARNESS_MICRO_BATCH=2 or --on-oom halve"):
+            fit(Back(), images, mean_of, RECIPE, session(tmp_path / "back"))
+    finally:
+        gc.enable()
+        dist.destroy_process_group()
 
 
 def test_a_loss_that_couples_images_is_not_split_unless_forced(tmp_path: Path) -> None:

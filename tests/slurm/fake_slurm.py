@@ -38,7 +38,7 @@ SCONTROL = """#!/bin/sh
 cd "$(dirname "$0")"
 echo "$@" >> scontrol.log
 echo "MaxArraySize            = 11"; echo "MaxJobCount             = 10000"; echo "ClusterName = fake"
-[ ! -e associations ] || echo "AccountingStorageEnforce = associations,limits,qos"
+[ ! -e associations ] || echo "AccountingStorageEnforce = $(cat enforced 2>/dev/null || echo associations,limits,qos)"
 """
 # rows as sacctmgr 22.05 with slurmdbd printed them
 SACCTMGR = """#!/bin/sh

@@ -216,6 +216,14 @@ def test_limits_of_accounting(
     assert len(fake.queue) == taken and (f"no room for more ({limit}, {taken} are there)" in said if limit else "not submitted" not in said)
 
 
+def test_limits_that_are_not_enforced_hold_nothing_back(fake: FakeSlurm, store: Store) -> None:
+    (fake.folder / "associations").write_text("root|root||5|\n")
+    (fake.folder / "qos").write_text("normal 4\n")
+    (fake.folder / "enforced").write_text("associations\n")
+    assert slurm(store).launch(graph(store, ("mae",), tuple(f"linear@{i}" for i in range(9))), store, quiet) == 3
+    assert len(fake.queue) == 10
+
+
 def test_what_sbatch_refuses_is_said(fake: FakeSlurm, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     nodes = graph(store)
     (fake.folder / "refuse").write_text("100")
