@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 from harness.spec import UserError
 from harness.store import Store
-from results.ancestry import Step
+from results.ancestry import Archive, Step
 from results.audit import ALONE, UNKNOWN, VERDICTS, Item, audit, compared, of_sheet, score
 from results.budget import Budget
-from results.cells import sheets
-from results.selection import Trials, tried
+from results.cells import Sheet, sheets
+from results.selection import Trials, trials_of, tried
 from results.table import add_choice, choose
 
 
@@ -80,9 +80,12 @@ def as_text(title: str, items: Sequence[Item]) -> str:
 
 
 def planned(args: argparse.Namespace) -> tuple[Item, ...]:
-    """The audit of a plan: what is known before anything has run. Device-hours as `run --dry-run` estimates them for this machine, FLOPs from records that
-    have counted them for the same computation, or counted without numbers (both `results.budget`). What neither tells of is not known, nor is, before the
-    trials of a sweep have ended, what the values of the sweep differ in."""
+    """The audit of a plan: what is known before anything has run.
+
+    Device-hours as `run --dry-run` estimates them for this machine; FLOPs from records that have counted them for the same computation, or counted without
+    numbers (both `results.budget`); trials are those of the runs folder and of the plan. What none of these tells of is not known, nor is, before the
+    trials of a sweep have ended, what the values of the sweep differ in.
+    """
     from harness.jobs import Node
     from harness.plan import Planner
     from harness.request import Cell, Request
@@ -109,17 +112,24 @@ def planned(args: argparse.Namespace) -> tuple[Item, ...]:
         step = Step(role, node.key, None, {**expected(node), "device_hours": costs.estimates[node.key].hours, "flops": costs.flops(node)})
         return [step, *(s for name, parent in node.parents.items() for s in trail(name, parent))]
 
-    each, counts = [], dict[tuple[str, str], Trials]()
+    each = []
+    counts = trials_of(like(plan.cells), Archive((store.root,)), {n.key: n.job(store.root) for n in plan.nodes})
     for cells in ways:
         found: dict[str, dict[str, tuple[Step, ...]]] = {}
         for index, cell in enumerate(cells):
             if cell.node is not None:
-                method, name = place = cell.about["method"], cell.about["eval"]
+                method, name = cell.about["method"], cell.about["eval"]
                 found.setdefault(method, {})[name] = tuple(trail("evaluation", cell.node))
-                counts[place] = Trials({"": {""}}, sweeps={t.key: len(t.plans) for t in swept if index in t.touched})
+                counts.setdefault((method, name), Trials()).sweeps |= {t.key: len(t.plans) for t in swept if index in t.touched}
         each.append(audit(found, {m: tried(counts, m) for m in found}, dict.fromkeys(found, "1")) if found else ())
     items = [either(same) for same in zip(*each, strict=True)]
     return tuple(replace(i, name=f"{i.name}, estimated") if i.name.endswith(("device-hours", "FLOPs")) else i for i in items)
+
+
+def like(cells: Iterable[Any]) -> Sheet:
+    """A sheet of the protocol, backbone, data and tuning of a plan's cells, without any of them."""
+    about = next((cell.about for cell in cells), {})
+    return Sheet(*(about.get(k, "") for k in ("protocol", "backbone", "data")), about.get("tuning", "published"), (), (), {})
 
 
 def either(items: Sequence[Item]) -> Item:

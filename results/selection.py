@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from harness.canonical import digest
@@ -35,9 +36,9 @@ class Trials:
         return max(map(len, self.on_test.values()), default=0)
 
 
-def trials_of(sheet: Sheet, archive: Archive) -> dict[tuple[str, str], Trials]:
-    """(method, evaluator) -> its trials under the sheet's protocol, backbone, data and tuning."""
-    jobs = archive.jobs()
+def trials_of(sheet: Sheet, archive: Archive, planned: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> dict[tuple[str, str], Trials]:
+    """(method, evaluator) -> its trials under the sheet's protocol, backbone, data and tuning. `planned`: jobs by key that are not there yet."""
+    jobs = {**archive.jobs(), **planned}
     found: dict[tuple[str, str], Trials] = {}
     known: dict[str, tuple[str, str]] = {}  # seeds share their settings, and 10,000 records have a few hundred
     for job in jobs.values():

@@ -151,6 +151,8 @@ def test_the_audit_of_a_plan_counts_the_trials_that_it_would_make(smoke_data: Pa
     (sheet,) = sheets(collect([store.root]))
     after = {i.name: dict(i.values) for i in of_sheet(sheet, Archive((store.root,)))}
     assert chosen["hyper-parameter trials"] == before["hyper-parameter trials"] == after["hyper-parameter trials"]
+    more = items("--evals", "linear", "--set", "linear.recipe.lr=0.4")["hyper-parameter trials"]  # beside what the runs folder has
+    assert more["mae"].startswith("4 on linear")
 
 
 @pytest.mark.parametrize("words, said", [
