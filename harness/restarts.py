@@ -83,7 +83,7 @@ def remarks(restarts: Sequence[Sequence[int]], total: int) -> list[str]:
 def go_back(folder: Path, at: int) -> list[list[int]]:
     """Note, for all processes, that training goes on from the newest state; restarts so far, this one the last."""
     gathered(None)  # what was being written is there
-    restarts: list[list[int]] = gathered([*past(folder), [at, States(folder).steps()[-1]]])[0]
+    restarts: list[list[int]] = gathered([*past(folder), [at, (States(folder).steps() or [0])[-1]]])[0]
     if rank() == 0:
         write_json(folder / "restarts.json", restarts)
     gathered(None)

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = 8
+COLOURS = 12
 VARIABLES = ("text", "quiet", "rule", "ground", *(f"c{i}" for i in range(COLOURS)))  # colours in the style sheet of results/report.html
 SAID = "said: "  # begins a gid: the rest is told on hover
 ILLEGAL = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML

@@ -25,7 +25,7 @@ from harness.collect import collect
 from harness.jobs import Node
 from harness.spec import UserError
 from harness.store import Store, write_json
-from results import charts
+from results import charts, drawing
 from results.ancestry import Archive
 from results.cells import sheets
 from results.curves import curve, curves_of
@@ -209,7 +209,7 @@ def test_charts_are_of_the_page_and_leave_matplotlib_as_it_is() -> None:
     # A colour that is fixed is unreadable in the dark, an id that two charts share makes one draw the other's marks, pyplot would open a window's backend.
     before, loaded = dict(matplotlib.rcParams), set(sys.modules)
     curves = [(range(9), [1.0 / (i + 1) for i in range(9)])]
-    names = [f"m{i}" for i in range(9)]
+    names = [f"m{i}" for i in range(drawing.COLOURS + 1)]
     made = [charts.lines(dict.fromkeys(names, curves), "step", "loss", names), charts.dots([charts.Dot("m1", 1.0, (0.5, 1.5), (0.9, 1.1))], "top-1", names),
             charts.dots([charts.Dot("m1", 1.0, (0.5, 1.6), (0.9, 1.1))], "top-1", names)]
     assert dict(matplotlib.rcParams) == before and "matplotlib.pyplot" not in set(sys.modules) - loaded
@@ -217,7 +217,7 @@ def test_charts_are_of_the_page_and_leave_matplotlib_as_it_is() -> None:
     assert all(re.match(r'<svg viewBox="0 0 376 \d+" style="max-width:376px" role="img" aria-label="[^"]+">', m) for m in made)
     ids = re.findall(r' id="([^"]+)"', "".join(made))
     assert ids and len(set(ids)) == len(ids) and {f"#{i}" for i in ids} == set(re.findall(r'href="([^"]+)"', "".join(made)))
-    assert made[0].count("stroke-dasharray") == 1 and "<title>m8, curve 1</title>" in made[0]  # the ninth has the first's colour
+    assert made[0].count("stroke-dasharray") == 1 and f"<title>{names[-1]}, curve 1</title>" in made[0]  # the last has the first's colour
     assert charts.lines({"a": [([1.0], [math.nan])]}, "step", "loss", ["a"]) == ""
 
 
