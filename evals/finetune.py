@@ -120,7 +120,7 @@ class FineTuning:
 
         return Classifier(
             checkpoint.build(target, recipe.drop_path), classes, mean=checkpoint.mean, std=checkpoint.std, pooling=pooling, augment=recipe.augment,
-            **({} if self.published.from_scratch else {"head_std": FINE_TUNE_STD}),
+            **({"head_std": FINE_TUNE_STD} if self.published.small_head else {}),
         )
 
     def own_classifier(self, checkpoint: Backbone, classes: tuple[str, ...], target: ViTConfig, recipe: Recipe | None = None) -> Classifier:

@@ -29,7 +29,7 @@ def rivals(by: str, family: str, vit: ViTConfig) -> Recipe | None:
     recipe = Recipe(batch=1024, lr=3.0 if moco else 1e-3, lr_batch=256, epochs=90 if moco else 100, optimizer="sgd", momentum=0.9, weight_decay=0.0,
                     frozen=("vit.*",), augment=CROPS, sources=sources)
     if family == "paper":
-        return recipe
+        return dataclasses.replace(recipe, sources=(("augment", "ours: crops are resized bicubic, not bilinear"), *sources))
     sources = (*sources, ("batch, augment", "ours: features of the central crops, computed once"), ("epochs", "smoke's length is ours"))
     return dataclasses.replace(recipe, batch=512 if family == "demo" else 64, epochs=recipe.epochs if family == "demo" else 20, augment=CENTRE, sources=sources)
 

@@ -241,19 +241,21 @@ def scaled_down(family: str) -> Recipe | None:
 
 
 class Published(NamedTuple):
-    """A recipe by size, and what its classifier reads: the class token after the final norm, or the mean of the patch tokens. `from_scratch`: nothing
-    is pre-trained, so that the head starts as the rest does and not next to zero (`harness.classifier`)."""
+    """A recipe by size, and what its classifier reads: the class token after the final norm, or the mean of the patch tokens. `small_head`: the new head
+    starts next to zero (`harness.classifier`), not as timm's does, which is how DeiT's code leaves it, and where nothing is pre-trained."""
 
     recipe: Callable[[str], Recipe | None]
     pooling: Literal["cls", "mean"]
-    from_scratch: bool = False
+    small_head: bool = True
 
 
 PUBLISHED: Mapping[str, Published] = {
     "mae": Published(mae, "mean"), "mae-table9": Published(mae_table_9, "cls"), "mae-448": Published(mae_448, "mean"),
-    "mae-transfer": Published(mae_transfer, "cls"), "scratch": Published(scratch, "cls", from_scratch=True), "beit": Published(beit, "mean"),
+    "mae-transfer": Published(mae_transfer, "cls"), "scratch": Published(scratch, "cls", small_head=False), "beit": Published(beit, "mean"),
     "beit-repo": Published(beit_repo, "mean"), "beit-from-22k": Published(beit_from_22k, "mean"), "beit-384": Published(beit_384, "mean"),
-    "deit-384": Published(deit_384, "cls"), "inat-deit": Published(inat_deit, "cls"), "inat-dino": Published(inat_dino, "cls"),
-    "cifar-beit": Published(cifar_beit, "mean"), "mocov3": Published(mocov3, "cls"), "cifar-mocov3": Published(cifar_mocov3, "cls"),
-    "dino": Published(dino, "cls"), "cifar-dino": Published(cifar_dino, "cls"),
+    "deit-384": Published(deit_384, "cls"), "cifar-beit": Published(cifar_beit, "mean"), "dino": Published(dino, "cls"),
+    # heads as DeiT's code starts them; DINO's on ImageNet is smaller, by its author's word
+    "inat-deit": Published(inat_deit, "cls", small_head=False), "inat-dino": Published(inat_dino, "cls", small_head=False),
+    "mocov3": Published(mocov3, "cls", small_head=False), "cifar-mocov3": Published(cifar_mocov3, "cls", small_head=False),
+    "cifar-dino": Published(cifar_dino, "cls", small_head=False),
 }

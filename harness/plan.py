@@ -191,7 +191,7 @@ class Planner:
         recipe: Recipe | None = None
         notes: tuple[str, ...] = ()
         if getattr(evaluator, "trains", True) and not overrides.use_head:
-            recipe, notes = self.recipe(overrides.on(self.recipe_of(name, evaluator, vit)), name)
+            recipe, notes = self.recipe(overrides.on(self.recipe_of(f"{name} on {method_name}", evaluator, vit)), name)
         if recipe is None:  # nothing is trained: the fine-tuning seed cannot change the number
             eval_seed = parent.identity.get("eval_seed", 0)
         identity = {

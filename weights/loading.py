@@ -114,8 +114,6 @@ def convert(state: Mapping[str, Tensor], hints: Hints, where: str) -> Loaded:
     before = energy(v for k, v in state.items() if k not in left_out)
     if not torch.isfinite(before + energy(second.values())):
         raise UserError(f"{where}: holds values that are not finite: a training that diverged, or a damaged file")
-    if style.name == "mocov3" and hints.heads is None and len(ours.get("norm.weight", ())) == 384:
-        hints = replace(hints, heads=12, heads_from="MoCo v3's ViT-S")  # all other ViTs of this width have 6 (recipes A13)
     config, heads_from = architecture(ours, hints, where)
     ours = place_bias(ours)
     if abs(energy(ours.values()) - before) > 1e-6 * before:
@@ -133,6 +131,8 @@ def convert(state: Mapping[str, Tensor], hints: Hints, where: str) -> Loaded:
     for layout in ("sincos-mae", "sincos-moco") if config.positions != "none" else ():
         if torch.allclose(ours["pos_embed"], sincos_positions(config.width, config.grid, layout), atol=1e-5):
             config = replace(config, positions=layout)
+    if (style.name == "mocov3" or config.positions == "sincos-moco") and config.width == 384 and hints.heads is None:
+        config, heads_from = replace(config, heads=12), "MoCo v3's ViT-S"  # of its probe's and its converted files, too; all others of this width have 6 (A13)
     (mean, std), assumed = statistics_of(style, hints, config)
     if assumed:
         notes.append(f"mean and std are not in the file: {assumed}")

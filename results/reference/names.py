@@ -75,7 +75,8 @@ METHODS: tuple[Counterpart, ...] = (
     *(Counterpart((), paper=paper, method="supervised", variant=v, near=dict.fromkeys(("supervised", "supervised@deit"), WHICH.format("supervised weights")))
       for paper, v in (("MAE", ""), ("BEiT", "IN1K"))),
     *(Counterpart(("moco-v3", "moco-v3@600"), method="MoCo-v3", variant=v) for v in ("default", "repo-PT", "paper-TF", "1[05]0ep-ft*")),
-    Counterpart(("dino",), method="DINO", variant="default"), Counterpart(("dino@repo",), method="DINO", variant="vanilla-100ep"),
+    Counterpart(("dino",), method="DINO", variant="default"),
+    Counterpart((), method="DINO", variant="vanilla-100ep", near={"dino@repo": "batches of 1024; the README's command gives 512, 64 on each of eight GPUs"}),
     Counterpart(("dino@boosted",), method="DINO", variant="boosted-300ep"),
 )
 PROBED_OTHERWISE = "probed by MAE's protocol, the published value by another"
@@ -137,7 +138,7 @@ class Released:
     Attributes:
         names: what the file or folder is called, without its suffix: as its authors have it, timm's model, the repository at Hugging Face (fnmatch).
         method, variants, backbone: of the rows (variants by fnmatch).
-        data, epochs: of its pre-training. What a row has otherwise is a difference.
+        data, epochs: of its pre-training; None: not known here. What a row has otherwise is a difference.
         tuned: the rows are about its own classifier (evaluators of AS_IT_IS); otherwise about what is trained on it here.
     """
 
@@ -146,7 +147,7 @@ class Released:
     variants: tuple[str, ...]
     backbone: str
     data: str
-    epochs: int
+    epochs: int | None
     tuned: bool = False
 
     def stands_for(self, name: str, row: Published) -> bool:
@@ -159,7 +160,7 @@ class Released:
         found = []
         if row.pretrain_data != self.data:
             found.append(f"the released weights are pre-trained on {self.data}, published on {row.pretrain_data}")
-        if row.epochs not in (None, self.epochs):
+        if self.epochs is not None and row.epochs not in (None, self.epochs):
             found.append(f"the released weights are pre-trained for {self.epochs} epochs, published with {row.epochs} epochs")
         if evaluator == "imagenet" and not self.tuned and self.method not in ("MAE", "DINO", "MoCo-v3"):  # the latters' lines of EVALUATORS say it
             found.append("fine-tuned by MAE's recipe, as any checkpoint of unknown origin is, not by that of its method")
@@ -183,6 +184,7 @@ RELEASED: tuple[Released, ...] = (
     Released(("vit-s-300ep*",), "MoCo-v3", ("repo-PT",), "ViT-S/16-12h", "IN1K", 300),
     # DINO-repo README
     Released(("dino_vitbase16_pretrain*", "vit_base_patch16_224.dino", "dino-vitb16"), "DINO", ("default",), "ViT-B/16", "IN1K", 400),
+    Released(("dino_deitsmall16_pretrain*", "vit_small_patch16_224.dino", "dino-vits16"), "DINO", ("default",), "ViT-S/16", "IN1K", None),
     # DeiT-repo README: its own accuracy, and what was trained on from it
     Released(DEIT, "scratch", ("DeiT",), "ViT-B/16", "none", 300, tuned=True), Released(DEIT_S, "scratch", ("DeiT",), "ViT-S/16", "none", 300, tuned=True),
     Released(DEIT, "supervised", ("DeiT", "DeiT-weights"), "ViT-B/16", "IN1K-labels", 300),

@@ -251,6 +251,17 @@ def test_scaling_and_ends_of_what_is_trained_with_deits_code(name: str, expected
     assert (r.augment.rand_augment, r.augment.smoothing, r.optimizer, r.betas) == ("rand-m9-mstd0.5-inc1", 0.1, "adamw", (0.9, 0.999))
 
 
+@pytest.mark.parametrize(("name", "std"), [
+    ("imagenet@mocov3", 0.02), ("cifar100@mocov3", 0.02), ("cifar100@dino", 0.02), ("inat2018@dino", 0.02), ("inat2019@deit", 0.02), ("imagenet@dino", 2e-5),
+    ("imagenet@mae", 2e-5), ("cifar100", 2e-5), ("places365", 2e-5),
+])
+def test_a_new_head_starts_as_the_code_of_its_paper_has_it(name: str, std: float) -> None:
+    """DeiT's code leaves timm's 0.02; MAE's and BEiT's heads, and DINO's on ImageNet (issue #31), start next to zero."""
+    seed_all("head")
+    model = build("evals", name).fresh_classifier(backbone(), tuple("abcdefgh"), CONFIG, RECIPE, "cls")
+    assert float(model.head.weight.detach().std()) == pytest.approx(std, rel=0.2) and not model.head.bias.any()
+
+
 @pytest.mark.parametrize("by", PUBLISHED)
 def test_the_learning_rate_never_rises_after_its_warm_up(by: str) -> None:
     """A floor above the peak turned the schedule of DINO's CIFAR-100 around; such a recipe is refused now."""

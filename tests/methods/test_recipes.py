@@ -104,7 +104,7 @@ def test_small_vits_are_tuned_and_probed_where_a_source_says_how(photos: Path) -
     assert own.node is not None and own.node.identity["use_head"] and own.node.identity["recipe"] is None
     (probe,) = planner(photos, "dino@repo", "linear", backbone="vit-s16").plan().cells
     assert probe.node is not None and restore(probe.node.identity["plugin"]).by == "dino"
-    with pytest.raises(UserError, match=r"cifar100 has no recipe for protocol paper with backbone vit-s16: no source gives one"):
+    with pytest.raises(UserError, match=r"cifar100 on dino@repo has no recipe for protocol paper with backbone vit-s16: no source gives one"):
         planner(photos, "dino@repo", "cifar100", backbone="vit-s16").plan()
     cells = planner(photos, "dino@repo", "all", backbone="vit-s16").plan().cells
     told = {c.about["eval"]: c.skipped for c in cells}

@@ -30,7 +30,8 @@ SCORED = {"imagenet": 50_000, "linear": 50_000, "ade20k": 2_000, "coco": 5_000, 
 # rows of a paper's table that its plan does not fill, as the plan's docstring says
 OPEN = {
     "beit-table1": {"ViT384-B", "ViT384-L", "iGPT-1.36B", "ViT384-B-JFT300M"}, "beit-table3": set(),
-    "beit-table4": set(), "beit-table11": {"ViT384-B"}, "mae-table1": set(), "mae-table3": set(),
+    "beit-table4": set(), "beit-table9": {"iGPT-L", "iGPT-XL", "iGPT-XL (five layers)"}, "beit-table10": set(), "beit-table11": {"ViT384-B"},
+    "mae-table1": set(), "mae-table3": set(),
     "mae-table4": set(), "mae-table5": set(), "mae-table6": set(), "mae-table7": set(),
 }
 

@@ -18,7 +18,7 @@ from protocols.paper import BACKBONES, paper
 from results.ancestry import Archive
 from results.beside import LAYOUTS, fill, paper_table
 from results.cells import sheets
-from results.reference.names import EVALUATORS, counterpart
+from results.reference.names import EVALUATORS, METHODS, counterpart
 from results.reference.published import published
 from results.staleness import Staleness
 from results.standing import Standing, compare
@@ -170,6 +170,9 @@ MCE = Metric("mCE", higher_is_better=False)
     ("mae_finetuned_vit_base.pth", {"evaluator": "head"}, 83.6), ("deit_base_patch16_224-b5f2ef4d.pth", {"evaluator": "head"}, 81.8),
     ("mae_finetuned_vit_base.pth", {"evaluator": "imagenet-c@head", "metric": MCE}, 51.7),
     ("deit_base_patch16_224.fb_in1k", {"evaluator": "inat2018@deit", "scored": 24_426}, 73.2),
+    ("dino_vitbase16_pretrain.pth", {"evaluator": "knn"}, 76.1), ("vit-b-300ep.pth.tar", {"evaluator": "linear@mocov3"}, 76.7),
+    ("dino_deitsmall16_pretrain.pth", {"evaluator": "knn", "vit": {"width": 384, "heads": 6}}, 74.5),
+    ("dino_deitsmall16_pretrain.pth", {"evaluator": "knn"}, None),
     # trained on anew, what is published of the file itself is another thing; and a name that is not known stands nowhere
     ("mae_finetuned_vit_base.pth", {}, None), ("deit_base_patch16_224.fb_in1k", {}, None), ("mae_pretrain_vit_base-mine.pth", {}, None),
     ("checkpoint.pth", {}, None), ("mae_pretrain_vit_large.pth", {}, None), ("mae_pretrain_vit_base.pth", {"deviations": ("positions interpolated",)}, None),
@@ -264,6 +267,7 @@ def test_a_rivals_own_recipe_under_the_plain_name_is_the_published_one() -> None
         return standing((replace(result, lineage=({**evaluation, "plugin": {"by": by}}, *before)),), layout, row, column).differences
 
     assert differences("dino", "dino", "DINO-B", "beit-table9", "ImageNet top-1", "linear", 400) == ()
+    assert [list(counterpart(METHODS, r).near) for r in published() if r.variant == "vanilla-100ep"] == [["dino@repo"]]  # of half the batch
     assert "probed by MAE's protocol" in differences("mae", "dino", "DINO-B", "beit-table9", "ImageNet top-1", "linear", 400)[0]
     assert differences("mocov3", "moco-v3", "MoCo v3", "mae-table3", "ViT-B", "imagenet", 300) == ()
     assert "as by MAE" in differences("mae", "moco-v3", "MoCo v3", "mae-table3", "ViT-B", "imagenet", 300)[0]

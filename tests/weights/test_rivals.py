@@ -79,6 +79,18 @@ def test_mocos_small_vit_has_twelve_heads_and_its_positions_are_known(tmp_path: 
         method.skip(dataclasses.replace(method.architecture(small, published=False), patch=8, size=(32, 32)))
 
 
+def test_mocos_small_vit_is_known_by_its_positions_where_nothing_else_tells(tmp_path: Path) -> None:
+    """linear-vit-s-300ep.pth.tar of main_lincls.py and what convert_to_deit.py writes have a plain ViT's names: with six heads they would give noise."""
+    state = timm_vit(embed_dim=384, num_heads=12, depth=1, num_classes=7).state_dict()
+    told = {"sincos-moco": (12, "MoCo v3's ViT-S"), "sincos-mae": (6, "published size")}
+    for layout, expected in told.items():
+        state["pos_embed"] = sincos_positions(384, (4, 4), layout)
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "arch": "vit_small", "best_acc1": 73.2}, tmp_path / f"{layout}.pth.tar")
+        loaded = read(files_of(tmp_path / f"{layout}.pth.tar"))
+        assert (loaded.style, loaded.config.positions, (loaded.config.heads, loaded.heads_from)) == ("vit", layout, expected)
+        assert loaded.classifier is not None
+
+
 def test_dinos_full_checkpoint_is_the_teacher(tmp_path: Path) -> None:
     """main_dino.py's checkpoint.pth holds both; the released backbone alone is the teacher's."""
     student, teacher = section(DINO, "student"), section(DINO, "teacher")
