@@ -75,7 +75,7 @@ def room() -> tuple[int, int]:
 def write_job(node: Node, store: Store) -> Path:
     """Write job.json of a node about to start. Folders may have moved since; the identity cannot have."""
     path = store.folder(node) / "job.json"
-    write_json(path, node.job(store.root))
+    write_json(path, node.job(store.root), indent=None)  # a plan may have thousands; the record will say the same for people
     return path
 
 

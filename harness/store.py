@@ -34,9 +34,9 @@ MIN_FREE_BYTES = 64 * 2**20
 ENDED = ("done", "failed", "killed", "blocked")  # words of launchers for nodes that they will not start again
 
 
-def write_json(path: Path, body: Any) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, lambda stream: stream.write((json.dumps(body, indent=1, allow_nan=False) + "\n").encode()))
+def write_json(path: Path, body: Any, indent: int | None = 1) -> None:
+    """Write JSON atomically; without an indent ten times as fast."""
+    write_atomically(path, lambda stream: stream.write((json.dumps(body, indent=indent, allow_nan=False) + "\n").encode()))
 
 
 def read_json(path: Path) -> Any | None:

@@ -7,7 +7,7 @@ DIR holds imagenet, ADEChallengeData2016 and dall-e/encoder.pkl. One seed, as in
 Expected (top-1, mIoU): DINO, 400 epochs 82.8, 44.08; BEiT, 300 epochs 82.86, 44.65; both, 300 epochs 82.9, 46.85.
 The paper says nothing of how the two losses were weighed and tuned together: ours (`beit-dino`).
 
-Cost: 5.4e20 FLOPs of pre-training, counted on one step of each recipe, that of BEiT computed (forward and backward, tokenizer included, multiply and add = 2), that of both
+Cost: 5.4e20 FLOPs of pre-training, counted on one step of each recipe, BEiT's computed (forward and backward, tokenizer included, 2 a product), that of both
 together as the sum of either's. Fine-tuning and device-hours: not measured.
 """
 

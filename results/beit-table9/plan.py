@@ -7,7 +7,7 @@ DIR holds imagenet and dall-e/encoder.pkl. One seed, as in the paper; --seeds 0,
 Expected: DINO-B 78.2; MoCo v3-B 76.7 (of 600 epochs: MoCo3-paper 6.2), -L 77.6; BEiT-B 56.7, -L 73.5.
 Not run: iGPT-L and iGPT-XL (another architecture; `igpt` is its objective on our ViT).
 
-Cost: 1.4e21 FLOPs of pre-training, counted on one step of each recipe, that of BEiT computed (forward and backward, tokenizer included, multiply and add = 2). Probing and
+Cost: 1.4e21 FLOPs of pre-training, counted on one step of each recipe, BEiT's computed (forward and backward, tokenizer included, 2 a product). Probing and
 device-hours: not measured.
 """
 
