@@ -139,13 +139,16 @@ def beit_384(size: str) -> Recipe | None:
     return dataclasses.replace(deits, epochs=10, sources=(("epochs", "BEiT-paper: 10 more epochs (recipes A7)"), *deits.sources))
 
 
+HEAD = ("head", "inferred: as timm's, 0.02, which DeiT's code leaves")
+
+
 def inat_dino(size: str) -> Recipe | None:
     """DINO's transfer to iNaturalist 2018 and 2019, ViT-B (DINO-repo issue #171; recipes A11): 300 epochs, lr 5e-5 before scaling, erasing 0.25."""
     if size != "B/16":
         return None
     return fine_tuning(
         1024, 5e-5, 300,
-        (("all, augment.erasing", "DINO-repo issue #171 (recipes A11)"), ("batch", "ours: that issue's 128 a GPU, on eight"),
+        (HEAD, ("all, augment.erasing", "DINO-repo issue #171 (recipes A11)"), ("batch", "ours: that issue's 128 a GPU, on eight"),
          ("lr_batch", "ours: DeiT's code scales a given lr so"),
          ("warmup, warmup_lr, min_lr, weight_decay, drop_path, augment", "DeiT-paper Table 9, which the issue leaves (recipes A5)")),
         lr_batch=512, warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.25, repeats=3),
@@ -158,7 +161,7 @@ def inat_deit(size: str) -> Recipe | None:
         return None
     return fine_tuning(
         768, 7.5e-5, 360,
-        (("all", "DeiT-repo issues #105 and #141 (recipes A11)"),
+        (HEAD, ("all", "DeiT-repo issues #105 and #141 (recipes A11)"),
          ("warmup, warmup_lr, min_lr, augment.rand_augment, augment.smoothing", "DeiT-paper Table 9 (recipes A5)")),
         warmup=5, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.1, repeats=3),
     )
@@ -182,7 +185,7 @@ def mocov3(size: str) -> Recipe | None:
     if epochs is None or recipe is None:
         return None
     length = "inferred: DeiT's default, MoCo3-repo README names another for ViT-B alone" if epochs == 300 else "MoCo3-paper Table 5 (recipes A13)"
-    told = (("epochs", length), ("drop_path", "MoCo3-paper Table 5 (recipes A13)"), ("all", "DeiT-paper Table 9 and DeiT's code (recipes A5)"))
+    told = (("epochs", length), ("drop_path", "MoCo3-paper Table 5 (recipes A13)"), HEAD, ("all", "DeiT-paper Table 9 and DeiT's code (recipes A5)"))
     return dataclasses.replace(recipe, lr=5e-4, epochs=epochs, drop_path=0.5 if size == "L/16" else 0.1, sources=(*told, CROP))
 
 
@@ -202,7 +205,7 @@ def cifar_mocov3(size: str) -> Recipe | None:
         return None
     return fine_tuning(
         1024, 3e-4, 100,
-        (("all", "MoCo3-repo transfer/README.md (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
+        (HEAD, ("all", "MoCo3-repo transfer/README.md (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
          ("warmup_lr, min_lr, augment.rand_augment, augment.smoothing", "DeiT-paper Table 9 (recipes A5)")),
         lr_batch=512, warmup=3, warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.1, drop_path=0.1, augment=augmentation(mixup=0.5),
     )
@@ -214,7 +217,7 @@ def cifar_dino(size: str) -> Recipe | None:
         return None
     return fine_tuning(
         768, 5e-6, 1000,
-        (("all, augment.repeats", "DINO-repo issue #144 (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
+        (HEAD, ("all, augment.repeats", "DINO-repo issue #144 (recipes A11)"), ("lr_batch", "ours: DeiT's code scales a given lr so"),
          ("min_lr", "ours: 0; the 1e-5 of DeiT's code lies above this peak"), ("warmup_lr, drop_path, augment", "DeiT-paper Table 9 (recipes A5)")),
         lr_batch=512, warmup=5, warmup_lr=1e-6, weight_decay=0.05, drop_path=0.1, augment=augmentation(0.25, repeats=3),
     )
