@@ -212,7 +212,7 @@ def test_objective_trains_the_lent_vit(trial: Trial) -> None:
     assert losses[-1] < losses[0], losses
 
 
-@pytest.mark.parametrize("trial", METHODS, indirect=True)
+@pytest.mark.parametrize("trial", METHODS + VARIANTS, indirect=True)
 def test_exported_vit_loads_into_timm(trial: Trial) -> None:
     """The exported weights are the ViT's and nothing else, and timm computes the same features from them."""
     objective = trial.objective()
@@ -229,7 +229,7 @@ def test_exported_vit_loads_into_timm(trial: Trial) -> None:
         assert torch.allclose(other.eval()(images), vit.eval()(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("trial", METHODS, indirect=True)
+@pytest.mark.parametrize("trial", METHODS + VARIANTS, indirect=True)
 def test_resumed_training_equals_uninterrupted(trial: Trial, tmp_path: Path) -> None:
     """A method that keeps state outside its module, or draws from elsewhere, would end in other weights after a kill."""
     ends = []
@@ -245,7 +245,7 @@ def test_resumed_training_equals_uninterrupted(trial: Trial, tmp_path: Path) -> 
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS + VARIANTS)
 def test_transform_draws_from_its_generator_alone(name: str, made: Any, tmp_path: Path) -> None:
     """The same place in a run must give the same sample, whatever was drawn before it."""
     trial = Trial(name, made, tmp_path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
+from harness import plugins
 from harness.augment import TrainTransform
 from harness.classifier import Classifier
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig
@@ -28,8 +29,8 @@ class Supervised:
     """Supervised training from scratch.
 
     Attributes:
-        by: whose recipe and initial weights: "mae" (Table 11: EMA, whose weights are the result), or "deit" (erasing, repeated augmentation, the
-            raw weights; timm's initialisation with the class token from the same law, as DeiT's code has it).
+        by: whose recipe and initial weights: "mae" (Table 11: EMA, whose weights are the result), or "deit" (`methods.deit`: erasing, repeated
+            augmentation, the raw weights; timm's initialisation with the class token from the same law, as DeiT's code has it).
         pooling: "cls" reads the class token after the final norm, as DeiT does: every parameter of the ViT is trained, the linear
             probe's input included. "mean" averages the patch tokens, as MAE's fine-tuning code does, and leaves the final norm untouched.
     """
@@ -43,10 +44,8 @@ class Supervised:
     needs_labels: ClassVar[bool] = True
     summary: ClassVar[str] = "classification with labels from scratch, EMA weights; its imagenet cell is its own accuracy"
     source: ClassVar[str] = "MAE-paper A.2 and Table 11 (recipes A5); MAE issue #28"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mean": {"pooling": "mean"}, "deit": {"by": "deit"}}
-    variant_sources: ClassVar[Mapping[str, str]] = {
-        "mean": "MAE-repo main_finetune.py, --global_pool (recipes A2, A5)", "deit": "DeiT-paper Table 9, DeiT-repo main.py (recipes A5)",
-    }
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mean": {"pooling": "mean"}}
+    variant_sources: ClassVar[Mapping[str, str]] = {"mean": "MAE-repo main_finetune.py, --global_pool (recipes A2, A5)"}
 
     @property
     def parent(self) -> None:
@@ -92,7 +91,7 @@ class Supervised:
         """
         assert vit is not None
         if not context.classes:
-            raise UserError("--methods supervised: its training images have no labels: drop it, or give --data with class folders")
+            raise UserError(f"--methods {plugins.name_of('methods', self)}: its training images have no labels: drop it, or give --data with class folders")
         if self.by == "mae":
             init_mae(vit)
         else:

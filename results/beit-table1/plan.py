@@ -20,7 +20,7 @@ LAYOUTS = ("beit-table1",)
 def plan() -> tuple[Request, ...]:
     """DeiT and DINO have ViT-B alone; each column at 384 pixels goes on from the model fine-tuned at 224."""
     return (
-        Request(("supervised@deit",), ("imagenet", "imagenet@deit-384"), "paper", "vit-b16"),
+        Request(("deit",), ("imagenet", "imagenet@deit-384"), "paper", "vit-b16"),
         Request(("moco-v3", "dino"), ("imagenet",), "paper", "vit-b16"),
         Request(("moco-v3",), ("imagenet",), "paper", "vit-l16"),
         *(Request(("beit",), ("imagenet", "imagenet@384"), "paper", size) for size in ("vit-b16", "vit-l16")),

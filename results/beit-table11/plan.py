@@ -19,7 +19,7 @@ LAYOUTS = ("beit-table11",)
 def plan() -> tuple[Request, ...]:
     """DeiT's CIFAR-100 recipe is the one that DINO's authors give for it."""
     return (
-        Request(("supervised@deit", "dino"), ("cifar100@dino",), "paper", "vit-b16"),
+        Request(("deit", "dino"), ("cifar100@dino",), "paper", "vit-b16"),
         Request(("moco-v3",), ("cifar100@mocov3",), "paper", "vit-b16"),
         Request(("beit", "beit@intermediate"), ("cifar100",), "paper", "vit-b16"),
     )

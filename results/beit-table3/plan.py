@@ -19,5 +19,5 @@ LAYOUTS = ("beit-table3",)
 def plan() -> tuple[Request, ...]:
     """One backbone."""
     return (
-        Request(("supervised@deit", "dino", "beit", "beit@intermediate"), ("ade20k@setr",), "paper", "vit-b16"),
+        Request(("deit", "dino", "beit", "beit@intermediate"), ("ade20k@setr",), "paper", "vit-b16"),
     )

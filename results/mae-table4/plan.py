@@ -20,6 +20,6 @@ LAYOUTS = ("mae-table4",)
 def plan() -> tuple[Request, ...]:
     """A request for each backbone."""
     return (
-        Request(("supervised@deit", "moco-v3", "beit@plus", "mae@1600"), ("coco",), "paper", "vit-b16"),
+        Request(("deit", "moco-v3", "beit@plus", "mae@1600"), ("coco",), "paper", "vit-b16"),
         Request(("supervised", "moco-v3", "beit@plus", "mae@1600"), ("coco",), "paper", "vit-l16"),
     )

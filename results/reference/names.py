@@ -70,9 +70,9 @@ METHODS: tuple[Counterpart, ...] = (
     Counterpart(("scratch",), method="scratch", variant="random-init"),
     *(Counterpart(("scratch", "supervised"), method="scratch", variant=v, near=MEAN) for v in ("MAE-recipe-EMA", "MAE-recipe")),
     Counterpart(("supervised",), method="supervised", variant="MAE-recipe", near=MEAN),
-    Counterpart(("supervised@deit",), method="scratch", variant="DeiT*"),
-    Counterpart(("supervised@deit",), method="supervised", variant="DeiT*"),
-    *(Counterpart((), paper=paper, method="supervised", variant=v, near=dict.fromkeys(("supervised", "supervised@deit"), WHICH.format("supervised weights")))
+    Counterpart(("deit",), method="scratch", variant="DeiT*"),
+    Counterpart(("deit",), method="supervised", variant="DeiT*"),
+    *(Counterpart((), paper=paper, method="supervised", variant=v, near=dict.fromkeys(("supervised", "deit"), WHICH.format("supervised weights")))
       for paper, v in (("MAE", ""), ("BEiT", "IN1K"))),
     *(Counterpart(("moco-v3", "moco-v3@600"), method="MoCo-v3", variant=v) for v in ("default", "repo-PT", "paper-TF", "1[05]0ep-ft*")),
     Counterpart(("dino",), method="DINO", variant="default"),

@@ -11,5 +11,5 @@ from harness.request import Request
 
 def plan() -> Request:
     """All rows on one small ViT, on the two dense tasks."""
-    methods = ("scratch", "supervised", "deit-distilled", "moco-v3", "dino", "igpt", "beit-pixel", "beit", "beit-dino", "mae")
+    methods = ("scratch", "supervised", "deit", "deit@distilled", "moco-v3", "dino", "igpt", "beit-pixel", "beit", "beit-dino", "mae")
     return Request(methods, ("ade20k", "coco"))

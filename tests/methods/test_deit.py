@@ -23,7 +23,8 @@ from harness.plugins import TrainContext
 from harness.request import Request
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Augment, JobFailed, Recipe, UserError, ViTConfig
 from harness.vit import ViT
-from methods.deit import DeiTDistilled, DistilledClassifier, load_teacher
+from methods.convnet import load_teacher
+from methods.deit import DeiT, DistilledClassifier
 from protocols.paper import BACKBONES, paper
 
 TINY = ViTConfig(size=(32, 32), patch=8, width=48, depth=2, heads=4)
@@ -119,7 +120,7 @@ def teacher_file(path: Path, classes: int = 5) -> Path:
 
 def test_a_teacher_is_a_file_and_timms_name_for_it(tmp_path: Path) -> None:
     file, context = teacher_file(tmp_path / "t.pth"), TrainContext(TINY, Recipe(batch=1, lr=1.0, epochs=1), 1, classes=tuple("abcde"))
-    method = DeiTDistilled(teacher="test_resnet")
+    method = DeiT(distilled=True, teacher="test_resnet")
     objective = method.objective(ViT(TINY), dataclasses.replace(context, assets={"teacher": file}))
     assert isinstance(objective, DistilledClassifier) and not objective._teacher[0].training and objective.share == 0.5
     with pytest.raises(UserError, match=r"t\.pth: not the weights of timm's regnety_160"):
@@ -141,30 +142,30 @@ def test_where_the_teacher_comes_from_is_known_when_planning(tmp_path: Path) -> 
             Image.fromarray(np.full((8, 8, 3), 7, dtype=np.uint8)).save(tmp_path / "imagenet" / split / name / "a.png")
 
     def planner(*settings: str, protocol: str = "paper") -> Planner:
-        return Planner(Request(("deit-distilled",), ("imagenet",), protocol, data=str(tmp_path), settings=settings))
+        return Planner(Request(("deit@distilled",), ("imagenet",), protocol, data=str(tmp_path), settings=settings))
 
     released = planner()
     released.plan()
     (told,) = released.missing.values()
     assert "deit/regnety_160-a5fe301d.pth: no such file: needed as teacher; download it from https://dl.fbaipublicfiles.com/deit/" in told
     with pytest.raises(UserError, match="name its weights too"):
-        planner("deit-distilled.teacher=test_resnet").plan()
-    own = planner(f"deit-distilled.teacher_file={tmp_path / 'mine.pth'}")
+        planner("deit@distilled.teacher=test_resnet").plan()
+    own = planner(f"deit@distilled.teacher_file={tmp_path / 'mine.pth'}")
     own.plan()
     assert "mine.pth: no such file: needed as teacher; name another" in next(iter(own.missing.values()))
     keys = set()
     for name in ("a.pth", "b.pth"):
         file = teacher_file(tmp_path / name)
-        (cell,) = planner("deit-distilled.teacher=test_resnet", f"deit-distilled.teacher_file={file}").plan().cells
+        (cell,) = planner("deit@distilled.teacher=test_resnet", f"deit@distilled.teacher_file={file}").plan().cells
         assert cell.node is not None and cell.node.identity["use_head"] and any("distillation token" in d for d in cell.about["deviations"])
         keys.add(cell.node.parents["checkpoint"].identity["files"]["teacher"])
     made = planner(protocol="demo").plan()
-    assert [n.about["title"] for n in made.nodes][:2] == ["teacher convnet", "pretrain deit-distilled"] and len(keys) == 2
+    assert [n.about["title"] for n in made.nodes][:2] == ["teacher convnet", "pretrain deit@distilled"] and len(keys) == 2
 
 
 def test_recipe_is_deits() -> None:
-    plain, distilled = (plugins.build("methods", n).recipe(paper, BACKBONES["vit-b16"]) for n in ("supervised@deit", "deit-distilled"))
+    plain, distilled = (plugins.build("methods", n).recipe(paper, BACKBONES["vit-b16"]) for n in ("deit", "deit@distilled"))
     assert distilled == dataclasses.replace(plain, no_decay=(*plain.no_decay, "token_position")) and plain.epochs == 300
-    assert DeiTDistilled().skip(dataclasses.replace(TINY, relative_bias="shared")) and not DeiTDistilled().skip(TINY)
+    assert DeiT(distilled=True).skip(dataclasses.replace(TINY, relative_bias="shared")) and not DeiT(distilled=True).skip(TINY)
     with pytest.raises(UserError, match="pooling must be cls"):
-        DeiTDistilled(pooling="mean")
+        DeiT(distilled=True, pooling="mean")

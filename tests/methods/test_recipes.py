@@ -29,14 +29,14 @@ ROWS = {
     ("beit@intermediate", L): {"batch": 1024, "peak_lr": 2e-3, "epochs": 50, "warmup": 5, "layer_decay": 0.75},
     ("supervised", B): {"batch": 4096, "peak_lr": 1.6e-3, "epochs": 300, "warmup": 20, "weight_decay": 0.3, "drop_path": 0.1, "ema": 0.9999},
     ("supervised", H): {"peak_lr": 1.6e-3, "epochs": 200, "drop_path": 0.2, "betas": (0.9, 0.95)},
-    ("supervised@deit", B): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "ema": None, "weight_decay": 0.05},
+    ("deit", B): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "ema": None, "weight_decay": 0.05},
     ("moco-v3", B): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 300, "warmup": 40, "min_lr": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.1,
                      "decay_vectors": True, "no_decay": (), "frozen": ("vit.pos_embed", "vit.patch_embed.*"), "clip": None, "drop_path": 0.0},
     ("moco-v3@600", L): {"peak_lr": 2.4e-3, "epochs": 600},
     ("dino@repo", B): {"batch": 1024, "peak_lr": 2e-3, "epochs": 100, "warmup": 10, "min_lr": 1e-6, "weight_decay": 0.04, "weight_decay_end": 0.4,
                        "clip": 3.0, "clip_mode": "tensor", "drop_path": 0.1, "no_decay": (), "frozen": ()},
     ("dino", B): {"batch": 1024, "peak_lr": 3e-3, "epochs": 400, "clip": 0.3},
-    ("supervised@deit", S): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "drop_path": 0.1, "weight_decay": 0.05},
+    ("deit", S): {"batch": 1024, "peak_lr": 1e-3, "epochs": 300, "warmup": 5, "drop_path": 0.1, "weight_decay": 0.05},
     ("moco-v3", S): {"batch": 4096, "peak_lr": 2.4e-3, "epochs": 300, "frozen": ("vit.pos_embed", "vit.patch_embed.*")},
     ("dino@repo", S): {"peak_lr": 2e-3, "epochs": 100, "clip": 3.0}, ("dino@boosted", S): {"peak_lr": 2e-3, "epochs": 300, "clip": 3.0},
 }
@@ -55,7 +55,7 @@ def test_values_are_the_tables(name: str, vit: ViTConfig) -> None:
 
 def test_augmentation_of_the_classification_recipes() -> None:
     """Erasing and repeats are where the tables differ."""
-    found = {n: plugins.build("methods", n).recipe(paper, B).augment for n in ("supervised", "supervised@deit", "beit@intermediate")}
+    found = {n: plugins.build("methods", n).recipe(paper, B).augment for n in ("supervised", "deit", "beit@intermediate")}
     assert [(a.erasing, a.repeats) for a in found.values()] == [(0, 1), (0.25, 3), (0.25, 3)]
     assert {(a.mixup, a.cutmix, a.smoothing, a.rand_augment) for a in found.values()} == {(0.8, 1.0, 0.1, "rand-m9-mstd0.5-inc1")}
 
@@ -100,7 +100,7 @@ def test_small_vits_are_tuned_and_probed_where_a_source_says_how(photos: Path) -
     assert all(n is not None for n in nodes) and [n.parents["checkpoint"].identity["vit"]["heads"] for n in nodes if n] == [12, 12, 12]
     imagenet, linear = (restore(n.identity["recipe"]) for n in nodes[:2] if n)
     assert (imagenet.epochs, imagenet.peak_lr, linear.peak_lr, linear.epochs) == (300, 1e-3, 12.0, 90)
-    (own,) = planner(photos, "supervised@deit", backbone="vit-s16").plan().cells
+    (own,) = planner(photos, "deit", backbone="vit-s16").plan().cells
     assert own.node is not None and own.node.identity["use_head"] and own.node.identity["recipe"] is None
     (probe,) = planner(photos, "dino@repo", "linear", backbone="vit-s16").plan().cells
     assert probe.node is not None and restore(probe.node.identity["plugin"]).by == "dino"

@@ -42,7 +42,7 @@ def test_a_plan_says_what_the_record_will(harness: Callable[..., subprocess.Comp
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     # A loss that couples the images of a batch has a term of its square; a teacher that a node makes reads labels.
     monkeypatch.setattr("results.budget.shipped", lambda: ())
-    methods = ("moco-v3", "deit-distilled")
+    methods = ("moco-v3", "deit@distilled")
     settings = tuple(f"{name}.recipe.{field}={value}" for name in methods for field, value in (("iterations", 2), ("batch", 6)))
     done = harness("run", "--methods", ",".join(methods), "--evals", "knn", "--protocol", "smoke", "--launcher", "debug", *(f"--set={s}" for s in settings))
     assert done.returncode == 0, done.stderr

@@ -249,8 +249,8 @@ def test_a_row_that_its_paper_tunes_by_another_table_says_so_and_what_of_it_is_o
 def test_a_published_number_stands_beside_its_own_recipe() -> None:
     """DeiT's 384 pixels are 30 epochs, not BEiT's ten; DINO fine-tunes on iNaturalist otherwise than DeiT; one read-out is the published one."""
     files = {"pretrained_on": "imagenet", "epochs": 300}
-    deit = standing(measured(83.0, method="supervised@deit", evaluator="imagenet@deit-384", **files), "beit-table1", "DeiT384-B", "ImageNet top-1")
-    beits = standing(measured(83.0, method="supervised@deit", evaluator="imagenet@384", **files), "beit-table1", "DeiT384-B", "ImageNet top-1")
+    deit = standing(measured(83.0, method="deit", evaluator="imagenet@deit-384", **files), "beit-table1", "DeiT384-B", "ImageNet top-1")
+    beits = standing(measured(83.0, method="deit", evaluator="imagenet@384", **files), "beit-table1", "DeiT384-B", "ImageNet top-1")
     assert deit.differences == () and beits.differences == ("10 epochs at 384, as BEiT's; published with DeiT's 30",)
     names = {(r.method, r.eval): counterpart(EVALUATORS, r).names for r in published() if r.paper == "DINO" and r.eval.startswith("iNat")}
     assert names == {("DINO", "iNat2018-ft"): ("inat2018@dino",), ("DINO", "iNat2019-ft"): ("inat2019@dino",),
