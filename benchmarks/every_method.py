@@ -28,6 +28,7 @@ import psutil
 import torch
 from PIL import Image
 from report import keep, middle
+from torch.utils.data import default_collate
 
 from harness import plugins
 from harness.optim import apply_schedule, build_optimizer, clip_gradients, parameter_groups
@@ -35,7 +36,6 @@ from harness.plugins import TrainContext
 from harness.provenance import processor
 from harness.randomness import generator, seed_all
 from harness.request import resolve_precision
-from harness.samples import stack
 from harness.spec import UserError
 from harness.vit import ViT, choose_attention
 
@@ -90,7 +90,7 @@ class Trained:
             rng = generator(0, "image", self.made)
             image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
             samples.append({**self.transform(image, rng), "label": torch.tensor(self.made % len(CLASSES))})
-        return {k: v.to(self.device) for k, v in stack(samples).items()}
+        return {k: v.to(self.device) for k, v in default_collate(samples).items()}
 
     def step(self) -> float:
         """One training step, as `harness.train.fit` has it; its loss."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 
-from harness.pictures import BICUBIC, Picture, resize, values_of
+from harness.pictures import BICUBIC, Picture, planar, resize, values_of
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, LARGE, Augment, UserError
 
 Box = tuple[int, int, int, int]
@@ -79,7 +79,7 @@ def crop_resize(image: Image.Image, box: Box, size: tuple[int, int], resample: I
 
 def to_tensor(image: Image.Image) -> Tensor:
     """uint8 (3, H, W)."""
-    return values_of(image).contiguous()
+    return planar(values_of(image))
 
 
 def color_jitter(image: Image.Image, rng: np.random.Generator, strength: tuple[float, float, float]) -> Image.Image:

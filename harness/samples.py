@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from harness.data import BadImage, ImageList
 from harness.randomness import generator
@@ -66,18 +66,13 @@ class Samples(Dataset[Batch]):
         return sample
 
 
-def stack(samples: list[Batch]) -> Batch:
-    """One batch from samples; lists of crops of several sizes have a key each."""
-    return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
-
-
 def loader(samples: Dataset[Batch], batches: Sequence[Any], workers: int, pin: bool, say: Callable[[str], None] | None = None) -> Iterator[Batch]:
     """Batches of positions -> stacked tensors, in order. With `say` a long training's workers are measured, and told, unless HARNESS_WORKERS is set."""
     if say is not None and len(batches) >= LONG and not os.environ.get("HARNESS_WORKERS") and (pin or torch.get_num_threads() > 1):
         return _timed(samples, batches, pin, say)
     if workers == 0:
-        return (stack([samples[i] for i in batch]) for batch in batches)
-    how: Any = {"collate_fn": stack, "worker_init_fn": _one_thread, "multiprocessing_context": "fork"}  # no CUDA there, and a transform may be a closure
+        return (default_collate([samples[i] for i in batch]) for batch in batches)
+    how: Any = {"worker_init_fn": _one_thread, "multiprocessing_context": "fork"}  # no CUDA there, and a transform may be a closure
     return iter(DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, **how))
 
 
@@ -87,7 +82,7 @@ def _timed(samples: Dataset[Batch], batches: Sequence[Any], pin: bool, say: Call
     for batch in batches[:TIMED]:
         start = time.perf_counter()
         torch.set_num_threads(1)
-        made = stack([samples[i] for i in batch])
+        made: Batch = default_collate([samples[i] for i in batch])
         torch.set_num_threads(cores)
         loads.append((given := time.perf_counter()) - start)
         yield made

@@ -19,13 +19,14 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from harness import data, plugins
 from harness.canonical import canonical, restore
 from harness.checkpoint import Backbone
 from harness.plugins import EvalContext, Session, TrainContext
 from harness.randomness import generator, seed_all
-from harness.samples import Samples, stack
+from harness.samples import Samples
 from harness.spec import Interrupted, Recipe, ViTConfig
 from harness.train import fit
 from harness.vit import ViT
@@ -138,7 +139,7 @@ class Trial:
     def batch(self) -> dict[str, Tensor]:
         """Eight samples."""
         samples = Samples(self.images, self.transform, 7, 32, False)
-        batch = stack([samples[i] for i in range(8)])
+        batch: dict[str, Tensor] = default_collate([samples[i] for i in range(8)])
         batch.pop("bad")
         return batch
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from harness.batches import any_of, couples, gathered, merge, parts_of, positions, processes, rank, summing, weigh
 from harness.checkpoint import States
@@ -23,7 +24,7 @@ from harness.optim import Ema, apply_schedule, build_optimizer, clip_gradients, 
 from harness.plugins import Progress, Session
 from harness.randomness import seed_all
 from harness.restarts import bounded, check_finite, past, remarks, skipped
-from harness.samples import Samples, Transform, loader, stack, steps_of
+from harness.samples import Samples, Transform, loader, steps_of
 from harness.sharding import shard, slices, stays_whole, whole_again
 from harness.spec import Interrupted, JobFailed, Recipe
 from harness.vit import choose_attention, compile_blocks
@@ -177,7 +178,7 @@ class Training:
 
     def some(self, images: int) -> dict[str, Tensor]:
         """The first images of the run, as a batch."""
-        return {k: v.to(self.session.device) for k, v in stack([self.samples[i] for i in range(images)]).items() if k != "bad"}
+        return {k: v.to(self.session.device) for k, v in default_collate([self.samples[i] for i in range(images)]).items() if k != "bad"}
 
     def gradients(self) -> tuple[list[tuple[dict[str, Tensor], Tensor]], str]:
         """This process's parts of a step, forward and backward: (what the objective returned of each and its weight, what was said when memory gave out)."""

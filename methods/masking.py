@@ -53,9 +53,9 @@ class BlockMask:
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if h >= self.height or w >= self.width:
                 continue
-            top, left = rng.randint(0, self.height - h), rng.randint(0, self.width - w)
+            top, left = rng.randrange(self.height - h + 1), rng.randrange(self.width - w + 1)
             block = mask[top : top + h, left : left + w]
-            added = block.size - int(block.sum())
+            added = h * w - np.count_nonzero(block)
             if 0 < added <= limit:
                 block[:] = True
                 return added

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as tvf
 import harness.pictures
 from harness.augment import EvalTransform, crop_resize, random_resized_crop_box, to_tensor
 from harness.data import BadImage, load_rgb
-from harness.pictures import Picture, decode_jpeg, headers
+from harness.pictures import Picture, decode_jpeg, headers, planar, resize, values_of
 from harness.randomness import generator
 from harness.spec import Augment, ViTConfig, pixels
 from methods.views import same_box
@@ -145,6 +145,29 @@ def test_large_views_of_one_box_are_those_of_the_long_way(strength: tuple[float,
         assert [v.shape for v in short] == [v.shape for v in long] and all(v.is_contiguous() for v in short)
         away += [float((a.float() - b.float()).abs().mean()) for a, b in zip(short, long, strict=True)]
     assert np.mean(away) < apart
+
+
+@pytest.mark.parametrize("resample", [BICUBIC, LANCZOS])
+@pytest.mark.parametrize("box", [(0, 0, 301, 403), (40, 60, 120, 200), (3, 5, 290, 120), (7, 9, 224, 224)])
+def test_how_values_lie_in_memory_changes_none(box: tuple[int, int, int, int], resample: Image.Resampling) -> None:
+    """Decoders give interleaved values, batches are of planes: a wrong stride would give a picture of stripes."""
+    top, left, h, w = box
+    interleaved = values_of(scene())[:, top : top + h, left : left + w]
+    assert interleaved.stride(0) == 1
+    made = resize(interleaved, (224, 224), resample)
+    expected = resize(interleaved.contiguous(), (224, 224), resample)
+    assert torch.equal(made, expected) and torch.equal(planar(made), expected) and planar(made).is_contiguous()
+    assert torch.equal(planar(made.flip(2)), expected.flip(2)) and planar(expected) is expected
+
+
+def test_a_picture_is_mirrored_as_pil_does() -> None:
+    """Without filling PIL's storage, unless something has drawn there."""
+    turned = Picture(values_of(scene())).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert isinstance(turned, Picture) and turned._im is None
+    assert np.array_equal(np.asarray(turned), np.asarray(scene().transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+    drawn = Picture(values_of(scene()))
+    ImageDraw.Draw(drawn).rectangle((0, 0, 20, 20), fill=(255, 0, 0))
+    assert np.array_equal(np.asarray(drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT))[5, -5], (255, 0, 0))
 
 
 def test_identities_say_which_resize_made_the_pixels() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from protocols_for_tests import family
+from torch.utils.data import default_collate
 
 from harness import plugins
 from harness.plugins import TrainContext
 from harness.randomness import generator, seed_all
-from harness.samples import stack
 from harness.spec import UserError, ViTConfig
 from harness.vit import ViT
 from methods.beit import BEiT
@@ -33,7 +33,7 @@ def trained(tmp_path: Path) -> tuple[BEiTDINOObjective, dict[str, Any]]:
     assert recipe is not None
     sample = METHOD.transform(TINY, recipe)
     noise = generator(0, "image").integers(0, 255, (40, 40, 3), dtype="uint8")
-    batch = stack([{**sample(Image.fromarray(noise), generator(i, "sample")), "bad": torch.tensor(-1)} for i in range(4)])
+    batch = default_collate([{**sample(Image.fromarray(noise), generator(i, "sample")), "bad": torch.tensor(-1)} for i in range(4)])
     batch["mask"][0, :8] = False  # BEiT's generator may give up early
     assert len(set(batch["mask"].sum(1).tolist())) > 1
     seed_all(0, "init")
