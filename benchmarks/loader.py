@@ -75,6 +75,8 @@ ENTRIES = 1_281_167  # of ImageNet's train
 def sheets(photos: Path | None) -> Iterator[Image.Image]:
     """Endless pictures of 500 x 375 with the detail of photographs at that size: contact sheets of small ones."""
     files = sorted(photos.rglob("*.jpg")) if photos is not None else []
+    if photos is not None and not files:
+        sys.exit(f"{photos}: no JPEG files")
     rng = generator("sheets")
     drawn = [] if files else [Image.fromarray(scenes.scene(rng, 144, 192, 4).image) for _ in range(40)]
     columns, rows = -(-WIDTH // TILE[0]), -(-HEIGHT // TILE[1])

@@ -47,6 +47,7 @@ def beit_pretraining(vit: ViTConfig, epochs: int) -> Recipe | None:
         sources=(
             ("all", "BEiT-paper Table 12, BEiT-repo run_beit_pretraining.py (recipes A6)"), ("epochs", length),
             ("augment.crop_scale", "BEiT-repo datasets.py (recipes A6)"), ("no_decay", "BEiT-repo optim_factory.py (recipes A6)"),
+            ("augment.color_jitter", "BEiT-paper Table 12; PIL's steps, after the resize (methods.views)"),
         ),
     )
 

@@ -102,7 +102,7 @@ def recoloured(whole: Tensor, made: Sequence[Tensor], steps: Sequence[tuple[int,
 
     cv2.setNumThreads(0)  # a loader process has one core
     pixels = np.concatenate([view.permute(1, 2, 0).reshape(1, -1, 3).numpy() for view in made], axis=1)
-    rows = np.ascontiguousarray(whole[:, ::8].permute(1, 2, 0).numpy()) if any(kind == CONTRAST for kind, _ in steps) else None
+    rows = np.array(whole[:, ::8].permute(1, 2, 0).numpy(), order="C") if any(kind == CONTRAST for kind, _ in steps) else None
     for kind, factor in steps:
         if kind == CONTRAST and rows is not None:
             pivot = int(sum(weight * mean for weight, mean in zip(LUMA, cv2.mean(rows), strict=False)) + 0.5)
@@ -111,10 +111,9 @@ def recoloured(whole: Tensor, made: Sequence[Tensor], steps: Sequence[tuple[int,
             continue
         for values in (pixels,) if rows is None else (pixels, rows):
             if kind == SATURATION:
-                r, g, b = cv2.split(values, list(np.empty((3, *values.shape[:2]), dtype=np.uint8)))  # memory of its own takes it thrice as long
-                grey = cv2.addWeighted(cv2.addWeighted(r, LUMA[0], g, LUMA[1], 0), 1, b, LUMA[2], 0)
-                cv2.addWeighted(values, factor, cv2.merge([grey] * 3), 1 - factor, DOWN, dst=values)
+                grey = cv2.cvtColor(cv2.cvtColor(values, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+                cv2.addWeighted(values, factor, grey, 1 - factor, DOWN, dst=values)
             else:
-                cv2.addWeighted(values, factor, values, 0, DOWN, dst=values)
+                cv2.convertScaleAbs(values, values, factor, DOWN)
     ends = np.cumsum([view.shape[1] * view.shape[2] for view in made])
     return [torch.from_numpy(pixels[0, end - v[0].numel() : end].reshape(*v.shape[1:], 3)).permute(2, 0, 1) for v, end in zip(made, ends, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
@@ -20,7 +20,7 @@ from harness.data import BadImage, load_rgb
 from harness.pictures import Picture, decode_jpeg, headers, planar, resize, values_of
 from harness.randomness import generator
 from harness.spec import Augment, ViTConfig, pixels
-from methods.views import same_box
+from methods.views import draw_jitter, recoloured, same_box
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -145,6 +145,19 @@ def test_large_views_of_one_box_are_those_of_the_long_way(strength: tuple[float,
         assert [v.shape for v in short] == [v.shape for v in long] and all(v.is_contiguous() for v in short)
         away += [float((a.float() - b.float()).abs().mean()) for a, b in zip(short, long, strict=True)]
     assert np.mean(away) < apart
+
+
+def test_the_jitter_of_views_is_pils() -> None:
+    """Step by step on the same pixels, each clipped and cut to whole values as PIL does, contrast about the grey of the whole."""
+    enhancers, away = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), []
+    for seed in range(40):
+        steps, expected, view = draw_jitter(generator(seed), (0.4, 0.4, 0.4)), scene(60, 80), values_of(scene(60, 80))
+        for kind, factor in steps:
+            expected = enhancers[kind](expected).enhance(factor)
+        for made in recoloured(view.repeat_interleave(8, dim=1), [view, view], steps):
+            away.append((made.int() - values_of(expected).int()).abs().float())
+    apart = torch.stack(away)
+    assert apart.max() <= 3 and apart.mean() < 0.01
 
 
 @pytest.mark.parametrize("resample", [BICUBIC, LANCZOS])
