@@ -128,23 +128,27 @@ def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: s
 
 
 def beside(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names of points: right of one, else left, above or below it, where the first place is free of points, of names and of the chart's first line; left
-    where none is. The place of a point without a name is kept free too."""
+    """Names of points: right of one, else left, above or below it, else further off with a stroke to it: the first place that is free of points, of names and
+    of the chart's first line; left where none is. The place of a point without a name is kept free too."""
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()  # places are known once the layout is
     line = axes.transData.transform_path(axes.lines[0].get_path())
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform([p[1:] for p in points])]
-    places = [("left", 9, 0), ("right", -9, 0), *((side, 0, up) for up in (14, -14) for side in ("center", "right", "left")), ("right", -9, 0)]
+    near = [("left", 9, 0), ("right", -9, 0), *((side, 0, up) for up in (14, -14) for side in ("center", "right", "left"))]
+    places = [*near, *((side, 0, up) for up in (28, -28, 42, -42) for side in ("center", "right", "left")), ("right", -9, 0)]
     for name, x, y in points:
-        for last, (side, right, up) in zip((*[False] * 8, True), places, strict=True):
+        for number, (side, right, up) in enumerate(places, start=1):
             note = words(axes, name, x, y, right, up, ha=side, in_layout=False)
             box = note.get_window_extent()
             within = (box.min >= axes.bbox.min).all() and (box.max <= axes.bbox.max).all()
-            if last or (within and not box.count_overlaps(taken) and not line.intersects_bbox(box, filled=False)):
+            if number == len(places) or (within and not box.count_overlaps(taken) and not line.intersects_bbox(box, filled=False)):
                 break
             note.remove()
         taken.append(box)
+        if name and abs(up) > 14:
+            stroke = {"arrowstyle": "-", "color": ink("quiet"), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 6}
+            axes.annotate("", (x, y), (0, math.copysign(abs(up) - 7, up)), textcoords="offset points", arrowprops=stroke, in_layout=False)
 
 
 def rank_diagram(mean: Mapping[str, float], critical: float, groups: Sequence[Sequence[str]]) -> str:
