@@ -91,8 +91,9 @@ class Planner:
             known = [n for n, v in self.setting.backbones.items() if plugin.recipe(self.setting, self.architecture(plugin, v)) is not None]
             at = "" if vit.size == self.vit.size else f" at {vit.size[0]}x{vit.size[1]} pixels"
             reason = f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}{at}"
-            variants = [v for v, fields in getattr(plugin, "variants", {}).items() if type(plugin)(**fields).recipe(self.setting, vit) is not None]
             if known:
+                made = {v: dataclasses.replace(plugin, **fields) for v, fields in getattr(plugin, "variants", {}).items()}
+                variants = [f"{name.split()[0].split('@')[0]}@{v}" for v, p in made.items() if p.recipe(self.setting, self.architecture(p, vit)) is not None]
                 also = f"; variants that have one here: {', '.join(variants)}" if variants else ""
                 raise UserError(f"--backbone: {reason}: no source gives one; there is one for {', '.join(known)}{also}")
             raise JobFailed(reason)

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 PUBLISHED_TEACHER = "regnety_160"  # RegNetY-16GF (DeiT-paper 5.2)
 
 
+def known(name: Any) -> str:
+    """A name that timm has. Raises UserError when it has none such."""
+    import timm
+
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise UserError(f"deit@distilled.teacher: timm has no model {name!r}: give the name of one")
+    return name
+
+
 def load_teacher(path: Path, name: str | None = None) -> nn.Module:
     """A model of timm with the weights of a file, in the form in which DeiT released its teacher ({"model": tensors}) or as plain tensors.
 
@@ -41,9 +50,7 @@ def load_teacher(path: Path, name: str | None = None) -> nn.Module:
 
     content = found if isinstance(found := read_weights(path), Mapping) else {}
     state = inner if isinstance(inner := content.get("model", content), Mapping) else {}
-    name = name or content.get("timm") or PUBLISHED_TEACHER
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise UserError(f"deit@distilled.teacher: timm has no model {name!r}: give the name of one")
+    name = known(name or content.get("timm") or PUBLISHED_TEACHER)
     model: Any = timm.create_model(name)
     bias = state.get(f"{model.default_cfg['classifier']}.bias")
     if isinstance(bias, Tensor) and bias.ndim == 1 and len(bias) != model.num_classes:

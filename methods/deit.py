@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.augment import Normalize
 from harness.classifier import Classifier, single
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Recipe, UserError, ViTConfig, within
-from methods.convnet import ConvNet, load_teacher
+from methods.convnet import ConvNet, known, load_teacher
 from methods.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class DeiT(Supervised):
         share: weight of the teacher's labels in the loss, the rest is the true ones'.
     """
 
-    by: Literal["mae", "deit"] = "deit"
+    by: Literal["deit"] = "deit"
     distilled: bool = False
     teacher: str | None = None
     teacher_file: str | None = field(default=None, compare=False, metadata={"identity": False})
@@ -50,8 +50,8 @@ class DeiT(Supervised):
         within("deit's", self, share=(0, 1))
         if self.distilled and self.pooling != "cls":
             raise UserError(f"deit@distilled's pooling must be cls, not {self.pooling}: it reads its two tokens")
-        if not self.distilled and (self.teacher, self.teacher_file, self.share) != (None, None, 0.5):
-            raise UserError("deit has no teacher: give these settings to deit@distilled, as in --set deit@distilled.teacher_file=FILE")
+        if self.teacher_file == "":
+            raise UserError("deit@distilled.teacher_file is empty: name a file")
 
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "classification with labels by DeiT's recipe, repeated augmentation; its imagenet cell is its own accuracy"
@@ -62,7 +62,11 @@ class DeiT(Supervised):
     def assets(self, protocol: Protocol, vit: ViTConfig) -> Mapping[str, Asset]:
         """The teacher, of the variant: a file, or where there is none, outside the paper protocols, a node that trains one."""
         if not self.distilled:
+            if (self.teacher, self.teacher_file, self.share) != (None, None, 0.5):
+                raise UserError("deit has no teacher: give these settings to deit@distilled, as in --set deit@distilled.teacher_file=FILE")
             return {}
+        if self.teacher is not None:
+            known(self.teacher)
         if self.teacher_file is None and self.teacher is not None:
             raise UserError(f"--set deit@distilled.teacher={self.teacher}: name its weights too, with --set deit@distilled.teacher_file=FILE")
         if self.teacher_file is None and protocol.family != "paper":

@@ -29,13 +29,13 @@ class Supervised:
     """Supervised training from scratch.
 
     Attributes:
-        by: whose recipe and initial weights: "mae" (Table 11: EMA, whose weights are the result), or "deit" (`methods.deit`: erasing, repeated
+        by: whose recipe and initial weights: "mae" (Table 11: EMA, whose weights are the result); `methods.deit` has "deit" (erasing, repeated
             augmentation, the raw weights; timm's initialisation with the class token from the same law, as DeiT's code has it).
         pooling: "cls" reads the class token after the final norm, as DeiT does: every parameter of the ViT is trained, the linear
             probe's input included. "mean" averages the patch tokens, as MAE's fine-tuning code does, and leaves the final norm untouched.
     """
 
-    by: Literal["mae", "deit"] = "mae"
+    by: Literal["mae"] = "mae"
     pooling: Literal["cls", "mean"] = "cls"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

@@ -101,7 +101,7 @@ def recoloured(whole: Tensor, made: Sequence[Tensor], steps: Sequence[tuple[int,
     import cv2
 
     cv2.setNumThreads(0)  # a loader process has one core
-    pixels = np.concatenate([view.permute(1, 2, 0).reshape(1, -1, 3).numpy() for view in made], axis=1)
+    pixels = np.concatenate([view.permute(1, 2, 0).contiguous().view(1, -1, 3).numpy() for view in made], axis=1)
     rows = np.array(whole[:, ::8].permute(1, 2, 0).numpy(), order="C") if any(kind == CONTRAST for kind, _ in steps) else None
     for kind, factor in steps:
         if kind == CONTRAST and rows is not None:

@@ -148,8 +148,13 @@ def test_where_the_teacher_comes_from_is_known_when_planning(tmp_path: Path) -> 
     released.plan()
     (told,) = released.missing.values()
     assert "deit/regnety_160-a5fe301d.pth: no such file: needed as teacher; download it from https://dl.fbaipublicfiles.com/deit/" in told
-    with pytest.raises(UserError, match="name its weights too"):
-        planner("deit@distilled.teacher=test_resnet").plan()
+    for settings, told in (
+        (("deit@distilled.teacher=test_resnet",), "name its weights too"), (("deit@distilled.teacher_file=",), "teacher_file is empty: name a file"),
+        (("deit@distilled.teacher=regnet", f"deit@distilled.teacher_file={tmp_path / 'gone.pth'}"), "timm has no model 'regnet'"),
+        (("deit@distilled.by=mae",), "not a value of type"), (("deit@distilled.distilled=false", "deit@distilled.share=0.4"), "deit has no teacher"),
+    ):
+        with pytest.raises(UserError, match=told):
+            planner(*settings).plan()
     own = planner(f"deit@distilled.teacher_file={tmp_path / 'mine.pth'}")
     own.plan()
     assert "mine.pth: no such file: needed as teacher; name another" in next(iter(own.missing.values()))

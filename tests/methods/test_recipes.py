@@ -112,7 +112,7 @@ def test_small_vits_are_tuned_and_probed_where_a_source_says_how(photos: Path) -
     assert not (told["knn"] or told["linear"] or told["imagenet"])
     with pytest.raises(UserError, match=r"dino@repo has no recipe .* vit-s16-12h: no source gives one; there is one for vit-s16, vit-b16$"):
         planner(photos, "dino@repo", "knn", backbone="vit-s16-12h").plan()
-    with pytest.raises(UserError, match=r"dino has no recipe .* vit-s16: .* there is one for vit-b16; variants that have one here: repo, boosted$"):
+    with pytest.raises(UserError, match=r"dino has no recipe .* vit-s16: .* there is one for vit-b16; variants that have one here: dino@repo, dino@boosted$"):
         planner(photos, "dino", "knn", backbone="vit-s16").plan()
 
 
