@@ -30,8 +30,10 @@ from report import keep, middle
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.provenance import processor, set_up
+from harness.randomness import generator
 from harness.spec import ViTConfig
 from methods.mae import MAE
+from methods.views import SIDE, draw_jitter
 
 LARGE = ViTConfig(width=1024, depth=24, heads=16, positions="sincos-mae")
 TINY = ViTConfig(size=(32, 32), patch=8, width=32, depth=2, heads=2, positions="sincos-mae")
@@ -122,11 +124,20 @@ def waits_for_nothing(one: step.Contender, case: step.Case, batch: step.Batch) -
             torch.cuda.set_sync_debug_mode("default")
 
 
+def jitter_of(images: int) -> step.Batch:
+    """What BEiT's loader leaves to the device (`methods.views.jittered`): three steps an image, and a picture of noise about whose grey contrast turns."""
+    steps = torch.tensor([draw_jitter(generator(i), (0.4, 0.4, 0.4)) for i in range(images)])
+    return {"jitter": steps, "whole": torch.randint(0, 256, (images, SIDE, SIDE, 3), dtype=torch.uint8)}
+
+
 def own(name: str, case: step.Case, device: str, rounds: int, peak: float, backend: str) -> list[dict[str, Any]]:
-    """Our step, eager and compiled: images/s, MFU, whether it waits; on a GPU memory and pinned transfers. The compiled one is the last row."""
+    """Our step, with BEiT's colour jitter, eager and compiled: images/s, MFU, whether it waits; on a GPU memory and pinned transfers.
+
+    The compiled one is the last row.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    batch = {k: v.to(device) for k, v in step.batch_of(case).items()}
+    batch = {k: v.to(device) for k, v in {**step.batch_of(case), **(jitter_of(case.batch) if case.method == "beit" else {})}.items()}
     rows, flops = list[dict[str, Any]](), train_flops(case)
     for how in ("eager", "compiled"):
         one = step.ours(case, device, batch)

@@ -42,7 +42,7 @@ import torch
 from PIL import Image
 from report import keep, middle
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as tvf
@@ -51,7 +51,7 @@ from data_sets import labelled
 from harness.augment import Normalize, TrainTransform, crop_resize, random_resized_crop_box, to_tensor
 from harness.classifier import Classifier
 from harness.data import ImageList, load_rgb, read_images
-from harness.pictures import decode_jpeg, resize, values_of
+from harness.pictures import decode_jpeg, planar, resize, values_of
 from harness.randomness import generator
 from harness.samples import Samples, loader
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Augment, Recipe, ViTConfig
@@ -59,7 +59,7 @@ from harness.vit import ViT
 from methods.beit import BEiT
 from methods.mae import MAE
 from methods.masking import BlockMask, block_mask
-from methods.views import draw_jitter, recoloured
+from methods.views import jittered, recoloured
 from protocols import scenes
 
 HEIGHT, WIDTH, TILE = 375, 500, (96, 72)
@@ -150,7 +150,16 @@ def gate(root: Path) -> dict[str, float]:
 class PatchByPatch(BlockMask):
     """The same masks at the cost of BEiT's code, which looks at and sets a patch at a time."""
 
-    def _block(self, mask: np.ndarray, limit: int, rng: random.Random) -> int:
+    def __call__(self, rng: random.Random) -> np.ndarray:
+        mask, count = np.zeros((self.height, self.width), dtype=bool), 0
+        while count < self.target:
+            added = self._rectangle(mask, min(self.target - count, self.target), rng)
+            if added == 0:
+                break
+            count += added
+        return mask
+
+    def _rectangle(self, mask: np.ndarray, limit: int, rng: random.Random) -> int:
         for _ in range(10):
             area, ratio = rng.uniform(self.minimum, limit), math.exp(rng.uniform(math.log(self.aspect), -math.log(self.aspect)))
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -191,15 +200,16 @@ def rival(root: Path, transform: Callable[[Image.Image], Any], workers: int) -> 
 
 
 def ours(root: Path, method: Any, augment: Augment, workers: int, normalised: bool) -> None:
-    """An epoch of ours; `normalised` here, as the objectives do it on the device."""
+    """An epoch of ours; `normalised`, and BEiT's views jittered, here, as the objectives do it on the device."""
     images = read_images("imagenet", "train", root)
     samples = Samples(images, method.transform(ViTConfig(), Recipe(batch=BATCH, lr=1.0, epochs=1, augment=augment)), 0, len(images), False)
     normalise = Normalize(IMAGENET_MEAN, IMAGENET_STD)
     for batch in loader(samples, [range(i, i + BATCH) for i in range(0, IMAGES, BATCH)], workers, False):
         if normalised:
-            normalise(batch["image"])
-        if normalised and "tokenizer_image" in batch:
-            batch["tokenizer_image"].float().mul_(0.8 / 255).add_(0.1)
+            made = recoloured(batch)
+            normalise(made["image"])
+            if "tokenizer_image" in made:
+                made["tokenizer_image"].float().mul_(0.8 / 255).add_(0.1)
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -276,24 +286,27 @@ def stages(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
     assert picture is not None
     values, rng = picture.values, generator("stages")
     crop = values[:, top : top + h, left : left + w]
-    view, small = resize(crop, (224, 224)), resize(crop, (112, 112), Image.Resampling.LANCZOS)
-    steps = draw_jitter(generator(3), (0.4, 0.4, 0.4))
+    left = [jittered(picture, generator(i), (0.4, 0.4, 0.4), later=True)[1] for i in range(BATCH)]
+    views = {"image": planar(resize(crop, (224, 224))), "tokenizer_image": planar(resize(crop, (112, 112), Image.Resampling.LANCZOS))}
+    batch = default_collate([{**views, **one} for one in left])
+    jitter_rng = generator("jitter")
     times = microseconds(rounds, {
         "decode": lambda: decode_jpeg(data), "decode, rival": lambda: Image.open(io.BytesIO(data)).load(),
         "224 bicubic": lambda: resize(crop, (224, 224)), "224 bicubic, rival": lambda: crop_pil(plain, box, 224, Image.Resampling.BICUBIC),
         "112 Lanczos": lambda: resize(crop, (112, 112), Image.Resampling.LANCZOS),
         "112 Lanczos, rival": lambda: crop_pil(plain, box, 112, Image.Resampling.LANCZOS),
-        "jitter of both views": lambda: recoloured(values, [view, small], steps),
-        "jitter of both views, rival": lambda: tv.ColorJitter(0.4, 0.4, 0.4)(plain),
+        "jitter, what the loader has of it": lambda: jittered(picture, jitter_rng, (0.4, 0.4, 0.4), later=True),
+        "jitter, what the loader has of it, rival": lambda: tv.ColorJitter(0.4, 0.4, 0.4)(plain),
         "generator, box": lambda: random_resized_crop_box(generator(0, "sample", 1, 2), HEIGHT, WIDTH, (0.2, 1.0), (3 / 4, 4 / 3)),
         "block mask": lambda: block_mask(rng, BlockMask(14, 14, 75, 16)),
         "decode, halved by DCT": lambda: simplejpeg.decode_jpeg(data, min_height=HEIGHT // 2, min_width=WIDTH // 2),
     })
     halved = torch.from_numpy(simplejpeg.decode_jpeg(data, min_height=HEIGHT // 2, min_width=WIDTH // 2)).permute(2, 0, 1)
     away = float((resize(halved, (112, 112)).float() - resize(values, (112, 112)).float()).abs().mean())
-    rivals = {"decode": "PIL", "224 bicubic": "PIL", "112 Lanczos": "PIL", "jitter of both views": "torchvision, of the image"}
+    rivals = {"decode": "PIL", "224 bicubic": "PIL", "112 Lanczos": "PIL", "jitter, what the loader has of it": "torchvision, all of it"}
     more = {name: {"rival": who, "rival_microseconds": statistics.median(times.pop(f"{name}, rival"))} for name, who in rivals.items()}
     more["decode, halved by DCT"] = {"grey_levels_away_at_112": away}
+    times["jitter of both views on the device, here this core"] = [1e6 * seconds(lambda: recoloured(batch)) / BATCH for _ in range(rounds + 1)][1:]
     return [row_of("stage", name, taken, **more.get(name, {})) for name, taken in times.items()]
 
 

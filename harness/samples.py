@@ -46,43 +46,49 @@ class Samples(Dataset[Batch]):
         return int(self._order[1][place // self.repeats % len(self.images)])
 
     def __getitem__(self, position: int) -> Batch:
-        index, bad = self.file_at(position), -1
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Batch]:
+        """Items of a batch. Generators come before the first image and labels behind the last: an image leaves none of such code in the processor's cache."""
+        drawn = [generator(self.seed, "sample", *divmod(position, self.per_epoch)) for position in positions]
+        loaded = [self._load(self.file_at(position), rng) for position, rng in zip(positions, drawn, strict=True)]
+        for sample, index, bad in loaded:
+            if self.images.labels is not None:
+                sample["label"] = torch.tensor(int(self.images.labels[index]))
+            sample["bad"] = torch.tensor(bad)
+        return [sample for sample, _, _ in loaded]
+
+    def _load(self, index: int, rng: np.random.Generator) -> tuple[Batch, int, int]:
+        """(what the transform makes of a file, or of the next one that can be read; index of that; index of the last that cannot, or -1)."""
+        bad = -1
         for _ in range(MAX_BAD_IN_A_ROW):
             try:
-                image = self.images.load(index)
-                break
+                return self.transform(self.images.load(index), rng), index, bad
             except BadImage:
                 if not self.skip_bad:
                     raise
                 bad = index  # the next file stands in, so that the batch keeps its size
                 index = (index + 1) % len(self.images)
-        else:
-            raise JobFailed(f"{self.images.root}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
-        epoch, place = divmod(position, self.per_epoch)
-        sample = self.transform(image, generator(self.seed, "sample", epoch, place))
-        if self.images.labels is not None:
-            sample["label"] = torch.tensor(int(self.images.labels[index]))
-        sample["bad"] = torch.tensor(bad)
-        return sample
+        raise JobFailed(f"{self.images.root}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
 
 
-def loader(samples: Dataset[Batch], batches: Sequence[Any], workers: int, pin: bool, say: Callable[[str], None] | None = None) -> Iterator[Batch]:
+def loader(samples: Samples, batches: Sequence[Any], workers: int, pin: bool, say: Callable[[str], None] | None = None) -> Iterator[Batch]:
     """Batches of positions -> stacked tensors, in order. With `say` a long training's workers are measured, and told, unless HARNESS_WORKERS is set."""
     if say is not None and len(batches) >= LONG and not os.environ.get("HARNESS_WORKERS") and (pin or torch.get_num_threads() > 1):
         return _timed(samples, batches, pin, say)
     if workers == 0:
-        return (default_collate([samples[i] for i in batch]) for batch in batches)
+        return (default_collate(samples.__getitems__(batch)) for batch in batches)
     how: Any = {"worker_init_fn": _one_thread, "multiprocessing_context": "fork"}  # no CUDA there, and a transform may be a closure
     return iter(DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, **how))
 
 
-def _timed(samples: Dataset[Batch], batches: Sequence[Any], pin: bool, say: Callable[[str], None]) -> Iterator[Batch]:
+def _timed(samples: Samples, batches: Sequence[Any], pin: bool, say: Callable[[str], None]) -> Iterator[Batch]:
     """The first batches loaded here, on one thread, between steps that are waited for; the rest by as many workers as these ask for."""
     cores, loads, steps = torch.get_num_threads(), list[float](), list[float]()
     for batch in batches[:TIMED]:
         start = time.perf_counter()
         torch.set_num_threads(1)
-        made: Batch = default_collate([samples[i] for i in batch])
+        made: Batch = default_collate(samples.__getitems__(batch))
         torch.set_num_threads(cores)
         loads.append((given := time.perf_counter()) - start)
         yield made

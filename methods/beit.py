@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from harness.augment import Normalize, TrainTransform
 from harness.classifier import FINE_TUNE_STD, Classifier
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, LARGE, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_beit
 from methods import ablations, published
 from methods.dalle import STRIDE
 from methods.masking import Algorithm1, BlockMask, block_mask, masked_indices, pick, random_mask, scaled
 from methods.targets import Pixels, Target, Tokens, tokenizer
-from methods.views import same_box
+from methods.views import AT_LAST, recoloured, same_box
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,6 +119,7 @@ class BEiT:
             shared |= {"clip": None, "layer_decay": 0.9, "augment": Augment(crop_scale=(0.2, 1.0), smoothing=0.1)}
             return Recipe(batch=32, lr=3e-3 if demo else 1e-3, iterations=400 if demo else 30, warmup=30 if demo else 3, sources=sources, **shared)
         sources = (("batch, lr, length, warmup, drop_path, crop_scale", "ours, scaled down"), ("betas, weight_decay, no_decay, clip, jitter", table))
+        sources += (AT_LAST,) if min(vit.size) >= LARGE else ()
         shared["augment"] = Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4))
         if protocol.family == "demo":
             return Recipe(batch=32, lr=3e-3, iterations=1800, warmup=120, sources=sources, **shared)
@@ -127,17 +128,19 @@ class BEiT:
         return None
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[PIL.Image, np.random.Generator], dict[str, Tensor]]:
-        """Jitter, flip, one crop box -> {"image": uint8 (3, H, W), "mask": bool (N,)}, and for tokens "tokenizer_image": uint8 (3, 8h, 8w)."""
+        """Jitter, flip, one crop box -> {"image": uint8 (3, H, W), "mask": bool (N,)}, and for tokens "tokenizer_image": uint8 (3, 8h, 8w).
+
+        Large views are jittered by the objective: "jitter" says how (`methods.views.jittered`).
+        """
         if self.intermediate:
             return TrainTransform(vit.size, recipe.augment)
         blocks = self.blocks(vit)
-        wanted = [(vit.size, PIL.Resampling.BICUBIC)]
+        wanted = {"image": (vit.size, PIL.Resampling.BICUBIC)}
         if self.target == "tokens":
-            wanted.append(((STRIDE * vit.grid[0], STRIDE * vit.grid[1]), PIL.Resampling.LANCZOS))
-        names = ("image", "tokenizer_image")[: len(wanted)]
+            wanted["tokenizer_image"] = ((STRIDE * vit.grid[0], STRIDE * vit.grid[1]), PIL.Resampling.LANCZOS)
 
         def sample(image: PIL.Image, rng: np.random.Generator) -> dict[str, Tensor]:
-            made = dict(zip(names, same_box(image, rng, recipe.augment, wanted), strict=True))
+            made = same_box(image, rng, recipe.augment, wanted)
             if self.masking in ("block", "algorithm-1"):
                 made["mask"] = torch.from_numpy(block_mask(rng, blocks if self.masking == "block" else Algorithm1(*vit.grid, blocks.minimum)))
             else:
@@ -222,6 +225,7 @@ class BEiTObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
         """{"image": (B, 3, H, W), "mask": (B, N) bool, ...} -> {"loss", "weight": number of predictions, and "accuracy" for tokens}."""
+        batch = recoloured(batch)
         images, mask = self.normalize(batch["image"]), batch["mask"]
         index, valid = masked_indices(mask, mask.shape[1] if self.limit is None else self.limit)
         if self.limit is None:
@@ -234,6 +238,7 @@ class BEiTObjective(nn.Module):
         """The targets' `sheet` of a batch; words where nothing is hidden."""
         if not batch["mask"].any():
             return "nothing is hidden from it"
+        batch = recoloured(batch)
         training, images = self.training, self.normalize(batch["image"])
         prediction = self.eval().head(self.encode(images, batch["mask"]))  # without drop path
         self.train(training)

@@ -1,9 +1,10 @@
 """Views of an image. For methods that compare views: crop, colour jitter with hue, grey, blur, solarisation, flip (BYOL's set; recipes A13, A14).
-For BEiT: one box at two sizes, from one decode (`same_box`; recipes A6)."""
+For BEiT: one box at two sizes, from one decode (`same_box`; recipes A6),
+jittered in the batch on the device (`jittered`, `recoloured`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,12 @@ from harness.spec import LARGE, Augment
 
 HUE, JITTERED, GREY = 0.1, 0.8, 0.2
 CONTRAST, SATURATION = 1, 2
+SIDE = 100  # of the grid of pixels whose mean grey stands for an image's: 0.3 grey levels from it in photographs of 500 x 375
 DOWN = -0.499  # added where OpenCV rounds to the nearest and PIL down
 LUMA = (0.299, 0.587, 0.114)
+LUMA_15 = (9798.0, 19235.0, 3735.0)  # of 2^15, as OpenCV has them
+VIEWS = ("image", "tokenizer_image")
+AT_LAST = ("augment.color_jitter, how", "PIL's steps, on the views (methods.views): ours")  # a recipe's source, and so in its key
 BLUR = (0.1, 2.0)  # radius in pixels of a view of 224
 
 
@@ -64,56 +69,95 @@ def shift_hue(image: Image.Image, turn: float) -> Image.Image:
 
 
 def same_box(
-    image: Image.Image, rng: np.random.Generator, augment: Augment, wanted: Sequence[tuple[tuple[int, int], Image.Resampling]]
-) -> list[Tensor]:
-    """An image jittered, mirrored, cut to a random box and resized to each (size, filter): uint8 (3, h, w) each.
-
-    Where all are large, they are cut first and jittered and mirrored then, at a tenth of the cost. Contrast still turns about the grey of the whole image
-    (of every eighth row), and what is clipped is clipped after the resize.
-    """
-    large, steps = min(min(size) for size, _ in wanted) >= LARGE, []
-    if augment.color_jitter is not None and not large:
-        image = color_jitter(image, rng, augment.color_jitter)
-    elif augment.color_jitter is not None:
-        steps = draw_jitter(rng, augment.color_jitter)
+    image: Image.Image, rng: np.random.Generator, augment: Augment, wanted: Mapping[str, tuple[tuple[int, int], Image.Resampling]]
+) -> dict[str, Tensor]:
+    """An image jittered, mirrored, cut to a random box and resized to each (size, filter): uint8 (3, h, w) each; see `jittered` where all are large."""
+    large = min(min(size) for size, _ in wanted.values()) >= LARGE
+    image, left_over = jittered(image, rng, augment.color_jitter, later=large)
     if (flip := rng.random() < augment.flip) and not large:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     top, left, h, w = box = random_resized_crop_box(rng, image.height, image.width, augment.crop_scale, augment.crop_ratio)
     if not large:
-        return [to_tensor(crop_resize(image, box, size, resample)) for size, resample in wanted]
-    values, left = values_of(image), image.width - left - w if flip else left
-    made = [resize(values[:, top : top + h, left : left + w], size, resample) for size, resample in wanted]
-    made = recoloured(values, made, steps) if steps else made
-    made = [planar(view) for view in made]
-    return [view.flip(2) for view in made] if flip else made
+        return {name: to_tensor(crop_resize(image, box, *how)) for name, how in wanted.items()}
+    left = image.width - left - w if flip else left
+    crop = values_of(image)[:, top : top + h, left : left + w]
+    made = {name: planar(resize(crop, *how)) for name, how in wanted.items()}
+    return {name: view.flip(2) if flip else view for name, view in made.items()} | left_over
+
+
+def jittered(
+    image: Image.Image, rng: np.random.Generator, strength: tuple[float, float, float] | None, later: bool
+) -> tuple[Image.Image, dict[str, Tensor]]:
+    """An image after `harness.augment.color_jitter`; or, `later`, as it is, and what `recoloured` needs to do the same to views of it on the device.
+
+    That is {"jitter": float32 (steps, 2), which step and its factor, "whole": uint8 (SIDE, SIDE, 3), pixels of the whole image on a grid, about whose mean
+    grey contrast turns}. Views are fewer pixels, so that later is a tenth of the work; what is clipped is clipped after the resize then.
+    """
+    if strength is None:
+        return image, {}
+    if not later:
+        return color_jitter(image, rng, strength), {}
+    import cv2
+
+    grid = cv2.resize(values_of(image).permute(1, 2, 0).contiguous().numpy(), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
+    steps = np.array(draw_jitter(rng, strength), dtype=np.float32).reshape(-1, 2)
+    return image, {"jitter": torch.from_numpy(steps), "whole": torch.from_numpy(grid)}
 
 
 def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) -> list[tuple[int, float]]:
     """What `harness.augment.color_jitter` draws, as steps: brightness (0), contrast (1) and saturation (2) in random order, each with its factor."""
-    return [(int(i), rng.uniform(max(0.0, 1 - strength[i]), 1 + strength[i])) for i in rng.permutation(3) if strength[i] > 0]
+    lowest = [max(0.0, 1 - s) for s in strength]
+    return [(i, lowest[i] + (1 + strength[i] - lowest[i]) * rng.random()) for i in rng.permutation(3).tolist() if strength[i] > 0]
 
 
-def recoloured(whole: Tensor, made: Sequence[Tensor], steps: Sequence[tuple[int, float]]) -> list[Tensor]:
-    """Views uint8 (3, h, w) of an image after the steps of `draw_jitter`. Contrast turns about the mean grey of `whole`, as PIL's does.
+def recoloured(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A batch whose views uint8 (B, 3, h, w) have gone through their steps, if `jittered` left any: on the batch's device, without waiting for it.
 
-    The views lie one behind the other in one array of pixels, so that a step is one pass over all; of `whole` every eighth row goes along up to contrast.
+    By OpenCV on a CPU, where torch takes ten times as long; by torch elsewhere, to the same values but for one in 50,000, which differ in rounding.
     """
+    if "jitter" not in batch:
+        return batch
+    views = {name: batch[name] for name in VIEWS if name in batch}
+    work = by_opencv if batch["jitter"].device.type == "cpu" else by_torch
+    made = work([batch["whole"].permute(0, 3, 1, 2), *views.values()], batch["jitter"])[1:]
+    return {name: value for name, value in batch.items() if name not in ("jitter", "whole")} | dict(zip(views, made, strict=True))
+
+
+def by_opencv(views: Sequence[Tensor], jitter: Tensor) -> list[Tensor]:
+    """Views uint8 (B, 3, h, w), the whole's grid first, after the steps (B, steps, 2), an image at a time."""
     import cv2
 
-    cv2.setNumThreads(0)  # a loader process has one core
-    pixels = np.concatenate([view.permute(1, 2, 0).contiguous().view(1, -1, 3).numpy() for view in made], axis=1)
-    rows = np.array(whole[:, ::8].permute(1, 2, 0).numpy(), order="C") if any(kind == CONTRAST for kind, _ in steps) else None
-    for kind, factor in steps:
-        if kind == CONTRAST and rows is not None:
-            pivot = int(sum(weight * mean for weight, mean in zip(LUMA, cv2.mean(rows), strict=False)) + 0.5)
-            cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * pivot + DOWN, dst=pixels)
-            rows = None
-            continue
-        for values in (pixels,) if rows is None else (pixels, rows):
-            if kind == SATURATION:
-                grey = cv2.cvtColor(cv2.cvtColor(values, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-                cv2.addWeighted(values, factor, grey, 1 - factor, DOWN, dst=values)
-            else:
-                cv2.convertScaleAbs(values, values, factor, DOWN)
-    ends = np.cumsum([view.shape[1] * view.shape[2] for view in made])
-    return [torch.from_numpy(pixels[0, end - v[0].numel() : end].reshape(*v.shape[1:], 3)).permute(2, 0, 1) for v, end in zip(made, ends, strict=True)]
+    cv2.setNumThreads(0)
+    made = [view.clone(memory_format=torch.contiguous_format) for view in views]
+    for *images, steps in zip(*(view.numpy() for view in made), jitter.tolist(), strict=True):
+        for kind, factor in steps:
+            pivot = int(sum(weight * cv2.mean(plane)[0] for weight, plane in zip(LUMA, images[0], strict=True)) + 0.5) if kind == CONTRAST else 0
+            for planes in images:
+                values = planes.reshape(1, -1)
+                if kind == SATURATION:
+                    grey = cv2.cvtColor(cv2.merge(list(planes)), cv2.COLOR_RGB2GRAY)
+                    for plane in planes:
+                        cv2.addWeighted(plane, factor, grey, 1 - factor, DOWN, dst=plane)
+                elif kind == CONTRAST:
+                    cv2.addWeighted(values, factor, values, 0, (1 - factor) * pivot + DOWN, dst=values)
+                else:
+                    cv2.convertScaleAbs(values, values, factor, DOWN)
+    return made
+
+
+def by_torch(views: Sequence[Tensor], jitter: Tensor) -> list[Tensor]:
+    """The same in single precision. Sums of whole values below 2^24 are exact in it: the grid's mean, and OpenCV's grey, whose weights have 15 bits."""
+    made = [view.float() for view in views]
+    for step in jitter[..., None, None, None].unbind(1):
+        kind, factor = step.unbind(1)
+        pivot = (weighed(made[0].sum((2, 3), keepdim=True) / made[0][0, 0].numel(), LUMA) + 0.5).floor_()
+        offset = torch.where(kind == CONTRAST, (1 - factor) * pivot, 0) + DOWN
+        for i, x in enumerate(made):
+            grey = ((weighed(x, LUMA_15) + 2**14) / 2**15).floor_()
+            made[i] = (x * factor + (torch.where(kind == SATURATION, (1 - factor) * grey, 0) + offset)).round_().clamp_(0, 255)
+    return [x.to(torch.uint8) for x in made]
+
+
+def weighed(x: Tensor, weights: Sequence[float]) -> Tensor:
+    """Weighted sum over channels (B, 3, h, w) -> (B, 1, h, w), by plain numbers: weights in a tensor would have to be copied to the device, and waited for."""
+    return x[:, :1] * weights[0] + x[:, 1:2] * weights[1] + x[:, 2:] * weights[2]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance
+from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
@@ -19,8 +21,9 @@ from harness.augment import EvalTransform, crop_resize, random_resized_crop_box,
 from harness.data import BadImage, load_rgb
 from harness.pictures import Picture, decode_jpeg, headers, planar, resize, values_of
 from harness.randomness import generator
-from harness.spec import Augment, ViTConfig, pixels
-from methods.views import draw_jitter, recoloured, same_box
+from harness.spec import Augment, Recipe, ViTConfig, pixels
+from methods.mae import MAE
+from methods.views import by_opencv, by_torch, draw_jitter, jittered, recoloured, same_box
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -132,32 +135,67 @@ def test_large_eval_views_are_torchvisions_crops(height: int, width: int) -> Non
 
 @pytest.mark.parametrize("strength,apart", [(None, 0.05), ((0.4, 0.4, 0.4), 0.8)])
 def test_large_views_of_one_box_are_those_of_the_long_way(strength: tuple[float, float, float] | None, apart: float) -> None:
-    """BEiT's order is jitter, flip, crop; cut first, the same draws give the same picture: the grey of contrast is the whole image's, not the crop's."""
-    augment = Augment(crop_scale=(0.08, 1.0), color_jitter=strength)
-    wanted = [((224, 224), BICUBIC), ((112, 112), LANCZOS)]
-    away = []
-    for seed in range(12):
-        short = same_box(scene(), generator(seed), augment, wanted)
-        with pytest.MonkeyPatch.context() as patch:
-            for module in ("harness.augment", "methods.views"):
-                patch.setattr(f"{module}.LARGE", math.inf)
-            long = same_box(scene(), generator(seed), augment, wanted)
-        assert [v.shape for v in short] == [v.shape for v in long] and all(v.is_contiguous() for v in short)
-        away += [float((a.float() - b.float()).abs().mean()) for a, b in zip(short, long, strict=True)]
+    """BEiT's order is jitter, flip, crop; cut first and jittered in the batch, the same draws give the same picture: the grey of contrast is the whole's."""
+    augment, away = Augment(crop_scale=(0.08, 1.0), color_jitter=strength), []
+    wanted = {"image": ((224, 224), BICUBIC), "tokenizer_image": ((112, 112), LANCZOS)}
+    short = recoloured(default_collate([same_box(scene(), generator(seed), augment, wanted) for seed in range(12)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.augment.LARGE", math.inf)
+        patch.setattr("methods.views.LARGE", math.inf)
+        long = default_collate([same_box(scene(), generator(seed), augment, wanted) for seed in range(12)])
+    assert set(short) == set(long) == set(wanted)
+    for name, views in long.items():
+        assert short[name].shape == views.shape and short[name].is_contiguous()
+        away.append(float((short[name].float() - views.float()).abs().mean()))
     assert np.mean(away) < apart
+
+
+def left_over(seeds: range, view: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Twice a view for each seed, after the grid of the whole, and the steps of its jitter."""
+    batch = default_collate([jittered(Picture(view), generator(seed), (0.4, 0.4, 0.4), later=True)[1] for seed in seeds])
+    return [batch["whole"].permute(0, 3, 1, 2), view.repeat(len(seeds), 1, 1, 1), view.contiguous().repeat(len(seeds), 1, 1, 1)], batch["jitter"]
 
 
 def test_the_jitter_of_views_is_pils() -> None:
     """Step by step on the same pixels, each clipped and cut to whole values as PIL does, contrast about the grey of the whole."""
     enhancers, away = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), []
+    views, steps = left_over(range(40), values_of(scene(100, 100)))
+    made = by_opencv(views, steps)[1:]
     for seed in range(40):
-        steps, expected, view = draw_jitter(generator(seed), (0.4, 0.4, 0.4)), scene(60, 80), values_of(scene(60, 80))
-        for kind, factor in steps:
+        expected = scene(100, 100)
+        for kind, factor in draw_jitter(generator(seed), (0.4, 0.4, 0.4)):
             expected = enhancers[kind](expected).enhance(factor)
-        for made in recoloured(view.repeat_interleave(8, dim=1), [view, view.contiguous()], steps):
-            away.append((made.int() - values_of(expected).int()).abs().float())
+        away += [(view[seed].int() - values_of(expected).int()).abs().float() for view in made]
     apart = torch.stack(away)
     assert apart.max() <= 3 and apart.mean() < 0.01
+    assert all(torch.equal(view[0], values_of(scene(100, 100))) for view in views), "what was given was written to"
+
+
+def test_a_gpu_would_jitter_to_the_same_values() -> None:
+    """torch's formulas, here on the processor: OpenCV multiplies and adds at once, so that one value in some ten thousand is rounded otherwise."""
+    views, steps = left_over(range(24), values_of(scene(224, 224)))
+    apart = torch.stack([(a.int() - b.int()).abs() for a, b in zip(by_opencv(views, steps)[1:], by_torch(views, steps)[1:], strict=True)])
+    assert apart.max() <= 3 and (apart > 0).float().mean() < 2e-4
+
+
+def test_jitter_of_some_kinds_only_and_of_none_has_as_many_steps() -> None:
+    for strength, count in (((0.4, 0.0, 0.4), 2), ((0.0, 0.0, 0.0), 0)):
+        image, left = jittered(scene(), generator(1), strength, later=True)
+        made = recoloured({**{k: v[None] for k, v in left.items()}, "image": to_tensor(image)[None]})
+        assert left["jitter"].shape == (count, 2) and set(made) == {"image"} and torch.equal(made["image"][0], to_tensor(image)) == (count == 0)
+    assert jittered(scene(), generator(1), None, later=True)[1] == {}
+
+
+def test_maes_jitter_of_large_views_is_left_to_the_device() -> None:
+    """Table 1e's crop and jitter: the same crop and draws as where PIL jitters the whole image first."""
+    method = MAE(augmentation="crop-jitter")
+    recipe = Recipe(batch=4, lr=1.0, epochs=1, augment=Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4)))
+    short = recoloured(default_collate([method.transform(ViTConfig(), recipe)(scene(), generator(s)) for s in range(6)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("methods.mae.LARGE", math.inf)
+        long = default_collate([method.transform(ViTConfig(), recipe)(scene(), generator(s)) for s in range(6)])
+    assert set(short) == set(long) and torch.equal(short["noise"], long["noise"])
+    assert (short["image"].float() - long["image"].float()).abs().mean() < 0.8
 
 
 @pytest.mark.parametrize("resample", [BICUBIC, LANCZOS])
