@@ -5,6 +5,7 @@ Nothing is started here. What can be found wrong with the request without doing 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -92,8 +93,12 @@ class Planner:
             at = "" if vit.size == self.vit.size else f" at {vit.size[0]}x{vit.size[1]} pixels"
             reason = f"{name} has no recipe for protocol {self.setting.name} with backbone {self.backbone}{at}"
             if known:
-                made = {v: dataclasses.replace(plugin, **fields) for v, fields in getattr(plugin, "variants", {}).items()}
-                variants = [f"{name.split()[0].split('@')[0]}@{v}" for v, p in made.items() if p.recipe(self.setting, self.architecture(p, vit)) is not None]
+                variants = list[str]()
+                for variant, fields in getattr(plugin, "variants", {}).items():
+                    with contextlib.suppress(UserError):  # --set says what this one cannot have
+                        other = dataclasses.replace(plugin, **fields)
+                        if other.recipe(self.setting, self.architecture(other, vit)) is not None:
+                            variants.append(f"{name.split()[0].split('@')[0]}@{variant}")
                 also = f"; variants that have one here: {', '.join(variants)}" if variants else ""
                 raise UserError(f"--backbone: {reason}: no source gives one; there is one for {', '.join(known)}{also}")
             raise JobFailed(reason)

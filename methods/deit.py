@@ -117,9 +117,9 @@ class DistilledClassifier(Classifier):
 
     def learn_from(self, teacher: nn.Module, share: float) -> None:
         """Train on a teacher's labels with a weight of `share`; it sees images by its own mean and std. Raises UserError if it knows other classes."""
-        known = int(teacher.num_classes)  # type: ignore[arg-type]
-        if known != len(self.classes):
-            raise UserError(f"deit@distilled.teacher_file: the teacher knows {known} classes, the training images have {len(self.classes)}: name one of them")
+        taught = int(teacher.num_classes)  # type: ignore[arg-type]
+        if taught != len(self.classes):
+            raise UserError(f"deit@distilled.teacher_file: the teacher knows {taught} classes, the training images have {len(self.classes)}: name one of them")
         cfg, ours = getattr(teacher, "default_cfg", {}), self.normalize
         own = Normalize(cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD))
         own.shift, own.scale = (own.shift - ours.shift) * ours.scale, own.scale / ours.scale  # what it gets is normalised for the student

@@ -62,7 +62,7 @@ class Supervised:
         frozen = published.fixed(vit) + (("vit.norm.*",) if self.pooling == "mean" else ())
         if protocol.family == "paper":
             recipe = published.as_evaluated("imagenet@scratch", protocol, vit) if self.by == "mae" else published.deit(vit)
-            mean = (("pooling", self.variant_sources["mean"]),) if self.pooling == "mean" else ()
+            mean = (("pooling", Supervised.variant_sources["mean"]),) if self.pooling == "mean" else ()
             return None if recipe is None else replace(recipe, frozen=frozen, sources=(*mean, *recipe.sources))
         sources = (
             ("batch, lr, length, warmup, ema, weight_decay, mixup, cutmix", "ours, scaled down"),

@@ -114,6 +114,8 @@ def test_small_vits_are_tuned_and_probed_where_a_source_says_how(photos: Path) -
         planner(photos, "dino@repo", "knn", backbone="vit-s16-12h").plan()
     with pytest.raises(UserError, match=r"dino has no recipe .* vit-s16: .* there is one for vit-b16; variants that have one here: dino@repo, dino@boosted$"):
         planner(photos, "dino", "knn", backbone="vit-s16").plan()
+    with pytest.raises(UserError, match=r"^--backbone: deit has no recipe .* vit-l16: "):  # and not that its variant `distilled` cannot have pooling=mean
+        planner(photos, "deit", "knn", backbone="vit-l16", settings=("deit.pooling=mean",)).plan()
 
 
 # method, backbone -> the variant of `imagenet` by which its paper fine-tunes, and what its classifier reads (recipes A2, A5, A7)
