@@ -1,4 +1,4 @@
-"""How long a plan takes on several cores by the order in which ready nodes are started: longest path first (harness.launch) against the plan's own order.
+"""How long a plan takes on several cores by the order in which ready nodes are started: longest path first (launchers.local) against the plan's own order.
 
 A simulation: each node takes what it was measured to take (results/throughput.csv, the demo on one core), starts as soon as a core is free and its parents are
 done, and disturbs no other. `bound` is what no order can beat: the longest path, or all work shared evenly. What the order goes by, images
@@ -19,9 +19,9 @@ from typing import Any
 from report import keep
 
 from harness.jobs import Node
-from harness.launch import longest_first
 from harness.plan import Planner
 from harness.request import Request
+from launchers.local import longest_first
 from results.throughput import SHIPPED
 
 METHODS, EVALS = ("scratch", "supervised", "beit-pixel", "beit", "mae"), ("imagenet", "linear", "inat2018", "places365", "ade20k", "coco")

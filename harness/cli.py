@@ -37,7 +37,7 @@ def check_packages() -> None:
         UserError: one resolves elsewhere than beside harness/.
     """
     root = Path(__file__).resolve().parents[1]
-    for name in ("methods", "evals", "results", "slurm", "protocols", "weights", "data_sets", "doctor"):
+    for name in ("methods", "evals", "results", "launchers", "slurm", "protocols", "weights", "data_sets", "doctor"):
         found = find_spec(name)
         places = [Path(p).resolve() for p in (found.submodule_search_locations or ())] if found else []
         if root / name not in places[:1]:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = {"methods": 250, "evals": 250, "harness": 300, "results": 300, "slurm": 300, "protocols": 300, "data_sets": 300, "weights": 300, "doctor": 300}
+ROOMS = ("results", "launchers", "slurm", "protocols", "data_sets", "weights", "doctor")
+BUDGETS = {"methods": 250, "evals": 250, "harness": 300, **dict.fromkeys(ROOMS, 300)}
 # The design hoped for 3,000. Provenance, the worker, positions, parts of a batch, restricted unpickling, jobs on several processes and checkpoints written
 # beside the training, loggers, restarts and sharding took the rest; the conformance suite is not in it.
-CORE = 5760
+CORE = 5615
 MODULES = sorted(p for room in (*BUDGETS, "tests", "benchmarks") for p in (ROOT / room).rglob("*.py"))
 OURS = [p for p in MODULES if p.relative_to(ROOT).parts[0] in BUDGETS]
 

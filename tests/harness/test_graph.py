@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.launch import longest_first
 from harness.plan import Planner
 from harness.request import Request
+from launchers.local import longest_first
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 LINE = ("run", "--protocol", "smoke", "--methods", "rotation", "--evals", "nearest-mean")
