@@ -125,9 +125,9 @@ def waits_for_nothing(one: step.Contender, case: step.Case, batch: step.Batch) -
 
 
 def jitter_of(images: int) -> step.Batch:
-    """What BEiT's loader leaves to the device (`methods.views.jittered`): three steps an image, and a picture of noise about whose grey contrast turns."""
-    steps = torch.tensor([draw_jitter(generator(i), (0.4, 0.4, 0.4)) for i in range(images)])
-    return {"jitter": steps, "whole": torch.randint(0, 256, (images, SIDE, SIDE, 3), dtype=torch.uint8)}
+    """What BEiT's loader leaves to the device (`methods.views.sample_of`): three steps an image, a picture of noise about whose grey contrast turns."""
+    steps, whole = [draw_jitter(generator(i), (0.4, 0.4, 0.4)) for i in range(images)], torch.randint(0, 256, (images, SIDE, SIDE, 3), dtype=torch.uint8)
+    return {"jitter": torch.tensor(steps), "whole": whole, "mirrored": torch.arange(images) % 2 == 0}
 
 
 def own(name: str, case: step.Case, device: str, rounds: int, peak: float, backend: str) -> list[dict[str, Any]]:
@@ -137,7 +137,10 @@ def own(name: str, case: step.Case, device: str, rounds: int, peak: float, backe
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    batch = {k: v.to(device) for k, v in {**step.batch_of(case), **(jitter_of(case.batch) if case.method == "beit" else {})}.items()}
+    batch = {k: v.to(device) for k, v in step.batch_of(case).items()}
+    if case.method == "beit":
+        batch |= {k: batch[k].permute(0, 2, 3, 1).contiguous() for k in ("image", "tokenizer_image")}
+        batch |= {k: v.to(device) for k, v in jitter_of(case.batch).items()}
     rows, flops = list[dict[str, Any]](), train_flops(case)
     for how in ("eager", "compiled"):
         one = step.ours(case, device, batch)

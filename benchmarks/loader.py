@@ -51,7 +51,7 @@ from data_sets import labelled
 from harness.augment import Normalize, TrainTransform, crop_resize, random_resized_crop_box, to_tensor
 from harness.classifier import Classifier
 from harness.data import ImageList, load_rgb, read_images
-from harness.pictures import decode_jpeg, planar, resize, values_of
+from harness.pictures import decode_jpeg, resize, values_of
 from harness.randomness import generator
 from harness.samples import Samples, loader
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Augment, Recipe, ViTConfig
@@ -59,7 +59,7 @@ from harness.vit import ViT
 from methods.beit import BEiT
 from methods.mae import MAE
 from methods.masking import BlockMask, block_mask
-from methods.views import jittered, recoloured
+from methods.views import jittered, recoloured, sample_of
 from protocols import scenes
 
 HEIGHT, WIDTH, TILE = 375, 500, (96, 72)
@@ -287,8 +287,8 @@ def stages(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
     values, rng = picture.values, generator("stages")
     crop = values[:, top : top + h, left : left + w]
     left = [jittered(picture, generator(i), (0.4, 0.4, 0.4), later=True)[1] for i in range(BATCH)]
-    views = {"image": planar(resize(crop, (224, 224))), "tokenizer_image": planar(resize(crop, (112, 112), Image.Resampling.LANCZOS))}
-    batch = default_collate([{**views, **one} for one in left])
+    views = {"image": resize(crop, (224, 224)), "tokenizer_image": resize(crop, (112, 112), Image.Resampling.LANCZOS)}
+    batch = default_collate([sample_of(views, i % 2 == 0, one) for i, one in enumerate(left)])
     jitter_rng = generator("jitter")
     times = microseconds(rounds, {
         "decode": lambda: decode_jpeg(data), "decode, rival": lambda: Image.open(io.BytesIO(data)).load(),
@@ -306,7 +306,7 @@ def stages(photos: Path | None, rounds: int) -> list[dict[str, Any]]:
     rivals = {"decode": "PIL", "224 bicubic": "PIL", "112 Lanczos": "PIL", "jitter, what the loader has of it": "torchvision, all of it"}
     more = {name: {"rival": who, "rival_microseconds": statistics.median(times.pop(f"{name}, rival"))} for name, who in rivals.items()}
     more["decode, halved by DCT"] = {"grey_levels_away_at_112": away}
-    times["jitter of both views on the device, here this core"] = [1e6 * seconds(lambda: recoloured(batch)) / BATCH for _ in range(rounds + 1)][1:]
+    times["jitter and flip of both views on the device, here this core"] = [1e6 * seconds(lambda: recoloured(batch)) / BATCH for _ in range(rounds + 1)][1:]
     return [row_of("stage", name, taken, **more.get(name, {})) for name, taken in times.items()]
 
 

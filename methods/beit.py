@@ -130,7 +130,7 @@ class BEiT:
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[PIL.Image, np.random.Generator], dict[str, Tensor]]:
         """Jitter, flip, one crop box -> {"image": uint8 (3, H, W), "mask": bool (N,)}, and for tokens "tokenizer_image": uint8 (3, 8h, 8w).
 
-        Large views are jittered by the objective: "jitter" says how (`methods.views.jittered`).
+        Large views are jittered and mirrored by the objective (`methods.views.sample_of`).
         """
         if self.intermediate:
             return TrainTransform(vit.size, recipe.augment)

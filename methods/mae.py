@@ -12,14 +12,15 @@ from PIL import Image as PIL
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from harness.augment import Normalize, crop_resize, random_resized_crop_box, to_tensor
+from harness.augment import Normalize, crop_resize, random_resized_crop_box
+from harness.pictures import values_of
 from harness.spec import IMAGENET_MEAN, IMAGENET_STD, LARGE, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_mae, sincos_positions
 from methods import ablations, published
 from methods.dalle import STRIDE
 from methods.masking import BlockMask, block_mask, fixed_size_box, grid_mask, noise_for, pick, scaled, shuffle_by
 from methods.targets import Components, Pixels, Target, Tokens, tokenizer
-from methods.views import AT_LAST, jittered, recoloured
+from methods.views import AT_LAST, jittered, recoloured, sample_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,10 +116,8 @@ class MAE:
         if protocol.family == "paper":
             return published.mae_pretraining(vit, self.epochs, jitter)
         frozen, augment = published.fixed(vit), Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4) if jitter else None)
-        sources: tuple[tuple[str, str], ...] = (
-            ("batch, lr, length, warmup", "ours, scaled down"), ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)"),
-        )
-        sources += (AT_LAST,) if jitter and min(vit.size) >= LARGE else ()
+        late = (AT_LAST,) if jitter and min(vit.size) >= LARGE else ()
+        sources = (("batch, lr, length, warmup", "ours, scaled down"), ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)"), *late)
         shared: dict[str, Any] = {"betas": (0.9, 0.95), "frozen": frozen, "augment": augment, "sources": sources}
         if protocol.family == "demo":
             return Recipe(batch=64, lr=2e-3, iterations=1200, warmup=80, **shared)
@@ -128,11 +127,8 @@ class MAE:
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[PIL.Image, np.random.Generator], dict[str, Tensor]]:
         """Crop and flip -> {"image": uint8 (3, H, W), "noise": float32 (N,), whose order is the masking}, for tokens "tokenizer_image": (3, 8h, 8w).
-
-        Large views are jittered by the objective, where jitter is asked for: "jitter" says how (`methods.views.jittered`).
-        """
+        Of large views the objective does the jitter (`methods.views.sample_of`)."""
         augment, view = recipe.augment, (STRIDE * vit.grid[0], STRIDE * vit.grid[1])
-        large = min(*vit.size, *(view if self.target == "tokens" else ())) >= LARGE
         blocks = BlockMask(*vit.grid, vit.patches - int(vit.patches * (1 - self.mask_ratio)), scaled(16, vit.patches))
 
         def sample(image: PIL.Image, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -140,17 +136,13 @@ class MAE:
                 box = random_resized_crop_box(rng, image.height, image.width, augment.crop_scale, augment.crop_ratio)
             else:
                 box = fixed_size_box(image.height, image.width, vit.size, 7 / 8, None if self.augmentation == "none" else rng)
-            image, left_over = jittered(image, rng, augment.color_jitter, later=large)
-            made = {"image": to_tensor(crop_resize(image, box, vit.size))}
+            image, left_over = jittered(image, rng, augment.color_jitter, later=min(*vit.size, *(view if self.target == "tokens" else ())) >= LARGE)
+            views = {"image": values_of(crop_resize(image, box, vit.size))}
             if self.target == "tokens":
-                made["tokenizer_image"] = to_tensor(crop_resize(image, box, view, PIL.Resampling.LANCZOS))
-            if self.augmentation != "none" and rng.random() < augment.flip:
-                made = {name: pixels.flip(2) for name, pixels in made.items()}
-            if self.masking == "random":
-                noise = rng.random(vit.patches, dtype="float32")
-            else:
-                noise = noise_for(block_mask(rng, blocks) if self.masking == "block" else grid_mask(rng, *vit.grid), rng)
-            return {**made, **left_over, "noise": torch.from_numpy(noise)}
+                views["tokenizer_image"] = values_of(crop_resize(image, box, view, PIL.Resampling.LANCZOS))
+            made = sample_of(views, self.augmentation != "none" and rng.random() < augment.flip, left_over)
+            mask = None if self.masking == "random" else block_mask(rng, blocks) if self.masking == "block" else grid_mask(rng, *vit.grid)
+            return {**made, "noise": torch.from_numpy(rng.random(vit.patches, dtype="float32") if mask is None else noise_for(mask, rng))}
 
         return sample
 
@@ -245,14 +237,12 @@ class MAEObjective(nn.Module):
     @torch.no_grad()
     def pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray | str:
         """The target's `sheet` of a batch."""
-        batch = recoloured(batch)
-        images = self.normalize(batch["image"])
+        images = self.normalize((batch := recoloured(batch))["image"])
         return self.target.sheet(batch, images, *self.predict(images, batch["noise"]), self.normalize)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
         """{"image": (B, 3, H, W) uint8 or float, "noise": (B, N)} -> {"loss": mean over the hidden patches, "weight": their number, ...}."""
-        batch = recoloured(batch)
-        images = self.normalize(batch["image"])
+        images = self.normalize((batch := recoloured(batch))["image"])
         order = shuffle_by(batch["noise"])
         prediction = self.decode(self.latent(images, order), order, first=self.kept)
         hidden = order[:, self.kept :]

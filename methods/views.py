@@ -23,7 +23,7 @@ DOWN = -0.499  # added where OpenCV rounds to the nearest and PIL down
 LUMA = (0.299, 0.587, 0.114)
 LUMA_15 = (9798.0, 19235.0, 3735.0)  # of 2^15, as OpenCV has them
 VIEWS = ("image", "tokenizer_image")
-AT_LAST = ("augment.color_jitter, how", "PIL's steps, on the views (methods.views): ours")  # a recipe's source, and so in its key
+AT_LAST = ("how large views are jittered", "ours: by PIL's steps, on the views (methods.views)")  # a source in a recipe, and so in its key
 BLUR = (0.1, 2.0)  # radius in pixels of a view of 224
 
 
@@ -81,14 +81,21 @@ def same_box(
         return {name: to_tensor(crop_resize(image, box, *how)) for name, how in wanted.items()}
     left = image.width - left - w if flip else left
     crop = values_of(image)[:, top : top + h, left : left + w]
-    made = {name: planar(resize(crop, *how)) for name, how in wanted.items()}
-    return {name: view.flip(2) if flip else view for name, view in made.items()} | left_over
+    return sample_of({name: resize(crop, *how) for name, how in wanted.items()}, flip, left_over)
+
+
+def sample_of(views: Mapping[str, Tensor], flip: bool, left_over: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Views uint8 (3, h, w), mirrored where `flip` says so. Where the device has to jitter them it mirrors them, too, and gets them as (h, w, 3), as they are
+    in memory: to take them apart there costs nothing on a GPU, and less on a CPU where it is the only work at hand."""
+    if left_over:
+        return {name: view.permute(1, 2, 0).contiguous() for name, view in views.items()} | {**left_over, "mirrored": torch.tensor(flip)}
+    return {name: planar(view).flip(2) if flip else planar(view) for name, view in views.items()}
 
 
 def jittered(
     image: Image.Image, rng: np.random.Generator, strength: tuple[float, float, float] | None, later: bool
 ) -> tuple[Image.Image, dict[str, Tensor]]:
-    """An image after `harness.augment.color_jitter`; or, `later`, as it is, and what `recoloured` needs to do the same to views of it on the device.
+    """An image after `harness.augment.color_jitter`; or, `later`, as it is, and what `recoloured` needs to do the same to views of it (`sample_of`).
 
     That is {"jitter": float32 (steps, 2), which step and its factor, "whole": uint8 (SIDE, SIDE, 3), pixels of the whole image on a grid, about whose mean
     grey contrast turns}. Views are fewer pixels, so that later is a tenth of the work; what is clipped is clipped after the resize then.
@@ -111,43 +118,45 @@ def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) 
 
 
 def recoloured(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A batch whose views uint8 (B, 3, h, w) have gone through their steps, if `jittered` left any: on the batch's device, without waiting for it.
+    """A batch of `sample_of` as the network takes it: views uint8 (B, 3, h, w), jittered and mirrored, if the loader has not done it.
 
-    By OpenCV on a CPU, where torch takes ten times as long; by torch elsewhere, to the same values but for one in 50,000, which differ in rounding.
+    It runs on the batch's device without waiting for it: on a CPU by OpenCV, where torch takes ten times as long; elsewhere by torch, to the same values
+    but for one in 50,000, which differ in rounding.
     """
     if "jitter" not in batch:
         return batch
     views = {name: batch[name] for name in VIEWS if name in batch}
     work = by_opencv if batch["jitter"].device.type == "cpu" else by_torch
-    made = work([batch["whole"].permute(0, 3, 1, 2), *views.values()], batch["jitter"])[1:]
-    return {name: value for name, value in batch.items() if name not in ("jitter", "whole")} | dict(zip(views, made, strict=True))
+    made = work([batch["whole"], *views.values()], batch["jitter"], batch["mirrored"])
+    return {name: value for name, value in batch.items() if name not in ("jitter", "whole", "mirrored")} | dict(zip(views, made, strict=True))
 
 
-def by_opencv(views: Sequence[Tensor], jitter: Tensor) -> list[Tensor]:
-    """Views uint8 (B, 3, h, w), the whole's grid first, after the steps (B, steps, 2), an image at a time."""
+def by_opencv(views: Sequence[Tensor], jitter: Tensor, mirrored: Tensor) -> list[Tensor]:
+    """The whole's grid and views, uint8 (B, h, w, 3), and steps (B, steps, 2) -> the views uint8 (B, 3, h, w) after them, an image at a time."""
     import cv2
 
     cv2.setNumThreads(0)
-    made = [view.clone(memory_format=torch.contiguous_format) for view in views]
-    for *images, steps in zip(*(view.numpy() for view in made), jitter.tolist(), strict=True):
+    made = [torch.empty(len(v), 3, *v.shape[1:3], dtype=torch.uint8) for v in views[1:]]
+    for i, (steps, flip) in enumerate(zip(jitter.tolist(), mirrored.tolist(), strict=True)):
+        images = [view[i].numpy() for view in views]
         for kind, factor in steps:
-            pivot = int(sum(weight * cv2.mean(plane)[0] for weight, plane in zip(LUMA, images[0], strict=True)) + 0.5) if kind == CONTRAST else 0
-            for planes in images:
-                values = planes.reshape(1, -1)
+            pivot = int(sum(weight * mean for weight, mean in zip(LUMA, cv2.mean(images[0]), strict=False)) + 0.5) if kind == CONTRAST else 0
+            for n, image in enumerate(images):
                 if kind == SATURATION:
-                    grey = cv2.cvtColor(cv2.merge(list(planes)), cv2.COLOR_RGB2GRAY)
-                    for plane in planes:
-                        cv2.addWeighted(plane, factor, grey, 1 - factor, DOWN, dst=plane)
+                    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+                    images[n] = cv2.addWeighted(image, factor, grey, 1 - factor, DOWN)
                 elif kind == CONTRAST:
-                    cv2.addWeighted(values, factor, values, 0, (1 - factor) * pivot + DOWN, dst=values)
+                    images[n] = cv2.addWeighted(image, factor, image, 0, (1 - factor) * pivot + DOWN)
                 else:
-                    cv2.convertScaleAbs(values, values, factor, DOWN)
+                    images[n] = cv2.convertScaleAbs(image, None, factor, DOWN)
+        for view, image in zip(made, images[1:], strict=True):
+            cv2.split(cv2.flip(image, 1) if flip else image, list(view[i].numpy()))
     return made
 
 
-def by_torch(views: Sequence[Tensor], jitter: Tensor) -> list[Tensor]:
+def by_torch(views: Sequence[Tensor], jitter: Tensor, mirrored: Tensor) -> list[Tensor]:
     """The same in single precision. Sums of whole values below 2^24 are exact in it: the grid's mean, and OpenCV's grey, whose weights have 15 bits."""
-    made = [view.float() for view in views]
+    made = [view.permute(0, 3, 1, 2).float() for view in views]
     for step in jitter[..., None, None, None].unbind(1):
         kind, factor = step.unbind(1)
         pivot = (weighed(made[0].sum((2, 3), keepdim=True) / made[0][0, 0].numel(), LUMA) + 0.5).floor_()
@@ -155,7 +164,7 @@ def by_torch(views: Sequence[Tensor], jitter: Tensor) -> list[Tensor]:
         for i, x in enumerate(made):
             grey = ((weighed(x, LUMA_15) + 2**14) / 2**15).floor_()
             made[i] = (x * factor + (torch.where(kind == SATURATION, (1 - factor) * grey, 0) + offset)).round_().clamp_(0, 255)
-    return [x.to(torch.uint8) for x in made]
+    return [torch.where(mirrored[:, None, None, None], x.flip(3), x).to(torch.uint8).contiguous() for x in made[1:]]
 
 
 def weighed(x: Tensor, weights: Sequence[float]) -> Tensor:

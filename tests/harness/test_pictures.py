@@ -23,7 +23,7 @@ from harness.pictures import Picture, decode_jpeg, headers, planar, resize, valu
 from harness.randomness import generator
 from harness.spec import Augment, Recipe, ViTConfig, pixels
 from methods.mae import MAE
-from methods.views import by_opencv, by_torch, draw_jitter, jittered, recoloured, same_box
+from methods.views import by_opencv, by_torch, draw_jitter, jittered, recoloured, same_box, sample_of
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -150,38 +150,41 @@ def test_large_views_of_one_box_are_those_of_the_long_way(strength: tuple[float,
     assert np.mean(away) < apart
 
 
-def left_over(seeds: range, view: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Twice a view for each seed, after the grid of the whole, and the steps of its jitter."""
-    batch = default_collate([jittered(Picture(view), generator(seed), (0.4, 0.4, 0.4), later=True)[1] for seed in seeds])
-    return [batch["whole"].permute(0, 3, 1, 2), view.repeat(len(seeds), 1, 1, 1), view.contiguous().repeat(len(seeds), 1, 1, 1)], batch["jitter"]
+def left_over(seeds: range, view: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The grid of the whole and a view twice for each seed, the steps of its jitter, and every second one to be mirrored."""
+    drawn = [jittered(Picture(view), generator(seed), (0.4, 0.4, 0.4), later=True)[1] for seed in seeds]
+    batch = default_collate([sample_of({"image": view}, seed % 2 == 1, one) for seed, one in zip(seeds, drawn, strict=True)])
+    return [batch["whole"], batch["image"], batch["image"]], batch["jitter"], batch["mirrored"]
 
 
 def test_the_jitter_of_views_is_pils() -> None:
     """Step by step on the same pixels, each clipped and cut to whole values as PIL does, contrast about the grey of the whole."""
     enhancers, away = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), []
-    views, steps = left_over(range(40), values_of(scene(100, 100)))
-    made = by_opencv(views, steps)[1:]
+    given = left_over(range(40), values_of(scene(100, 100)))
+    made = by_opencv(*given)
     for seed in range(40):
         expected = scene(100, 100)
         for kind, factor in draw_jitter(generator(seed), (0.4, 0.4, 0.4)):
             expected = enhancers[kind](expected).enhance(factor)
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if seed % 2 else expected
         away += [(view[seed].int() - values_of(expected).int()).abs().float() for view in made]
     apart = torch.stack(away)
     assert apart.max() <= 3 and apart.mean() < 0.01
-    assert all(torch.equal(view[0], values_of(scene(100, 100))) for view in views), "what was given was written to"
+    assert torch.equal(given[0][1][0].permute(2, 0, 1), values_of(scene(100, 100))), "what was given was written to"
 
 
 def test_a_gpu_would_jitter_to_the_same_values() -> None:
     """torch's formulas, here on the processor: OpenCV multiplies and adds at once, so that one value in some ten thousand is rounded otherwise."""
-    views, steps = left_over(range(24), values_of(scene(224, 224)))
-    apart = torch.stack([(a.int() - b.int()).abs() for a, b in zip(by_opencv(views, steps)[1:], by_torch(views, steps)[1:], strict=True)])
+    given = left_over(range(24), values_of(scene(224, 200)))
+    apart = torch.stack([(a.int() - b.int()).abs() for a, b in zip(by_opencv(*given), by_torch(*given), strict=True)])
     assert apart.max() <= 3 and (apart > 0).float().mean() < 2e-4
 
 
 def test_jitter_of_some_kinds_only_and_of_none_has_as_many_steps() -> None:
     for strength, count in (((0.4, 0.0, 0.4), 2), ((0.0, 0.0, 0.0), 0)):
         image, left = jittered(scene(), generator(1), strength, later=True)
-        made = recoloured({**{k: v[None] for k, v in left.items()}, "image": to_tensor(image)[None]})
+        sample = sample_of({"image": values_of(image)}, False, left)
+        made = recoloured({name: value[None] for name, value in sample.items()})
         assert left["jitter"].shape == (count, 2) and set(made) == {"image"} and torch.equal(made["image"][0], to_tensor(image)) == (count == 0)
     assert jittered(scene(), generator(1), None, later=True)[1] == {}
 
