@@ -90,7 +90,7 @@ class Contender:
     after: Callable[[], object] = lambda: None
     gemm: str = "highest"
     deterministic: bool = False
-    kept: int = 2**26  # bytes of freed memory that stay in the process: the most that glibc keeps by itself
+    trim: int = 2**26  # see `keep_freed_memory`; the most that glibc comes to by itself
 
 
 def batch_of(case: Case) -> Batch:
@@ -125,7 +125,7 @@ def ours(case: Case, device: str, batch: Batch) -> Contender:
     parameters, gemm = [p for p in objective.parameters() if p.requires_grad], gemm_mode() if device == "cpu" else "highest"
     torch.set_float32_matmul_precision(gemm)
     choose_attention(objective, torch.device(device), case.dtype)
-    return Contender(objective, lambda b: objective(b)["loss"], optimizer, dict, lambda: clip_gradients(parameters, recipe), gemm, True, 2**31 - 1)
+    return Contender(objective, lambda b: objective(b)["loss"], optimizer, dict, lambda: clip_gradients(parameters, recipe), gemm, True, -1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- rivals
@@ -278,7 +278,7 @@ def gate(name: str, rival: str, case: Case, our: Contender, their: Contender, ba
 def seconds(one: Contender, case: Case, batch: Batch) -> float:
     """Seconds of one step."""
     device = batch["image"].device.type
-    keep_freed_memory(one.kept)
+    keep_freed_memory(one.trim)
     torch.set_float32_matmul_precision(one.gemm)
     torch.use_deterministic_algorithms(one.deterministic, warn_only=True)
     clock = time.process_time if device == "cpu" else time.perf_counter

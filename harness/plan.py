@@ -168,10 +168,10 @@ class Planner:
             parent_name = plugins.name_of("methods", method.parent)
             parents["parent"], more = self.pretrain(parent_name, self.settings.apply(parent_name, method.parent)[0], seed)
             notes = (*notes, *more)
-        sets = self.train_sets(method) if trains else ()
+        sets, drawn = self.train_sets(method) if trains else (), method.drawn(vit, recipe) if hasattr(method, "drawn") else ""
         identity = {
             "plugin": canonical(method), "version": method.version, "recipe": canonical(recipe), "vit": canonical(vit), "seed": seed,
-            **(pixels(vit) if trains else {}), "files": {role: sha256 for role, (_, sha256) in files.items()},
+            **(pixels(vit) if trains else {}), **({"drawn": drawn} if drawn else {}), "files": {role: sha256 for role, (_, sha256) in files.items()},
         }
         about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name,
                  "backbone": self.backbone, "labels": bool(getattr(method, "needs_labels", False))}

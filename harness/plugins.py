@@ -153,7 +153,7 @@ class Method(Trainable, Protocol):
     beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row). Also optional: notes(vit) -> footnotes
     of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record (crops_seen, where an image gives several), and for one that
     trains nothing classifier(context) -> the read-out that its weights come with; `leaves_classifier`: whether there is one (by default: where labels
-    are needed)."""
+    are needed); drawn(vit, recipe) -> what of a sample's pixels neither of them says, for the key."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -87,14 +87,18 @@ def set_up(folder: Path) -> dict[str, Any]:
     return chosen
 
 
-def keep_freed_memory(most: int = 2**31 - 1) -> None:
-    """Have the process keep up to so many bytes that it has freed. By glibc's rule the end of each step gives them back, and the next one gets every page
-    anew: a tenth of a small ViT's step. Nothing happens with another C library; what one step needs at most stays what it was.
+def keep_freed_memory(trim: int = -1) -> None:
+    """Have the process keep what it has freed: once more than `trim` bytes lie free at the end of its heap, glibc gives all of that back; -1: never.
+
+    By its own rule, 64 MB at most, the end of a step gives them back, and the next one gets every page anew: a tenth of a small ViT's step. Nothing happens
+    with another C library, and where the user has set glibc's variables; what one step needs at most stays what it was.
     """
+    if any(os.environ.get(name) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: from here on an allocation is mapped by itself; glibc takes no more, and comes to it by itself
-        mallopt(-1, most)  # M_TRIM_THRESHOLD
+        mallopt(-1, trim)  # M_TRIM_THRESHOLD
 
 
 def gemm_mode() -> str:

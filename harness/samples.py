@@ -63,13 +63,16 @@ class Samples(Dataset[Batch]):
         bad = -1
         for _ in range(MAX_BAD_IN_A_ROW):
             try:
-                return self.transform(self.images.load(index), rng), index, bad
+                image = self.images.load(index)
+                break
             except BadImage:
                 if not self.skip_bad:
                     raise
                 bad = index  # the next file stands in, so that the batch keeps its size
                 index = (index + 1) % len(self.images)
-        raise JobFailed(f"{self.images.root}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
+        else:
+            raise JobFailed(f"{self.images.root}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
+        return self.transform(image, rng), index, bad
 
 
 def loader(samples: Samples, batches: Sequence[Any], workers: int, pin: bool, say: Callable[[str], None] | None = None) -> Iterator[Batch]:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from harness.augment import Normalize, TrainTransform
 from harness.classifier import FINE_TUNE_STD, Classifier
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, LARGE, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_beit
 from methods import ablations, published
 from methods.dalle import STRIDE
 from methods.masking import Algorithm1, BlockMask, block_mask, masked_indices, pick, random_mask, scaled
 from methods.targets import Pixels, Target, Tokens, tokenizer
-from methods.views import AT_LAST, recoloured, same_box
+from methods.views import drawn, recoloured, same_box
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +119,6 @@ class BEiT:
             shared |= {"clip": None, "layer_decay": 0.9, "augment": Augment(crop_scale=(0.2, 1.0), smoothing=0.1)}
             return Recipe(batch=32, lr=3e-3 if demo else 1e-3, iterations=400 if demo else 30, warmup=30 if demo else 3, sources=sources, **shared)
         sources = (("batch, lr, length, warmup, drop_path, crop_scale", "ours, scaled down"), ("betas, weight_decay, no_decay, clip, jitter", table))
-        sources += (AT_LAST,) if min(vit.size) >= LARGE else ()
         shared["augment"] = Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4))
         if protocol.family == "demo":
             return Recipe(batch=32, lr=3e-3, iterations=1800, warmup=120, sources=sources, **shared)
@@ -129,15 +128,11 @@ class BEiT:
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[PIL.Image, np.random.Generator], dict[str, Tensor]]:
         """Jitter, flip, one crop box -> {"image": uint8 (3, H, W), "mask": bool (N,)}, and for tokens "tokenizer_image": uint8 (3, 8h, 8w).
-
-        Large views are jittered and mirrored by the objective (`methods.views.sample_of`).
-        """
+        Of large views the objective does the jitter: they come as (H, W, 3), with "jitter", "whole" and "mirrored" (`methods.views.sample_of`)."""
         if self.intermediate:
             return TrainTransform(vit.size, recipe.augment)
         blocks = self.blocks(vit)
-        wanted = {"image": (vit.size, PIL.Resampling.BICUBIC)}
-        if self.target == "tokens":
-            wanted["tokenizer_image"] = ((STRIDE * vit.grid[0], STRIDE * vit.grid[1]), PIL.Resampling.LANCZOS)
+        wanted = self.wanted(vit)
 
         def sample(image: PIL.Image, rng: np.random.Generator) -> dict[str, Tensor]:
             made = same_box(image, rng, recipe.augment, wanted)
@@ -148,6 +143,16 @@ class BEiT:
             return made
 
         return sample
+
+    def wanted(self, vit: ViTConfig) -> dict[str, tuple[tuple[int, int], PIL.Resampling]]:
+        """Size and filter of the views."""
+        wanted = {"image": (vit.size, PIL.Resampling.BICUBIC)}
+        if self.target == "tokens":
+            wanted["tokenizer_image"] = ((STRIDE * vit.grid[0], STRIDE * vit.grid[1]), PIL.Resampling.LANCZOS)
+        return wanted
+
+    def drawn(self, vit: ViTConfig, recipe: Recipe) -> str:
+        return "" if self.intermediate else drawn((size for size, _ in self.wanted(vit).values()), recipe.augment)
 
     def blocks(self, vit: ViTConfig) -> BlockMask:
         """The mask generator for a backbone."""

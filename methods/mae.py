@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from harness.augment import Normalize, crop_resize, random_resized_crop_box
 from harness.pictures import values_of
-from harness.spec import IMAGENET_MEAN, IMAGENET_STD, LARGE, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
+from harness.spec import IMAGENET_MEAN, IMAGENET_STD, Asset, Augment, Overrides, Recipe, UserError, ViTConfig, within
 from harness.vit import ViT, init_mae, sincos_positions
 from methods import ablations, published
 from methods.dalle import STRIDE
 from methods.masking import BlockMask, block_mask, fixed_size_box, grid_mask, noise_for, pick, scaled, shuffle_by
 from methods.targets import Components, Pixels, Target, Tokens, tokenizer
-from methods.views import AT_LAST, jittered, recoloured, sample_of
+from methods.views import drawn, jittered, recoloured, sample_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,19 +116,19 @@ class MAE:
         if protocol.family == "paper":
             return published.mae_pretraining(vit, self.epochs, jitter)
         frozen, augment = published.fixed(vit), Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4) if jitter else None)
-        late = (AT_LAST,) if jitter and min(vit.size) >= LARGE else ()
-        sources = (("batch, lr, length, warmup", "ours, scaled down"), ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)"), *late)
+        sources = (("batch, lr, length, warmup", "ours, scaled down"), ("betas, weight_decay, augment", "MAE-paper Table 8 (recipes A1)"))
         shared: dict[str, Any] = {"betas": (0.9, 0.95), "frozen": frozen, "augment": augment, "sources": sources}
         if protocol.family == "demo":
             return Recipe(batch=64, lr=2e-3, iterations=1200, warmup=80, **shared)
-        if protocol.family == "smoke":
-            return Recipe(batch=32, lr=1e-3, iterations=60, warmup=6, **shared)
-        return None
+        return Recipe(batch=32, lr=1e-3, iterations=60, warmup=6, **shared) if protocol.family == "smoke" else None
+
+    def drawn(self, vit: ViTConfig, recipe: Recipe) -> str:
+        return drawn((vit.size, *(((STRIDE * vit.grid[0], STRIDE * vit.grid[1]),) if self.target == "tokens" else ())), recipe.augment)
 
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[PIL.Image, np.random.Generator], dict[str, Tensor]]:
         """Crop and flip -> {"image": uint8 (3, H, W), "noise": float32 (N,), whose order is the masking}, for tokens "tokenizer_image": (3, 8h, 8w).
-        Of large views the objective does the jitter (`methods.views.sample_of`)."""
-        augment, view = recipe.augment, (STRIDE * vit.grid[0], STRIDE * vit.grid[1])
+        Of large views the objective does the jitter: they come as (H, W, 3) and with more (`methods.views.sample_of`)."""
+        augment, view, later = recipe.augment, (STRIDE * vit.grid[0], STRIDE * vit.grid[1]), bool(self.drawn(vit, recipe))
         blocks = BlockMask(*vit.grid, vit.patches - int(vit.patches * (1 - self.mask_ratio)), scaled(16, vit.patches))
 
         def sample(image: PIL.Image, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ class MAE:
                 box = random_resized_crop_box(rng, image.height, image.width, augment.crop_scale, augment.crop_ratio)
             else:
                 box = fixed_size_box(image.height, image.width, vit.size, 7 / 8, None if self.augmentation == "none" else rng)
-            image, left_over = jittered(image, rng, augment.color_jitter, later=min(*vit.size, *(view if self.target == "tokens" else ())) >= LARGE)
+            image, left_over = jittered(image, rng, augment.color_jitter, later)
             views = {"image": values_of(crop_resize(image, box, vit.size))}
             if self.target == "tokens":
                 views["tokenizer_image"] = values_of(crop_resize(image, box, view, PIL.Resampling.LANCZOS))

@@ -41,7 +41,7 @@ class BlockMask:
             if not block:
                 break
             hidden |= block
-        bits = np.frombuffer(hidden.to_bytes(-(-patches // 8), "little"), dtype=np.uint8)
+        bits = np.frombuffer(int(hidden).to_bytes(-(-patches // 8), "little"), dtype=np.uint8)
         return np.unpackbits(bits, count=patches, bitorder="little").view(bool).reshape(self.height, self.width)
 
     def _block(self, hidden: int, limit: int, rng: random.Random) -> int:

@@ -88,6 +88,9 @@ class BEiTDINO:
         length = {"demo": {"iterations": 560, "warmup": 56}, "smoke": {"iterations": 12, "warmup": 2}}.get(protocol.family, {})
         return replace(recipe, sources=(*sources, *recipe.sources), **length)
 
+    def drawn(self, vit: ViTConfig, recipe: Recipe) -> str:
+        return self.beit.drawn(vit, recipe)
+
     def transform(self, vit: ViTConfig, recipe: Recipe) -> Callable[[Image, np.random.Generator], dict[str, Tensor]]:
         """Both methods' samples of one image, one after the other from one generator."""
         crops = replace(recipe, augment=replace(recipe.augment, crop_scale=self.global_scale, color_jitter=(0.4, 0.4, 0.2)))

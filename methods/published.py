@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from harness import plugins
 from harness.spec import Augment, Protocol, Recipe, ViTConfig
-from methods.views import AT_LAST
 
 NO_DECAY = ("vit.pos_embed", "vit.cls_token")
 INFERRED_CROP = ("augment.crop_scale", "torchvision's and timm's default: no table has it")
@@ -28,7 +27,7 @@ def mae_pretraining(vit: ViTConfig, epochs: int, jitter: bool = False) -> Recipe
         augment=Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4) if jitter else None),
         sources=(
             ("all", "MAE-paper Table 8 (recipes A1)"), ("epochs", lengths.get(epochs, "ours")), ("no_decay, min_lr", "MAE-repo main_pretrain.py (recipes A1)"),
-            *((("augment.color_jitter", "ours: MAE-paper Table 1e gives no strength, these are BEiT's"), AT_LAST) if jitter else ()),
+            *((("augment.color_jitter", "ours: MAE-paper Table 1e gives no strength, these are BEiT's"),) if jitter else ()),
         ),
     )
 
@@ -48,7 +47,7 @@ def beit_pretraining(vit: ViTConfig, epochs: int) -> Recipe | None:
         sources=(
             ("all", "BEiT-paper Table 12, BEiT-repo run_beit_pretraining.py (recipes A6)"), ("epochs", length),
             ("augment.crop_scale", "BEiT-repo datasets.py (recipes A6)"), ("no_decay", "BEiT-repo optim_factory.py (recipes A6)"),
-            AT_LAST,
+            ("augment.color_jitter", "BEiT-paper Table 12"),
         ),
     )
 

@@ -4,8 +4,10 @@ jittered in the batch on the device (`jittered`, `recoloured`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,12 +20,11 @@ from harness.spec import LARGE, Augment
 
 HUE, JITTERED, GREY = 0.1, 0.8, 0.2
 CONTRAST, SATURATION = 1, 2
-SIDE = 100  # of the grid of pixels whose mean grey stands for an image's: 0.3 grey levels from it in photographs of 500 x 375
+SIDE = 100  # of the square of pixels whose mean grey stands for an image's: 0.4 grey levels from it in photographs of 500 x 375
 DOWN = -0.499  # added where OpenCV rounds to the nearest and PIL down
 LUMA = (0.299, 0.587, 0.114)
 LUMA_15 = (9798.0, 19235.0, 3735.0)  # of 2^15, as OpenCV has them
 VIEWS = ("image", "tokenizer_image")
-AT_LAST = ("how large views are jittered", "ours: by PIL's steps, on the views (methods.views)")  # a source in a recipe, and so in its key
 BLUR = (0.1, 2.0)  # radius in pixels of a view of 224
 
 
@@ -68,6 +69,12 @@ def shift_hue(image: Image.Image, turn: float) -> Image.Image:
     return Image.merge("HSV", (hue.point([(h + step) % 256 for h in range(256)]), saturation, value)).convert("RGB")
 
 
+def drawn(views: Iterable[tuple[int, int]], augment: Augment) -> str:
+    """What a key says of how views of these sizes are drawn, where the recipe does not: "" as ever. All of them large: jittered on the device."""
+    late = augment.color_jitter is not None and min(map(min, views)) >= LARGE
+    return "jitter by PIL's steps, on the views, about the grey of 10,000 pixels" if late else ""
+
+
 def same_box(
     image: Image.Image, rng: np.random.Generator, augment: Augment, wanted: Mapping[str, tuple[tuple[int, int], Image.Resampling]]
 ) -> dict[str, Tensor]:
@@ -97,18 +104,27 @@ def jittered(
 ) -> tuple[Image.Image, dict[str, Tensor]]:
     """An image after `harness.augment.color_jitter`; or, `later`, as it is, and what `recoloured` needs to do the same to views of it (`sample_of`).
 
-    That is {"jitter": float32 (steps, 2), which step and its factor, "whole": uint8 (SIDE, SIDE, 3), pixels of the whole image on a grid, about whose mean
-    grey contrast turns}. Views are fewer pixels, so that later is a tenth of the work; what is clipped is clipped after the resize then.
+    That is {"jitter": float32 (steps, 2), which step and its factor, "whole": uint8 (SIDE, SIDE, 3), pixels from all over the image, about whose mean grey
+    contrast turns}. Views are fewer pixels, so that later is a tenth of the work; what is clipped is clipped after the resize then.
     """
     if strength is None:
         return image, {}
     if not later:
         return color_jitter(image, rng, strength), {}
-    import cv2
-
-    grid = cv2.resize(values_of(image).permute(1, 2, 0).contiguous().numpy(), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
+    whole = values_of(image).permute(1, 2, 0).contiguous().numpy().reshape(-1, 3).take(places(image.height, image.width), axis=0)
     steps = np.array(draw_jitter(rng, strength), dtype=np.float32).reshape(-1, 2)
-    return image, {"jitter": torch.from_numpy(steps), "whole": torch.from_numpy(grid)}
+    return image, {"jitter": torch.from_numpy(steps), "whole": torch.from_numpy(whole)}
+
+
+@lru_cache(64)
+def places(height: int, width: int) -> np.ndarray:
+    """Pixels (SIDE, SIDE) of an image, row by row: one in each cell of a grid, at places that no stripes or checks keep step with: the golden ratio's multiples
+    and those of the plastic number."""
+    cell, five = np.arange(SIDE), np.arange(SIDE) // 5  # five neighbours share a row: a line of the cache holds as many where images are as large as ImageNet's
+    rows = cell[:, None] + (cell[:, None] * 0.6180339887 + five * 0.5698402910) % 1
+    columns = cell + (cell * 0.6180339887 + cell[:, None] * 0.7548776662) % 1
+    made: np.ndarray = (rows * height / SIDE).astype(np.int64) * width + (columns * width / SIDE).astype(np.int64)
+    return made
 
 
 def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) -> list[tuple[int, float]]:
@@ -132,16 +148,19 @@ def recoloured(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def by_opencv(views: Sequence[Tensor], jitter: Tensor, mirrored: Tensor) -> list[Tensor]:
-    """The whole's grid and views, uint8 (B, h, w, 3), and steps (B, steps, 2) -> the views uint8 (B, 3, h, w) after them, an image at a time."""
+    """The whole's pixels and views, uint8 (B, h, w, 3), and steps (B, steps, 2) -> the views uint8 (B, 3, h, w) after them, as many images at a time as torch
+    has threads."""
     import cv2
 
     cv2.setNumThreads(0)
     made = [torch.empty(len(v), 3, *v.shape[1:3], dtype=torch.uint8) for v in views[1:]]
-    for i, (steps, flip) in enumerate(zip(jitter.tolist(), mirrored.tolist(), strict=True)):
-        images = [view[i].numpy() for view in views]
-        for kind, factor in steps:
-            pivot = int(sum(weight * mean for weight, mean in zip(LUMA, cv2.mean(images[0]), strict=False)) + 0.5) if kind == CONTRAST else 0
-            for n, image in enumerate(images):
+
+    def work(i: int) -> None:
+        images, first, pivot = [view[i].numpy() for view in views], 0, 0
+        for kind, factor in jitter[i].tolist():
+            if kind == CONTRAST:  # from here on nobody asks for the whole's grey
+                first, pivot = 1, int(sum(weight * mean for weight, mean in zip(LUMA, cv2.mean(images[0]), strict=False)) + 0.5)
+            for n, image in enumerate(images[first:], start=first):
                 if kind == SATURATION:
                     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
                     images[n] = cv2.addWeighted(image, factor, grey, 1 - factor, DOWN)
@@ -150,16 +169,19 @@ def by_opencv(views: Sequence[Tensor], jitter: Tensor, mirrored: Tensor) -> list
                 else:
                     images[n] = cv2.convertScaleAbs(image, None, factor, DOWN)
         for view, image in zip(made, images[1:], strict=True):
-            cv2.split(cv2.flip(image, 1) if flip else image, list(view[i].numpy()))
+            cv2.split(cv2.flip(image, 1) if mirrored[i] else image, list(view[i].numpy()))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, range(len(jitter))) if torch.get_num_threads() > 1 else map(work, range(len(jitter))))
     return made
 
 
 def by_torch(views: Sequence[Tensor], jitter: Tensor, mirrored: Tensor) -> list[Tensor]:
-    """The same in single precision. Sums of whole values below 2^24 are exact in it: the grid's mean, and OpenCV's grey, whose weights have 15 bits."""
+    """The same in single precision. Sums of whole values below 2^24 are exact in it: the whole's mean, and OpenCV's grey, whose weights have 15 bits."""
     made = [view.permute(0, 3, 1, 2).float() for view in views]
     for step in jitter[..., None, None, None].unbind(1):
         kind, factor = step.unbind(1)
-        pivot = (weighed(made[0].sum((2, 3), keepdim=True) / made[0][0, 0].numel(), LUMA) + 0.5).floor_()
+        pivot = (weighed(made[0].sum((2, 3), keepdim=True) / SIDE**2, LUMA) + 0.5).floor_()
         offset = torch.where(kind == CONTRAST, (1 - factor) * pivot, 0) + DOWN
         for i, x in enumerate(made):
             grey = ((weighed(x, LUMA_15) + 2**14) / 2**15).floor_()

@@ -44,7 +44,8 @@ def picture(folder: Path) -> bytes | None:
             if (mask := hidden(sample, method)) is None:
                 return None
             covered = np.kron(mask.reshape(vit.grid).numpy(), np.ones((vit.patch, vit.patch), dtype=bool))[..., None]
-            pixels = np.where(covered, np.uint8(128), sample["image"].permute(1, 2, 0).numpy())
+            seen = sample["image"] if sample["image"].shape[-1] == 3 else sample["image"].permute(1, 2, 0)  # interleaved where the device has work left on it
+            pixels = np.where(covered, np.uint8(128), seen.numpy())
             sheet.paste(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC), (i * (SIDE + 4), j * (SIDE + 4)))
     if sheet is None:
         return None

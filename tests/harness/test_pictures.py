@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ import harness.pictures
 from harness.augment import EvalTransform, crop_resize, random_resized_crop_box, to_tensor
 from harness.data import BadImage, load_rgb
 from harness.pictures import Picture, decode_jpeg, headers, planar, resize, values_of
+from harness.plugins import build
 from harness.randomness import generator
 from harness.spec import Augment, Recipe, ViTConfig, pixels
+from harness.vit import ViT
 from methods.mae import MAE
-from methods.views import by_opencv, by_torch, draw_jitter, jittered, recoloured, same_box, sample_of
+from methods.views import by_opencv, by_torch, draw_jitter, jittered, places, recoloured, same_box, sample_of
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -189,13 +192,22 @@ def test_jitter_of_some_kinds_only_and_of_none_has_as_many_steps() -> None:
     assert jittered(scene(), generator(1), None, later=True)[1] == {}
 
 
+def test_no_pattern_keeps_step_with_the_pixels_that_stand_for_the_whole() -> None:
+    """On an even grid stripes of 8 in an image 800 wide have a mean of 0 or 255."""
+    for period in (2, 4, 5, 8, 16):
+        stripes = np.arange(800) % period >= period // 2
+        for picture in (np.tile(stripes, (600, 1)), np.tile(stripes[:600, None], (1, 800)), stripes[:600, None] ^ stripes):
+            assert abs(picture.reshape(-1)[places(600, 800)].mean() - picture.mean()) < 0.03
+    assert places(1, 3).max() == 2 and np.array_equal(np.sort(places(100, 100).reshape(-1)), np.arange(10_000))
+
+
 def test_maes_jitter_of_large_views_is_left_to_the_device() -> None:
     """Table 1e's crop and jitter: the same crop and draws as where PIL jitters the whole image first."""
     method = MAE(augmentation="crop-jitter")
     recipe = Recipe(batch=4, lr=1.0, epochs=1, augment=Augment(crop_scale=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4)))
     short = recoloured(default_collate([method.transform(ViTConfig(), recipe)(scene(), generator(s)) for s in range(6)]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("methods.mae.LARGE", math.inf)
+        patch.setattr("methods.views.LARGE", math.inf)
         long = default_collate([method.transform(ViTConfig(), recipe)(scene(), generator(s)) for s in range(6)])
     assert set(short) == set(long) and torch.equal(short["noise"], long["noise"])
     assert (short["image"].float() - long["image"].float()).abs().mean() < 0.8
@@ -229,3 +241,36 @@ def test_identities_say_which_resize_made_the_pixels() -> None:
     demo = ViTConfig(size=(64, 64), patch=8)
     assert pixels(demo) == {} and pixels(ViTConfig()) == pixels(demo, 384) == {"pixels": "torch"}
     assert pixels(ViTConfig(size=(64, 64), patch=4)) == {"pixels": "torch"}  # the tokenizer sees 8 pixels a patch: 128
+
+
+@pytest.mark.parametrize("name", ["beit", "beit-pixel", "beit@intermediate", "beit-dino", "mae", "mae@aug-crop-jitter", "mae@tokens", "dino"])
+def test_keys_say_what_the_loader_leaves_to_the_device(name: str) -> None:
+    """Whatever switches the jitter on, and for no view that PIL jitters as ever."""
+    method, seen = build("methods", name), set()
+    for side, patch in ((64, 8), (112, 16), (112, 8), (160, 16), (224, 16)):
+        for strength in (None, (0.4, 0.4, 0.4)):
+            vit, recipe = ViTConfig(size=(side, side), patch=patch), Recipe(batch=4, lr=1.0, epochs=1, augment=Augment(color_jitter=strength))
+            drawn = method.drawn(vit, recipe) if hasattr(method, "drawn") else ""
+            assert bool(drawn) == ("jitter" in method.transform(vit, recipe)(scene(), generator(1)))
+            seen.add((side, patch, bool(drawn)))
+    assert ((224, 16, True) in seen) == (name not in ("beit@intermediate", "dino")) and (64, 8, True) not in seen
+
+
+@pytest.mark.parametrize("name", ["beit-pixel", "mae@aug-crop-jitter", "mae@pca"])
+def test_objectives_jitter_what_was_left_to_them(name: str, tmp_path: Path) -> None:
+    """Loss, pictures and what is learned before the first step are those of the jittered views."""
+    vit, augment = ViTConfig(size=(96, 96), patch=16, width=24, depth=1, heads=3), Augment(color_jitter=(0.4, 0.4, 0.4))
+    recipe = Recipe(batch=4, lr=1.0, epochs=1, augment=augment)
+    method = build("methods", name)
+    given = default_collate([method.transform(vit, recipe)(scene(), generator(seed)) for seed in range(4)])
+    plain = recoloured(given)
+    assert given["image"].shape == (4, 96, 96, 3) and plain["image"].shape == (4, 3, 96, 96)
+    objectives = []
+    for batch in (given, plain):
+        torch.manual_seed(0)
+        objective = method.objective(ViT(vit), SimpleNamespace(assets={}, recipe=recipe, classes=(), total_steps=2))
+        if hasattr(objective, "prepare"):
+            objective.prepare(batch)
+        objectives.append((objective(batch)["loss"].item(), objective.pictures(batch)))
+    (loss, sheet), (expected, same) = objectives
+    assert loss == expected and (np.array_equal(sheet, same) if isinstance(sheet, np.ndarray) else sheet == same)
