@@ -41,7 +41,7 @@ def fit(
     Args:
         objective: forward(batch, progress) -> {"loss": scalar mean, ...}, with "weight" if the mean is not over images: what it is over, e.g. the number
             of masked tokens. Holds the lent ViT as `vit`, for layer decay. `prepare(batch)`, if it has that, is called before the first step.
-        transform: PIL RGB image, generator -> {"image": uint8 (3, H, W), ...}.
+        transform: PIL RGB image, generator -> {"image": uint8 (3, H, W), ...}, or whatever the objective takes.
         stage: distinguishes several trainings of one job.
 
     Returns:

@@ -229,7 +229,7 @@ class BEiTObjective(nn.Module):
         return self.vit.encode(self.vit.place(x))[:, 1:]
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
-        """{"image": (B, 3, H, W), "mask": (B, N) bool, ...} -> {"loss", "weight": number of predictions, and "accuracy" for tokens}."""
+        """{"image": (B, 3, H, W), or see `sample_of`, "mask": (B, N) bool, ...} -> {"loss", "weight": number of predictions, and "accuracy" for tokens}."""
         batch = recoloured(batch)
         images, mask = self.normalize(batch["image"]), batch["mask"]
         index, valid = masked_indices(mask, mask.shape[1] if self.limit is None else self.limit)
