@@ -241,7 +241,7 @@ class MAEObjective(nn.Module):
         return self.target.sheet(batch, images, *self.predict(images, batch["noise"]), self.normalize)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float = 0.0) -> dict[str, Tensor]:
-        """{"image": (B, 3, H, W) uint8 or float, or see `sample_of`, "noise": (B, N)} -> {"loss": mean over the hidden patches, "weight": their number, ...}."""
+        """{"image": (B, 3, H, W) or see `sample_of`, "noise": (B, N)} -> {"loss": mean over the hidden patches, "weight": their number, ...}."""
         images = self.normalize((batch := recoloured(batch))["image"])
         order = shuffle_by(batch["noise"])
         prediction = self.decode(self.latent(images, order), order, first=self.kept)
