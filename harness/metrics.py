@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from harness.plugins import load
 from harness.spec import UserError
@@ -76,9 +76,12 @@ def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
         yield
         return
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+    fused, attention = torch.ops.aten, cast(Any, sdpa_flop_count)  # torch leaves out the fused attention of a CPU; as many as where it is done step by step: a backward pass has two forward ones
+    seen = {fused._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: attention(q, k, v),
+            fused._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * attention(q, k, v)}
     eager: Any = torch.compiler.set_stance("force_eager") if os.environ.get("HARNESS_COMPILE") else nullcontext()  # compiled kernels are not seen
-    with eager, FlopCounterMode(display=False) as counter:
+    with eager, FlopCounterMode(display=False, custom_mapping=seen) as counter:
         yield
     facts["flops_per_step"] = float(counter.get_total_flops()) / share

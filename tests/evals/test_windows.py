@@ -265,7 +265,7 @@ def test_without_windows_that_cut_and_with_zero_positions_it_is_the_pre_trained_
     expected = plain.run_blocks(plain.place(plain.patches(images))[:, 1:])[-1].transpose(1, 2).reshape(2, 32, 4, 4)
     for vit in (li21(given, 32, 0.0), vitdet(given, 32, 0.0, 4)):
         (found,) = WindowedPyramid(vit.eval(), (3,), (1.0,))(images)
-        np.testing.assert_allclose(found.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.detach(), expected.detach(), rtol=1e-4, atol=1e-3)  # of values up to 150
 
 
 def test_bf16_on_a_cpu_reaches_the_decomposed_attention() -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from folders import written
 from harness.collect import collect
 from harness.launch import write_job
 from harness.plan import Planner
-from harness.request import Plan, Request
+from harness.request import Plan, Request, resolve_precision
 from harness.spec import UserError
 from harness.store import Store, write_json
 from results.ancestry import Archive
@@ -143,7 +144,7 @@ def test_the_audit_of_a_plan_counts_the_trials_that_it_would_make(smoke_data: Pa
     assert before["linear: fine-tuning budget"] == items("--evals", "linear")["linear: fine-tuning budget"]
     swept_method = items("--evals", "knn,linear", "--sweep", sweep[1])["hyper-parameter trials"]
     assert swept_method["scratch"] == "1 for each evaluator" and swept_method["mae"].count("2 on ") == 2
-    request = asked(smoke_data, "scratch,mae", "linear")
+    request = replace(asked(smoke_data, "scratch,mae", "linear"), precision=resolve_precision())  # as a plan has it that does not say
     score(store, swept(store, request, sweep[0]), **{"scratch_0.05": 30.0, "mae_0.1": 31.0})
     chosen = items("--evals", "linear", "--sweep", sweep[0])
     assert {m: v[:7] for m, v in chosen["linear: fine-tuning recipe"].items()} == {"scratch": "lr 0.05", "mae": "lr 0.1 "}
