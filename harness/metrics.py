@@ -78,7 +78,8 @@ def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    fused, attention = torch.ops.aten, cast(Any, sdpa_flop_count)  # torch leaves out the fused attention of a CPU; as many as where it is done step by step: a backward pass has two forward ones
+    # torch leaves out the fused attention of a CPU. It counts as much as where it is done step by step: backward is two times forward.
+    fused, attention = torch.ops.aten, cast(Any, sdpa_flop_count)
     seen = {fused._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: attention(q, k, v),
             fused._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * attention(q, k, v)}
     eager: Any = torch.compiler.set_stance("force_eager") if os.environ.get("HARNESS_COMPILE") else nullcontext()  # compiled kernels are not seen
