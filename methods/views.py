@@ -20,7 +20,7 @@ from harness.spec import LARGE, Augment
 
 HUE, JITTERED, GREY = 0.1, 0.8, 0.2
 CONTRAST, SATURATION = 1, 2
-SIDE = 100  # of the square of pixels whose mean grey stands for an image's: 0.4 grey levels from it in photographs of 500 x 375
+SIDE = 100  # of the square of pixels whose mean grey stands for an image's: 0.2 grey levels from it in photographs of 500 x 375
 DOWN = -0.499  # added where OpenCV rounds to the nearest and PIL down
 LUMA = (0.299, 0.587, 0.114)
 LUMA_15 = (9798.0, 19235.0, 3735.0)  # of 2^15, as OpenCV has them
