@@ -68,25 +68,32 @@ def check(done: subprocess.CompletedProcess[str], expected: str, folder: Path) -
 
 
 @pytest.mark.parametrize("case", WORDS)
-def test_words(case: str, harness: Call, tmp_path: Path) -> None:
+def test_words(case: str, here: Call, tmp_path: Path) -> None:
     """Mistyped names, flags and values."""
+    words, expected = WORDS[case]
+    check(here(*words), expected, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["unknown method", "no methods", "data missing"])
+def test_words_to_a_process(case: str, harness: Call, tmp_path: Path) -> None:
+    """What a process adds: the exit code, and what imports would say on stderr."""
     words, expected = WORDS[case]
     check(harness(*words), expected, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["HARNESS_MICRO_BATCH", "HARNESS_THREADS", "HARNESS_WORKERS", "HARNESS_CHECKPOINT_S"])
-def test_environment(name: str, harness: Call, tmp_path: Path) -> None:
+def test_environment(name: str, here: Call, tmp_path: Path) -> None:
     """What every job would stumble over, one after the other."""
-    check(harness(*run(), **{name: "abc"}), f"{name}=abc", tmp_path)
+    check(here(*run(), **{name: "abc"}), f"{name}=abc", tmp_path)
 
 
-def test_generated_data_that_lost_files(smoke_data: Path, harness: Call, tmp_path: Path) -> None:
+def test_generated_data_that_lost_files(smoke_data: Path, here: Call, tmp_path: Path) -> None:
     """The default place is a cache, which other programs clean: half a set is not taken for the whole."""
     copy = tmp_path / "cache" / smoke_data.name
     shutil.copytree(smoke_data, copy)
     next((copy / "imagenet" / "train").rglob("*.jpg")).unlink()
-    check(harness(*run(), HARNESS_DATA=str(copy.parent)), "not as it was generated", tmp_path)
-    verified = harness("data", "verify", "imagenet", "--protocol", "smoke", HARNESS_DATA=str(copy.parent))
+    check(here(*run(), HARNESS_DATA=str(copy.parent)), "not as it was generated", tmp_path)
+    verified = here("data", "verify", "imagenet", "--protocol", "smoke", HARNESS_DATA=str(copy.parent))
     assert verified.returncode == 1 and "not as it was generated" in verified.stdout + verified.stderr
 
 
@@ -134,10 +141,10 @@ def other_class(root: Path) -> str:
 
 
 @pytest.mark.parametrize("breakage", [empty, flat, gone, other_class])
-def test_imagenet_folder(breakage: Callable[[Path], str], data: Path, harness: Call, tmp_path: Path) -> None:
+def test_imagenet_folder(breakage: Callable[[Path], str], data: Path, here: Call, tmp_path: Path) -> None:
     """A data folder that is empty, of another layout, or missing."""
     expected = breakage(data)
-    check(harness(*run(), "--data", str(data)), expected, tmp_path)
+    check(here(*run(), "--data", str(data)), expected, tmp_path)
 
 
 def coco(data: Path, change: Callable[[dict], None]) -> Path:
@@ -164,83 +171,83 @@ WRONG = [(missing_image, "names image 987654321"), (missing_category, "names cat
 
 
 @pytest.mark.parametrize("change,expected", WRONG)
-def test_coco_references(change: Callable[[dict], None], expected: str, data: Path, harness: Call, tmp_path: Path) -> None:
+def test_coco_references(change: Callable[[dict], None], expected: str, data: Path, here: Call, tmp_path: Path) -> None:
     """Annotations that name missing images or unknown categories."""
     coco(data, change)
-    check(harness(*run(evals="coco"), "--data", str(data)), expected, tmp_path)
+    check(here(*run(evals="coco"), "--data", str(data)), expected, tmp_path)
 
 
-def test_label_above_the_number_of_classes(data: Path, harness: Call, tmp_path: Path) -> None:
+def test_label_above_the_number_of_classes(data: Path, here: Call, tmp_path: Path) -> None:
     """Places365's list names a class that its categories do not have."""
     path = data / "places365" / "places365_val.txt"
     lines = path.read_text().splitlines()
     lines[2] = lines[2].rsplit(" ", 1)[0] + " 999"
     path.write_text("\n".join(lines) + "\n")
-    check(harness(*run(evals="places365"), "--data", str(data)), "label 999 is above the number of classes", tmp_path)
+    check(here(*run(evals="places365"), "--data", str(data)), "label 999 is above the number of classes", tmp_path)
 
 
-def test_data_of_a_toml(data: Path, harness: Call, tmp_path: Path) -> None:
+def test_data_of_a_toml(data: Path, here: Call, tmp_path: Path) -> None:
     """An unknown name in the TOML, and a TOML that is none."""
     toml = tmp_path / "data.toml"
     toml.write_text(f'imagnet = "{data / "imagenet"}"\n')
-    check(harness(*run(), "--data", str(toml)), "did you mean imagenet", tmp_path)
+    check(here(*run(), "--data", str(toml)), "did you mean imagenet", tmp_path)
     toml.write_text("imagenet = [")
-    check(harness(*run(), "--data", str(toml)), "not a TOML file", tmp_path)
+    check(here(*run(), "--data", str(toml)), "not a TOML file", tmp_path)
 
 
-def test_runs_folder(harness: Call, tmp_path: Path) -> None:
+def test_runs_folder(here: Call, tmp_path: Path) -> None:
     """--runs that is a file, that a newer version made, that holds a record of another schema."""
     (tmp_path / "file").write_text("")
-    check(harness(*run(), "--runs", "file"), "--runs file: is a file", tmp_path)
+    check(here(*run(), "--runs", "file"), "--runs file: is a file", tmp_path)
     (tmp_path / "newer").mkdir()
     (tmp_path / "newer" / ".harness.json").write_text('{"layout": 99}')
-    check(harness(*run(), "--runs", "newer"), "newer version", tmp_path)
-    check(harness("table", "--runs", "newer"), "newer version", tmp_path)
-    check(harness("table", "--runs", "nowhere"), "no such folder", tmp_path)
+    check(here(*run(), "--runs", "newer"), "newer version", tmp_path)
+    check(here("table", "--runs", "newer"), "newer version", tmp_path)
+    check(here("table", "--runs", "nowhere"), "no such folder", tmp_path)
 
 
-def test_record_of_another_schema(harness: Call, tmp_path: Path) -> None:
+def test_record_of_another_schema(harness: Call, here: Call, tmp_path: Path) -> None:
     """A record that another version wrote is neither read as if it were ours nor overwritten."""
     line = (*run(), "--set", "rotation.recipe.iterations=1", "--set", "nearest-mean.images=5", "--runs", "old")
-    assert harness(*line).returncode == 0
+    assert harness(*line, "--launcher", "debug").returncode == 0
     path = next((tmp_path / "old").glob("evaluate-*/record.json"))
     body = path.read_text().replace('"schema": 1', '"schema": 0', 1)
     path.write_text(body)
-    check(harness(*line), "record of schema version 0", tmp_path)
-    check(harness("table", "--runs", "old"), "record of schema version 0", tmp_path)
+    check(here(*line), "record of schema version 0", tmp_path)
+    check(here("table", "--runs", "old"), "record of schema version 0", tmp_path)
     assert path.read_text() == body
 
 
-def test_damaged_files_in_runs(harness: Call, tmp_path: Path) -> None:
+def test_damaged_files_in_runs(harness: Call, here: Call, tmp_path: Path) -> None:
     """`table` names the damaged file; `status`, which is there to find such things, goes on and shows it."""
     line = (*run(), "--set", "rotation.recipe.iterations=1", "--set", "nearest-mean.images=5")
-    assert harness(*line).returncode == 0
+    assert harness(*line, "--launcher", "debug").returncode == 0
     record = next((tmp_path / "runs").glob("evaluate-*/record.json"))
     whole = json.loads(record.read_text())
     for body in ({"schema": 1}, {**whole, "metrics": None}, {**whole, "metrics": [1]}, {**whole, "metrics": {"top-1": "?"}}, {**whole, "about": 3}):
         record.write_text(json.dumps(body))
-        done = harness("table")
+        done = here("table")
         assert done.returncode == 2 and "record.json" in done.stderr and done.stderr.count("\n") == 1
-        status = harness("status")
+        status = here("status")
         assert status.returncode == 0 and status.stdout.count("damaged") >= 1 and status.stdout.count("done") == 1
     record.unlink()
     (record.parent / "usage.json").write_text("{}")
-    assert harness("table").returncode in (0, 1)
+    assert here("table").returncode in (0, 1)
     job = record.with_name("job.json")
     whole = json.loads(job.read_text())
     for body in ({**whole, "parents": [1]}, {**whole, "parents": {"checkpoint": 1}}, {k: v for k, v in whole.items() if k != "name"}):
         job.write_text(json.dumps(body))
-        done = harness("table")
+        done = here("table")
         assert done.returncode == 2 and "job.json" in done.stderr and done.stderr.count("\n") == 1
-        assert harness("status").returncode == 0
+        assert here("status").returncode == 0
     job.write_text(json.dumps(whole))
     (record.parent / "lock").unlink(missing_ok=True)
     (record.parent / "lock").mkdir()
-    assert "lock: is a folder" in harness("status").stdout
+    assert "lock: is a folder" in here("status").stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only folder and a small file system are made by mounting, which root alone may")
-def test_read_only_and_full_runs(harness: Call, tmp_path: Path) -> None:
+def test_read_only_and_full_runs(here: Call, tmp_path: Path) -> None:
     """--runs on a read-only and on a full file system (permissions do not stop root, so real mounts are used)."""
     place = tmp_path / "mounted"
     place.mkdir()
@@ -248,6 +255,6 @@ def test_read_only_and_full_runs(harness: Call, tmp_path: Path) -> None:
         if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(place)], capture_output=True).returncode:
             pytest.skip("mounting is not allowed here")
         try:
-            check(harness(*run(), "--runs", str(place)), expected, tmp_path)
+            check(here(*run(), "--runs", str(place)), expected, tmp_path)
         finally:
             subprocess.run(["umount", str(place)], check=True)

@@ -24,7 +24,7 @@ def records(runs: Path) -> dict[str, dict]:
     return {p.parent.name: json.loads(p.read_text()) for p in runs.glob("*/record.json")}
 
 
-def test_same_line_again_does_no_work_and_prints_the_same(harness: Call, tmp_path: Path) -> None:
+def test_same_line_again_does_no_work_and_prints_the_same(harness: Call, here: Call, tmp_path: Path) -> None:
     """The table comes by entry points alone, and asking again costs nothing."""
     first = harness(*LINE)
     assert first.returncode == 0, first.stderr
@@ -33,19 +33,19 @@ def test_same_line_again_does_no_work_and_prints_the_same(harness: Call, tmp_pat
     again = harness(*LINE)
     assert again.stdout == first.stdout and again.returncode == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/record.json")} == before
-    dry = harness(*LINE, "--dry-run")
+    dry = here(*LINE, "--dry-run")
     assert dry.stdout.count("cached") == 2
 
     # another seed adds two nodes; a changed field of the method changes both keys; one of the evaluator only its own
     assert harness(*LINE, "--seeds", "0,1").returncode == 0
     assert len(records(tmp_path / "runs")) == 4
     for setting, first_node in (("nearest-mean.images=100", "cached"), ("rotation.turns=2", "missing")):
-        plan = [line for line in harness(*LINE, "--set", setting, "--dry-run").stdout.splitlines() if line.startswith("[")]
+        plan = [line for line in here(*LINE, "--set", setting, "--dry-run").stdout.splitlines() if line.startswith("[")]
         assert first_node in plan[0] and "missing" in plan[1]
 
-    table = json.loads(harness("table", "--format", "json").stdout)
+    table = json.loads(here("table", "--format", "json").stdout)
     assert [(r["method"], r["eval"], r["metric"], r["n"]) for r in table] == [("rotation", "nearest-mean", "top-1", 2)]
-    status = harness("status")
+    status = here("status")
     assert status.returncode == 0 and status.stdout.count("done") == 4
 
 
@@ -80,7 +80,7 @@ def test_a_killed_job_ends_with_the_same_number(harness: Call, environment: dict
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_interrupt_saves_and_exits_130(environment: dict[str, str], tmp_path: Path, harness: Call) -> None:
+def test_interrupt_saves_and_exits_130(environment: dict[str, str], tmp_path: Path, here: Call) -> None:
     """Ctrl-C: exit code 130, no process left behind, and the state is there."""
     line = [sys.executable, "-m", "harness", *LINE]
     process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -91,7 +91,8 @@ def test_interrupt_saves_and_exits_130(environment: dict[str, str], tmp_path: Pa
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130, errors
     assert "interrupted" in errors
-    assert "interrupted" in harness("status").stdout or "done" in harness("status").stdout
+    status = here("status").stdout
+    assert "interrupted" in status or "done" in status
 
 
 def test_failed_stays_failed_until_retry(harness: Call, smoke_data: Path, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_failed_stays_failed_until_retry(harness: Call, smoke_data: Path, tmp_pa
 
 def test_force_moves_the_old_folder_aside(harness: Call, tmp_path: Path) -> None:
     """--force never deletes."""
-    line = (*LINE, "--set", "rotation.recipe.iterations=2")
+    line = (*LINE, "--set", "rotation.recipe.iterations=2", "--launcher", "debug")
     assert harness(*line).returncode == 0
     assert harness(*line, "--force").returncode == 0
     assert len(list((tmp_path / "runs" / "aside").iterdir())) == 2
