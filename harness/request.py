@@ -117,8 +117,9 @@ def names(kind: str, words: Sequence[str]) -> list[tuple[str, bool]]:
         known = word in plugins.installed(kind) or any(c in word for c in "@:")
         members = None if known else plugins.group(kind, word)
         if not known and members is None:
-            variants = [f"{name}@{word}" for name, plugin in plugins.importable(kind).items() if word in getattr(plugin, "variants", ())]
-            hint = f"did you mean {' or '.join(variants)}?" if variants else suggest(word, [*plugins.installed(kind), *plugins.groups(kind)])
+            variants = {f"{name}@{v}": v for name, plugin in plugins.importable(kind).items() for v in getattr(plugin, "variants", ())}
+            same = [name for name, v in variants.items() if v == word]
+            hint = f"did you mean {' or '.join(same)}?" if same else suggest(word, [*plugins.installed(kind), *plugins.groups(kind)], also=variants)
             raise UserError(f"{flag}: unknown name {word!r}: {hint}")
         found += [(word, True)] if known else [(m, False) for m in members or ()]
     if not found:
@@ -138,5 +139,4 @@ def resolve_precision() -> str:
 
     if torch.cuda.is_available() and not os.environ.get("HARNESS_CPU"):
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if cpu() else "fp32"
+    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"

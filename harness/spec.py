@@ -265,10 +265,10 @@ def fields_of_type(value: Any) -> Mapping[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(value) if f.init}
 
 
-def suggest(word: str, valid: Iterable[str], most: int = 500) -> str:
-    """"did you mean X? valid: ...", for an error message about an unknown name; where they have more than `most` characters the five nearest."""
+def suggest(word: str, valid: Iterable[str], most: int = 500, also: Iterable[str] = ()) -> str:
+    """"did you mean X? valid: ...", for an unknown name; the five nearest where they have over `most` characters. `also` may be meant, and is not listed."""
     names: Sequence[str] = sorted(valid)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, [*names, *also], n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     if len(text := ", ".join(names)) > most:
         return f"{hint}nearest of {len(names)}: {', '.join(difflib.get_close_matches(word, names, n=5, cutoff=0.0))}"

@@ -26,6 +26,7 @@ WORDS = {
     "unknown protocol": ((*run(protocol="smoek"),), "--protocol: unknown name 'smoek': did you mean smoke"),
     "unknown backbone": ((*run(), "--backbone", "vit-smok"), "did you mean vit-smoke"),
     "variant without its method": ((*run(methods="two"),), "unknown name 'two': did you mean rotation@two?"),
+    "a variant with a hyphen": ((*run(methods="deit-distilled"),), "did you mean deit@distilled? valid: all"),
     "unknown variant": ((*run(methods="rotation@tow"),), "did you mean two"),
     "unknown launcher": ((*run(), "--launcher", "slrm"), "--launcher"),
     "unknown set field": ((*run(), "--set", "rotation.turn=2"), "did you mean turns"),
