@@ -35,6 +35,8 @@ class Data:
         if args.what == "prepare":
             return self.unpack(args, folders) if args.data is not None else self.generate(args, setting, folders)
         names = [n for n in args.names if n != "all"] or [n for n, folder in folders.items() if folder.is_dir()]
+        if not names and args.data is not None:
+            raise UserError(f"--data {args.data}: holds none of {', '.join(sorted({f.name for f in folders.values()}))}: name the folder that they lie in")
         if not names:
             raise UserError(f"data verify: nothing is there: `data prepare --protocol {args.protocol}` makes it, or give --data DIR")
         problems = 0
@@ -101,5 +103,5 @@ class Data:
             print(line)
         for line in remarks:
             print(f"note: {line}")
-        print(f"{name}: {len(found)} problems in {folder}" if found else f"{name}: in order ({folder})")
+        print(f"{name}: {len(found)} problem{'s' * (len(found) > 1)} in {folder}" if found else f"{name}: in order ({folder})")
         return len(found)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_sets import shards
-from harness.data import SUFFIXES, BadImage, Count, ImageList, images_below, read_json_file
+from harness.data import SUFFIXES, BadImage, Count, ImageList, folder_names, images_below, read_json_file
 from harness.spec import UserError, suggest
 
 
@@ -132,6 +132,8 @@ class ImageFolder(ImageNet):
         """Images of train or val."""
         if (root / "train").is_dir() or shards.tars(root, "train"):
             return super().read(split, root)
+        if sets := sorted(name for name in folder_names().values() if (root / name).is_dir()):  # they would be learned to be told apart
+            raise UserError(f"{root}: holds data sets ({', '.join(sets)}), no classes: --data {root} reads them; imagefolder: wants a folder of classes")
         classes = class_names(root)
         files = [f for f in images_below(root) if "/" in f]
         if len(classes) < 2 or len(files) < 2:

@@ -196,7 +196,10 @@ def classes_of(files: list[str], classes: tuple[str, ...], archives: Path, label
     if not classes:
         raise UserError("imagenet: there are no classes in train/: prepare it first, the classes of val are checked against it")
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        known = dict(zip(sorted(files), development_kit(path), strict=False))
+        ids = development_kit(path)
+        if len(ids) != len(files):  # by place: one file that is missing would give all behind it another's class
+            raise UserError(f"{path}: {len(ids)} classes for {len(files)} images: the archive of validation images is not whole, get it again")
+        known = dict(zip(sorted(files), ids, strict=True))
     else:
         rows = [line.replace(",", " ").split()[:2] for line in path.read_text(errors="replace").splitlines() if line.strip() and not line.startswith("ImageId")]
         if rows and all(len(r) == 1 for r in rows):

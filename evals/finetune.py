@@ -242,7 +242,7 @@ class ImageFolder(FineTuning):
             UserError: there is no such folder.
         """
         if not text or not Path(text).is_dir():
-            raise UserError(f"--evals imagefolder:{text}: no such folder: expected <class>/*.jpg, or train/<class> and val/<class>")
+            raise UserError(f"--evals imagefolder:{text}: is no folder: expected <class>/*.jpg, or train/<class> and val/<class>")
         return cls(path=text)
 
     def datasets(self, protocol: Protocol) -> tuple[str, ...]:

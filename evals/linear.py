@@ -122,9 +122,9 @@ class Linear:
         return f"layer {self.layer} of a ViT of {vit.depth} blocks" if self.layer is not None and self.layer > vit.depth else None
 
     def on_features(self, recipe: Recipe | None) -> bool:
-        """Whether images are not augmented, so that the ViT has to see each once only."""
+        """Whether images are not augmented, so that the ViT has to see each once only. Averaged weights (EMA) are `fit`'s."""
         a = Augment() if recipe is None else recipe.augment
-        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix or self.by == "beit-repo"
+        drawn = a.color_jitter or a.rand_augment or a.erasing or a.mixup or a.cutmix or self.by == "beit-repo" or (recipe and recipe.ema)
         return not drawn and (a.crop_scale, a.crop_ratio, a.flip) == (CENTRE.crop_scale, CENTRE.crop_ratio, CENTRE.flip)
 
     def distributed(self, recipe: Recipe | None) -> bool:
@@ -180,7 +180,7 @@ def collect(probe: Any, images: ImageList, transform: Any, session: Session, nam
     from evals.scoring import image_batches
     from harness.checkpoint import write_atomically
 
-    path = Path(session.dir) / "checkpoint" / f"{name}.pt"
+    path = Path(session.dir) / "checkpoint" / "features" / f"{name}.pt"  # gone with the training states when the job is done
     probe.to(session.device).eval()
     if path.is_file():
         saved = torch.load(path, weights_only=True)

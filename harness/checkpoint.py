@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -34,7 +35,7 @@ ROOM_BYTES = 16 * 2**20  # left over beside a training state: for logs and repor
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file under a temporary name beside it, flush it to disk and rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # that number is also on other machines
     try:
         with open(temporary, "wb") as stream:
             write(stream)
@@ -85,7 +86,7 @@ class Backbone:
         try:
             body = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise JobFailed(f"{path} cannot be read ({type(error).__name__}): remove its folder and run again") from error
+            raise JobFailed(f"{path} cannot be read ({type(error).__name__}): remove its folder, then run with --retry") from error
         if body.get("format") != FORMAT:
             raise JobFailed(f"{path} has format {body.get('format')}, this version reads {FORMAT}")
         return cls(restore(body["config"]), tuple(body["mean"]), tuple(body["std"]), body["state"], body["classifier"], body["facts"])
@@ -245,5 +246,7 @@ class States:
                 parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=len(files) > 1) for path in files]
                 return self.step_of(files[0]), joined(parts) if len(parts) > 1 else parts[0]
             except Exception as error:
+                if isinstance(error, (MemoryError, OSError)) and not isinstance(error, FileNotFoundError):  # the file may be whole
+                    raise JobFailed(f"{files[0]}: cannot be read ({type(error).__name__}: {error}): mend that, then run with --retry") from error
                 warnings.warn(f"checkpoint {files[0].name} is damaged ({type(error).__name__}); going back to the one before", stacklevel=2)
         return None

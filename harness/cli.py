@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
 def command_run(args: argparse.Namespace, again: bool = False) -> int:
     """`harness run`. `again`: after the trials of a sweep."""
+    from harness.collect import note_cells
     from harness.display import Display
     from harness.launch import cores, make_launcher, write_job
     from harness.plan import Planners
@@ -151,6 +152,7 @@ def command_run(args: argparse.Namespace, again: bool = False) -> int:
     code = 0
     with ThreadPoolExecutor(16) as pool:  # also of those that will wait for a parent which fails, so that `table` knows of them; each is flushed to disk
         list(pool.map(lambda n: write_job(n, store), [n for n in todo if not (store.folder(n) / "job.json").exists()]))
+    note_cells(plan.cells, store)
     if todo:
         print(f"{len(plan.nodes)} nodes, {len(plan.nodes) - len(todo)} done before, {len(todo)} to do in {store.root}", file=sys.stderr)
         display = Display(plan.nodes, store)

@@ -9,7 +9,10 @@ from typing import Any
 
 from harness.jobs import read_job
 from harness.spec import Metric, UserError
-from harness.store import State, Store, read_json, read_record
+from harness.store import State, Store, read_json, read_record, write_json
+
+ALSO = "cells.json"  # beside a job.json: all cells that stand on the node, where these are several
+PLACE = ("protocol", "backbone", "data", "tuning", "method", "eval", "seed")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,26 @@ def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mappin
     )
 
 
+def cells_of(folder: Path, about: Mapping[str, Any]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    """The cells that stand on a node, by their place: what its job or record is `about`, and what was noted beside it."""
+    also = read_json(folder / ALSO)
+    return {tuple(map(a.get, PLACE)): a for a in [*(also if isinstance(also, list) else ()), about]}
+
+
+def note_cells(cells: Iterable[Any], store: Store) -> None:
+    """Write beside each node which cells of a plan stand on it besides the one that its job.json names: equal work is done once, and a table made of the
+    runs folder is to have all that `run` prints (a probe whose recipe is the same under both tunings). Fine-tuning seeds that change nothing are one cell."""
+    known: dict[Path, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
+    for cell in cells:
+        if cell.node is None or "trial" in cell.about:
+            continue
+        if (folder := store.folder(cell.node)) not in known:
+            known[folder] = cells_of(folder, (read_json(folder / "job.json") or {}).get("about") or cell.about)
+        if (place := tuple(map(cell.about.get, PLACE))) not in known[folder]:
+            known[folder][place] = cell.about
+            write_json(folder / ALSO, list(known[folder].values()))
+
+
 def collect(roots: Iterable[Path], read: Callable[[Path], Mapping[str, Any] | None] = read_record) -> list[Result]:
     """All evaluation cells found in runs folders, those of trials left out. `read`: folder -> its record, for one who has read them already.
 
@@ -65,7 +88,7 @@ def collect(roots: Iterable[Path], read: Callable[[Path], Mapping[str, Any] | No
     for root in roots:
         store = Store(root)
         if not root.is_dir():
-            raise UserError(f"--runs {root}: no such folder: name the folder that `run` wrote to")
+            raise UserError(f"--runs {root}: {'is a file' if root.exists() else 'no such folder'}: name the folder that `run` wrote to")
         store.check_version()
         for folder in store.folders():
             if not folder.name.startswith("evaluate-"):
@@ -76,10 +99,10 @@ def collect(roots: Iterable[Path], read: Callable[[Path], Mapping[str, Any] | No
                 continue
             state = State("done") if record else store.explain(folder)
             try:
-                found = result_of(job["about"], state.status, state.reason, record, job["key"])
+                found = [result_of(about, state.status, state.reason, record, job["key"]) for about in cells_of(folder, job["about"]).values()]
             except (KeyError, TypeError, ValueError) as error:
                 name = "record.json" if record else "job.json"
                 raise UserError(f"{folder / name}: damaged ({type(error).__name__}: {error}): move its folder away, then run again") from error
             usage = None if record else read_json(folder / "usage.json")  # a job without a record has started all the same
-            results.append(replace(found, start=str(usage.get("start", ""))) if isinstance(usage, dict) else found)
+            results += [replace(f, start=str(usage.get("start", ""))) for f in found] if isinstance(usage, dict) else found
     return results

@@ -174,6 +174,8 @@ def generated_root(setting: Setting) -> Path:
     import platformdirs
 
     base = os.environ.get("HARNESS_DATA") or platformdirs.user_cache_dir("vision-harness")
+    if Path(base).is_file():
+        raise UserError(f"HARNESS_DATA={base}: is a file: name a folder, or unset it")
     return Path(base) / f"{setting.name}-{setting.data_version}"
 
 

@@ -80,7 +80,7 @@ def fingerprint(name: str, folder: Path) -> str:
             raise UserError(f"{folder / relative}: cannot be read ({error.strerror}): mend or remove it") from error
         read[relative] = [*when, content]
         lines.append(f"{relative}\0{content}")
-    result = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    result = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
     if read != files or many:
         from harness.checkpoint import write_atomically
 

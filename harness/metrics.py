@@ -70,9 +70,11 @@ class Metrics:
 
 
 @contextmanager
-def count_flops(facts: dict[str, Any], share: float = 1.0) -> Iterator[None]:
-    """Count the FLOPs of the first part (a `share` of a step) into facts (multiply and add = 2; matmuls, convolutions and attention), nothing later."""
-    if facts["flops_per_step"] is not None:
+def count_flops(facts: dict[str, Any], share: float = 1.0, now: bool = True) -> Iterator[None]:
+    """Count the FLOPs of the first part (a `share` of a step) into facts (multiply and add = 2; matmuls, convolutions and attention), nothing later.
+
+    `now`: false in a step that is not as the others, e.g. the first one of a dVAE, which starts from images."""
+    if facts["flops_per_step"] is not None or not now:
         yield
         return
     import torch

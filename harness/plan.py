@@ -39,7 +39,7 @@ class Planner:
         if request.pretrain_data is not None:
             self.folders["folder"] = Path(request.pretrain_data)
             if not self.folders["folder"].is_dir():
-                raise UserError(f"--pretrain-data {request.pretrain_data}: no such folder: name a folder of images")
+                raise UserError(f"--pretrain-data {request.pretrain_data}: is no folder: name a folder of images")
         self.pending: set[str] = set()
         self.generated = self.request.data is None and self.setting.generator is not None  # whether anything reads generated data
         self._fingerprints: dict[str, str] = {} if fingerprints is None else fingerprints
@@ -139,12 +139,11 @@ class Planner:
         recipe, more = self.recipe(self.recipe_of(name, maker, self.vit), name)
         sets = self.train_sets(maker)
         identity = {"plugin": canonical(maker), "version": maker.version, "recipe": canonical(recipe), "seed": seed, **pixels(self.vit)}
-        notes = (*notes, *more)
-        about = {"title": role if role == name else f"{role} {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name}
-        return self.node("asset", name, identity, {}, about, sets), notes
+        about = {"title": role if role == name else f"{role} {name}", "method": name, "seed": seed, "protocol": self.setting.name}
+        return self.node("asset", name, identity, {}, {**about, "deviations": [*notes, *more]}, sets), (*notes, *more)
 
-    def pretrain(self, name: str, method: Any, seed: int) -> tuple[Node, tuple[str, ...]]:
-        """The node that pre-trains a method, with its assets and parent. Raises JobFailed with the reason when it cannot run here."""
+    def pretrain(self, name: str, method: Any, seed: int, own: Sequence[str] = ()) -> tuple[Node, tuple[str, ...]]:
+        """The node that pre-trains a method, with its assets and parent; notes besides its `own`. Raises JobFailed with the reason if it cannot run here."""
         vit = self.architecture(method, self.vit)
         if (reason := method.skip(vit)) is not None:
             raise self.settings.refusal(name, reason)
@@ -166,20 +165,21 @@ class Planner:
                 notes = (*notes, *more)
         if method.parent is not None:
             parent_name = plugins.name_of("methods", method.parent)
-            parents["parent"], more = self.pretrain(parent_name, self.settings.apply(parent_name, method.parent)[0], seed)
-            notes = (*notes, *more)
+            before, told = self.settings.apply(parent_name, method.parent)
+            parents["parent"], more = self.pretrain(parent_name, before, seed, told)
+            notes = (*notes, *told, *more)
         sets, drawn = self.train_sets(method) if trains else (), method.drawn(vit, recipe) if hasattr(method, "drawn") else ""
         identity = {
             "plugin": canonical(method), "version": method.version, "recipe": canonical(recipe), "vit": canonical(vit), "seed": seed,
             **(pixels(vit) if trains else {}), **({"drawn": drawn} if drawn else {}), "files": {role: sha256 for role, (_, sha256) in files.items()},
         }
-        about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": list(notes), "protocol": self.setting.name,
+        about = {"title": f"pretrain {name}", "method": name, "seed": seed, "deviations": [*own, *notes], "protocol": self.setting.name,
                  "backbone": self.backbone, "labels": bool(getattr(method, "needs_labels", False))}
         label = getattr(method, "label", name)  # a name with a path in it is no name for a folder
         return self.node("pretrain", label, identity, parents, about, sets, {role: path for role, (path, _) in files.items()}), notes
 
-    def evaluate(self, name: str, evaluator: Any, method_name: str, method: Any, parent: Node, eval_seed: int, about: dict[str, Any]) -> Node:
-        """The node that scores a checkpoint. Raises JobFailed with the reason when it cannot run here."""
+    def evaluate(self, name: str, evaluator: Any, method_name: str, method: Any, parent: Node, eval_seed: int, about: dict[str, Any], own: Any) -> Node:
+        """The node that scores a checkpoint. `own`: the evaluator's notes (the method's are in `about`). Raises JobFailed when it cannot run here, and why."""
         vit, plain, overrides = self.architecture(method, self.vit), evaluator, Overrides()
         if getattr(plain, "trains", True) and self.tuning == "published":
             if getattr(plain, "by", None) == getattr(plugins.build("evals", name), "by", None):  # otherwise the user has chosen
@@ -193,8 +193,8 @@ class Planner:
         ground: list[str] = []
         if first := getattr(evaluator, "after", ""):  # it goes on from the model that another evaluator has fine-tuned
             before, more = self.settings.apply(first, plugins.build("evals", first))
-            stage = {**self.about(method_name, first, before, about["seed"], eval_seed), "deviations": [*about["deviations"], *more]}
-            parent = self.evaluate(first, before, method_name, method, parent, eval_seed, stage)
+            stage = {**self.about(method_name, first, before, about["seed"], eval_seed), "deviations": about["deviations"]}
+            parent = self.evaluate(first, before, method_name, method, parent, eval_seed, stage, more)
             ground, about["deviations"] = [stage["ground"]], stage["deviations"]
         recipe: Recipe | None = None
         notes: tuple[str, ...] = ()
@@ -206,7 +206,7 @@ class Planner:
             "plugin": canonical(evaluator), "version": evaluator.version, "recipe": canonical(recipe), "use_head": overrides.use_head,
             "seed": about["seed"], "eval_seed": eval_seed, **pixels(vit, getattr(evaluator, "size", None)),
         }
-        about["deviations"] = [*about["deviations"], *notes, *(evaluator.notes(self.setting, vit) if hasattr(evaluator, "notes") else ())]
+        about["deviations"] = [*about["deviations"], *own, *notes, *(evaluator.notes(self.setting, vit) if hasattr(evaluator, "notes") else ())]
         prints = [self.fingerprint(s) for s in evaluator.datasets(self.setting)]
         about["ground"] = digest([canonical(plain), plain.version, canonical(plain.recipe(self.setting, vit)), prints, *ground])
         about["title"] = f"evaluate {name} on {method_name}"
@@ -245,11 +245,13 @@ class Planner:
         if self.request.pretrain_data is None:
             read |= {s for _, m, *_ in methods for s in m.datasets(self.setting)}
         self.generated &= any(":" not in s for s in read)
-        cells, tops = [], []
+        cells = list[Cell]()
         for seed in self.request.seeds:
             for method_name, method, method_notes, named in methods:
+                if getattr(method, "seedless", False) and seed != self.request.seeds[0]:
+                    continue  # the same weights once more would pass for another run
                 try:
-                    parent, notes = self.pretrain(method_name, method, seed)
+                    parent, notes = self.pretrain(method_name, method, seed, method_notes)
                     skipped = ""
                 except (JobFailed, UserError) as error:
                     if named and isinstance(error, UserError):
@@ -258,26 +260,25 @@ class Planner:
                 for name, evaluator, eval_notes, explicit in evaluators:
                     for eval_seed in self.request.eval_seeds:
                         about = self.about(method_name, name, evaluator, seed, eval_seed)
-                        about["deviations"] = [*method_notes, *notes, *eval_notes]
+                        about["deviations"] = [*method_notes, *notes]
                         if parent is None:
                             cells.append(Cell(about, None, skipped))
                             continue
                         try:
-                            node = self.evaluate(name, evaluator, method_name, method, parent, eval_seed, about)
+                            node = self.evaluate(name, evaluator, method_name, method, parent, eval_seed, about, eval_notes)
                         except (JobFailed, UserError) as error:
                             if explicit and isinstance(error, UserError):
                                 raise
                             cells.append(Cell(about, None, str(error)))
                             continue
                         cells.append(Cell(about, node))
-                        tops.append(node)
         for key in self.settings.unused():
             name = key.split(".")[0]
             known = [n for n, *_ in methods] + [n for n, _, _, _ in evaluators]
             if key.rsplit(".", 1)[0].removesuffix(".augment").removesuffix(".recipe") in known:
                 raise UserError(f"--set {key}: {name} has no recipe here, nothing of it is trained: leave it out")
             raise UserError(f"--set {key}: no such method or evaluator in this run: {suggest(name, known)}")
-        return Plan(tuple(ordered(tops)), tuple(cells), self.setting)
+        return Plan(tuple(ordered(c.node for c in cells if c.node is not None)), tuple(cells), self.setting)
 
 
 class Planners:

@@ -147,13 +147,13 @@ class Trainable(Protocol):
 
 
 class Method(Trainable, Protocol):
-    """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe;
-    one that reads labels by `needs_labels` = True, so that --pretrain-data is refused for it. Optional are `architecture(vit, published)`
-    -> ViTConfig (the ViT that it gets in place of a protocol's backbone; `published`: the protocol wants each method as published), and
-    beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row). Also optional: notes(vit) -> footnotes
-    of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record (crops_seen, where an image gives several), and for one that
-    trains nothing classifier(context) -> the read-out that its weights come with; `leaves_classifier`: whether there is one (by default: where labels
-    are needed); drawn(vit, recipe) -> what of a sample's pixels neither of them says, for the key."""
+    """A way to pre-train the lent ViT. One that trains nothing (scratch) says so by a class variable `trains` = False and has no recipe; one that draws nothing
+    (weights) by `seedless` = True, so that it counts as one run whatever the seeds; one that reads labels by `needs_labels` = True, so that --pretrain-data
+    is refused for it. Optional are `architecture(vit, published)` -> ViTConfig (the ViT that it gets in place of a protocol's backbone; `published`: the
+    protocol wants each method as published), and beside `variants` (variant -> fields that differ) `variant_sources` (variant -> table and row), notes(vit) ->
+    footnotes of its row, `label` -> its name in the runs folder, facts(vit, context) -> facts of its record (crops_seen, where an image gives several), and for
+    one that trains nothing classifier(context) -> the read-out that its weights come with; `leaves_classifier`: whether there is one (by default: where
+    labels are needed); drawn(vit, recipe) -> what of a sample's pixels neither of them says, for the key."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

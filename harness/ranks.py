@@ -44,6 +44,16 @@ def number_from(name: str, least: int = 1, default: Any = None, given: Mapping[s
     return int(text) if text else default
 
 
+def check_variables() -> None:
+    """Look at the numbers and switches that jobs will read. Raises UserError."""
+    for name, least in LEAST.items():
+        number_from(name, least)
+    for name in ("HARNESS_CPU", "HARNESS_FORCE_ACCUMULATION", "HARNESS_RECOMPUTE", "HARNESS_SHARD"):
+        if (text := os.environ.get(name, "")) not in ("", "1", *(() if name == "HARNESS_CPU" else "0")):
+            raise UserError(f"{name}={text}: expected 1; unset it for the opposite")
+    processes_here()
+
+
 def gpus() -> list[str]:
     """CUDA devices by the names of CUDA_VISIBLE_DEVICES, found without importing torch."""
     if os.environ.get("HARNESS_CPU"):

@@ -24,7 +24,7 @@ from typing import Any
 from harness.jobs import read_job
 from harness.metrics import loggers
 from harness.provenance import Usage, gemm_mode, make_record, set_up
-from harness.ranks import BUSY, LEAST, failure_name, join, log_name, number_from, own_rank, processes_here, spreads, supervise
+from harness.ranks import BUSY, check_variables, failure_name, join, log_name, number_from, own_rank, processes_here, spreads, supervise
 from harness.spec import Interrupted, JobFailed, UserError
 from harness.store import Locked, lock, read_record, record_schema, write_json
 
@@ -64,9 +64,7 @@ def make_session(folder: Path, job: dict[str, Any], should_stop: Callable[[], bo
 
 def check_environment() -> None:
     """Look at the variables that jobs will read. Raises UserError."""
-    for name, least in LEAST.items():
-        number_from(name, least)
-    processes_here()
+    check_variables()
     loggers()
     gemm_mode()
 

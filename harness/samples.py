@@ -58,9 +58,9 @@ class Samples(Dataset[Batch]):
             sample["bad"] = torch.tensor(bad)
         return [sample for sample, _, _ in loaded]
 
-    def _load(self, index: int, rng: np.random.Generator) -> tuple[Batch, int, int]:
-        """(what the transform makes of a file, or of the next one that can be read; index of that; index of the last that cannot, or -1)."""
-        bad = -1
+    def _load(self, index: int, rng: np.random.Generator) -> tuple[Batch, int, tuple[int, int]]:
+        """(what the transform makes of a file, or of the next one that can be read; index of that; the first that was wanted and how many cannot be read)."""
+        wanted = index
         for _ in range(MAX_BAD_IN_A_ROW):
             try:
                 image = self.images.load(index)
@@ -68,11 +68,10 @@ class Samples(Dataset[Batch]):
             except BadImage:
                 if not self.skip_bad:
                     raise
-                bad = index  # the next file stands in, so that the batch keeps its size
-                index = (index + 1) % len(self.images)
+                index = (index + 1) % len(self.images)  # the next file stands in, so that the batch keeps its size
         else:
             raise JobFailed(f"{self.images.root}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
-        return self.transform(image, rng), index, bad
+        return self.transform(image, rng), index, (wanted, (index - wanted) % len(self.images))
 
 
 def loader(samples: Samples, batches: Sequence[Any], workers: int, pin: bool, say: Callable[[str], None] | None = None) -> Iterator[Batch]:

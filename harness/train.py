@@ -188,11 +188,12 @@ class Training:
                 bad = (drawn := next(self.stream)).pop("bad")  # stays here: looking at it must not wait for a GPU
                 batch = {k: v.to(session.device, non_blocking=self.cuda) for k, v in drawn.items()}
                 if session.on_bad_image == "skip":
-                    for index in bad[bad >= 0].tolist():
-                        session.skipped_images[str(self.images.files[index])] = "cannot be read"
+                    for first, count in bad[bad[:, 1] > 0].tolist():
+                        session.skipped_images |= {str(self.images.files[(first + i) % len(self.images)]): "cannot be read" for i in range(count)}
                 seed_all(session.seed, "step", self.step + self.skips, *((part,) if self.parts > 1 else ()))
                 last = part + processes() >= self.parts
-                with count_flops(self.facts, len(bad) / recipe.batch), self.autocast(), nullcontext() if last or not self.summing else self.summing.no_sync():
+                counting = count_flops(self.facts, len(bad) / recipe.batch, now=self.step > 0 or self.total == 1)
+                with counting, self.autocast(), nullcontext() if last or not self.summing else self.summing.no_sync():
                     output, weight = weigh((self.summing or self.objective)(batch, self.step / self.total), len(bad))
                     loss: Any = output["loss"] if self.parts == 1 else output["loss"] * weight
                     loss.backward()

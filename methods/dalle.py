@@ -177,7 +177,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             tokenizer.encoder.load_state_dict(content["state"], strict=True)
             return tokenizer
     except Exception as error:
-        raise JobFailed(f"{path} is no readable tokenizer ({type(error).__name__}): remove its folder and run again") from error
+        raise JobFailed(f"{path} is no readable tokenizer ({type(error).__name__}): remove its folder, then run with --retry") from error
     raise JobFailed(f"{path} has format {content['format']}, this version reads {FORMAT}")
 
 

@@ -153,7 +153,7 @@ def load_colours(path: Path) -> Tensor:
         if content["format"] == FORMAT and colours.ndim == 2 and colours.shape[1] == 3:
             return colours
     except Exception as error:
-        raise JobFailed(f"{path} is no readable palette ({type(error).__name__}): remove its folder and run again") from error
+        raise JobFailed(f"{path} is no readable palette ({type(error).__name__}): remove its folder, then run with --retry") from error
     raise JobFailed(f"{path} has format {content['format']}, this version reads {FORMAT}")
 
 

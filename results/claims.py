@@ -184,6 +184,8 @@ def claim(path: Path, out: str | None, changed: Sequence[str], writes: bool) -> 
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
     if writes and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        if out is not None:
+            raise UserError(f"--out {out}: {'is a file' if folder.is_file() else 'cannot be written'}: name a folder where its tables can be kept")
         raise UserError(f"--plan {path}: {folder} cannot be written: add --out DIR, a folder where its tables are kept")
     return found.requests, Claim(folder, found.requests, found.layouts).keep
 

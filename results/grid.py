@@ -147,7 +147,7 @@ def remarks(sheet: Sheet) -> tuple[str, ...]:
 
 
 def power(tested: Sequence[Cell]) -> list[str]:
-    """Which gap the tests of these columns would find. Where it is above 100 %, or cannot be computed from so few seeds: that they would find none."""
+    """Which gap the tests of these columns would find. Where it is above 100 %, or cannot be computed: that they would find none."""
     gaps = {f"{c.eval} {c.metric.name}": c.detectable for c in tested if c.detectable is not None and not (c.metric.unit == "%" and c.detectable > 100)}
     never = [n for n in dict.fromkeys(f"{c.eval} {c.metric.name}" for c in tested) if n not in gaps]
     listed = ", ".join(f"{name} {gap:.1f}" for name, gap in gaps.items())

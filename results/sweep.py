@@ -192,6 +192,8 @@ def read_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
         values = tuple(v.strip() for v in re.split(r",(?![^(]*\))", text) if v.strip())
         if not equals or "." not in key:
             raise UserError(f"--sweep {word}: expected NAME.FIELD=V1,V2, as in mae.recipe.lr=1e-4,2e-4")
+        if not values:
+            raise UserError(f"--sweep {word}: names no value: give two or more, as in {key}=1e-4,2e-4")
         if len(values) < 2:
             raise UserError(f"--sweep {word}: one value is no sweep: give two or more, or --set {word}")
         if key in found:

@@ -52,6 +52,8 @@ def find(store: Any, run: str) -> tuple[Path, dict[str, Any]]:
 
     folders = store.folders()
     found = [f for f in folders if f.name == Path(run).name or f.name.rsplit("-", 1)[-1].startswith(run)]
+    if not folders:
+        raise UserError(f"--runs {store.root}: no runs there, and kept records have no weights: name the folder that `run` wrote to")
     if len(found) != 1:
         what = "no such run" if not found else f"{len(found)} runs fit"
         raise UserError(f"export {run}: {what}: {suggest(run, [f.name for f in (found or folders) if f.name.startswith('pretrain-')])}")

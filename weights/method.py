@@ -46,6 +46,7 @@ class Weights:
 
     version: ClassVar[int] = 2
     trains: ClassVar[bool] = False
+    seedless: ClassVar[bool] = True
     summary: ClassVar[str] = "a checkpoint as it is (weights:FILE, weights:FOLDER or weights:TIMM_NAME): MAE, BEiT, MoCo v3, DINO, DeiT, timm, ..."
     source: ClassVar[str] = "key names of each: weights/keys.py"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -144,7 +144,7 @@ class TrainByPlace(BaseLoop):  # type: ignore[misc]
         try:
             for part in range(rank(), self.parts, processes()):
                 data = next(self.stream)
-                session.skipped_images.update({path: "cannot be read" for path in data.pop("bad") if path})
+                session.skipped_images.update({path: "cannot be read" for paths in data.pop("bad") for path in paths.splitlines()})
                 images = len(data["inputs"])
                 wrapper.images = None if self.parts == 1 else images
                 seed_all(session.seed, "step", self.iter + self.skips, *((part,) if self.parts > 1 else ()))

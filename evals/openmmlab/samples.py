@@ -104,23 +104,24 @@ class InOrder(Dataset[dict[str, Any]]):
         return int(self._order[1][place])
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """What the pipeline makes of one image, and "bad": the path of an unreadable file that it stands in for, or ""."""
+        """What the pipeline makes of one image, and "bad": the paths of unreadable files that it stands in for, a line each."""
         if self.seed is not None:
             seed_all(self.seed, "sample", position)
-        place, bad = self._place(position), ""
+        place, bad = self._place(position), list[str]()
         for _ in range(MAX_BAD_IN_A_ROW):
             info = self.source.get_data_info(int(self.indices[place]))
             try:
                 sample: dict[str, Any] = self.source.pipeline(info)
-                return {**sample, "bad": bad}
+                return {**sample, "bad": "\n".join(bad)}
             except BadImage:
                 if not self.skip_bad or self.seed is None:
                     raise
-                bad, place = str(info["img_path"]), (place + 1) % len(self)
+                bad.append(str(info["img_path"]))
+                place = (place + 1) % len(self)
             except Exception as error:  # of OpenMMLab's transforms, which name no file
                 reason = (str(error).strip().splitlines() or [""])[0]
                 raise JobFailed(f"{info['img_path']}: cannot be prepared with its labels ({type(error).__name__}: {reason}): mend or remove both") from error
-        raise JobFailed(f"{bad}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
+        raise JobFailed(f"{bad[-1]}: {MAX_BAD_IN_A_ROW} unreadable images in a row: run `python -m harness data verify`")
 
 
 def readable(source: BaseDataset, indices: Sequence[int], session: Session) -> list[int]:

@@ -88,6 +88,16 @@ def test_imagenet_from_its_archives(kind: str, tmp_path: Path) -> None:
         prepare("imagenet", archives, tmp_path / "imagenet")
 
 
+def test_a_validation_image_that_is_missing_does_not_shift_the_classes_of_those_behind_it(tmp_path: Path) -> None:
+    """The development kit has a list without names."""
+    archives = imagenet_archives(tmp_path / "archives")
+    development_kit(archives / "ILSVRC2012_devkit_t12.tar.gz")
+    tar(archives / "ILSVRC2012_img_val.tar", dict.fromkeys(list(VALIDATION)[1:], picture()))
+    with pytest.raises(UserError, match="3 classes for 2 images"):
+        prepare("imagenet", archives, tmp_path / "imagenet")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archives"]
+
+
 def flat(root: Path) -> Path:
     """ImageNet with class folders in train and a flat val, as people have it who unpacked by hand."""
     for path in [*(f"train/{i}/1.JPEG" for i in IDS), *(f"val/{f}" for f in VALIDATION)]:

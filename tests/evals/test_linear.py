@@ -129,6 +129,11 @@ def test_diverged_probe_fails_in_one_line(colors: Path, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_averaged_weights_are_not_left_out_silently() -> None:
+    """Training on features has no EMA: a recipe that asks for it goes by way of the images."""
+    assert Linear().on_features(CACHED) and not Linear().on_features(dataclasses.replace(CACHED, ema=0.99))
+
+
 def test_beits_probe_reads_a_middle_layer(colors: Path, tmp_path: Path) -> None:
     """The mean of the patch tokens after block 1, no norm, no BatchNorm (recipes A7)."""
     evaluator = Linear(by="beit", layer=1)

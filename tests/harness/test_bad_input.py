@@ -88,6 +88,29 @@ def test_environment(name: str, here: Call, tmp_path: Path) -> None:
     check(here(*run(), **{name: "abc"}), f"{name}=abc", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["HARNESS_CPU", "HARNESS_SHARD", "HARNESS_RECOMPUTE"])
+def test_switches(name: str, here: Call, tmp_path: Path) -> None:
+    """`HARNESS_CPU=no` would leave a GPU unused."""
+    check(here(*run(), **{name: "no"}), f"{name}=no: expected 1", tmp_path)
+
+
+def test_data_sets_are_no_classes(data: Path, here: Call, tmp_path: Path) -> None:
+    """The root of several data sets would otherwise be learned as classes named coco and imagenet, with a score."""
+    check(here(*run(evals=f"imagefolder:{data}")), "holds data sets (ADEChallengeData2016, coco, imagenet", tmp_path)
+
+
+def test_files_in_place_of_folders(here: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check(here(*run(protocol="demo"), HARNESS_DATA="file"), "HARNESS_DATA=file: is a file", tmp_path)
+    check(here("table", "--runs", "file"), "--runs file: is a file", tmp_path)
+    check(here(*run(), "--pretrain-data", "file"), "--pretrain-data file: is no folder", tmp_path)
+    check(here(*run(evals="imagefolder:file")), "imagefolder:file: is no folder", tmp_path)
+    (tmp_path / "empty").mkdir()
+    check(here("data", "verify", "--data", "empty"), "--data empty: holds none of", tmp_path)
+    check(here("export", "pretrain-mae", "--to", "timm", "--out", "x", "--runs", "empty"), "--runs empty: no runs there", tmp_path)
+    check(here(*run(), "--sweep", "rotation.recipe.lr="), "names no value", tmp_path)
+
+
 def test_generated_data_that_lost_files(smoke_data: Path, here: Call, tmp_path: Path) -> None:
     """The default place is a cache, which other programs clean: half a set is not taken for the whole."""
     copy = tmp_path / "cache" / smoke_data.name

@@ -236,6 +236,16 @@ def test_fingerprint_follows_the_data_and_not_the_place(tmp_path: Path) -> None:
     assert len({first, second, third, layout.fingerprint("places365", one)}) == 4
 
 
+def test_fingerprint_of_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """File systems keep bytes: old archives unpack to names in Latin-1."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"1")
+    first = layout.fingerprint("folder", folder)
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"1")
+    assert layout.fingerprint("folder", folder) != first
+
+
 def test_fingerprint_of_a_folder_with_links(tmp_path: Path) -> None:
     """A link to a folder above is followed once, as it is when images are read; one to nowhere is named."""
     picture(tmp_path / "sub/1.jpg")

@@ -9,10 +9,13 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from harness.collect import collect, note_cells
+from harness.launch import write_job
 from harness.plan import Planner
 from harness.request import Plan, Request
 from harness.settings import Settings
 from harness.spec import Augment, Overrides, Recipe
+from harness.store import Store
 
 
 def plan(smoke_data: Path, methods: str, evals: str, **fields: object) -> Plan:
@@ -47,6 +50,39 @@ def test_what_a_method_sets_for_its_transfer_has_the_source_of_the_method(smoke_
     words = ("linear.recipe.lr=0.5", "linear.recipe.weight_decay=0.5")
     (cell,) = plan(smoke_data, "mae", "linear", settings=words).cells
     assert cell.about["deviations"][0] == "linear.recipe.lr=0.5 (recipe: 0.25; MAE's own table)" and "MAE's own" not in cell.about["deviations"][1]
+
+
+def test_what_is_set_of_a_parent_is_a_deviation_of_what_stands_on_it(smoke_data: Path) -> None:
+    found = plan(smoke_data, "beit@intermediate", "knn", settings=("beit.mask_patches=50",))
+    note = found.cells[0].about["deviations"]
+    assert len(note) == 1 and note[0].startswith("beit.mask_patches=50")
+    assert [n.about["deviations"] for n in found.nodes if n.kind == "pretrain"] == [note, note]
+
+
+def test_an_evaluation_that_another_goes_on_from_has_none_of_its_deviations(smoke_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evals.linear.Linear.after", "imagenet", raising=False)
+    found = plan(smoke_data, "mae", "linear,imagenet", settings=("linear.recipe.epochs=3", "imagenet.recipe.lr=1"))
+    told = {c.about["eval"]: [d.split("=")[0] for d in c.about["deviations"]] for c in found.cells}
+    assert told == {"linear": ["imagenet.recipe.lr", "linear.recipe.epochs"], "imagenet": ["imagenet.recipe.lr"]}
+    assert all(c.node is not None and c.node.about["deviations"] == c.about["deviations"] for c in found.cells)
+
+
+def test_what_draws_nothing_is_one_run_whatever_the_seeds(smoke_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("methods.scratch.Scratch.seedless", True, raising=False)
+    found = plan(smoke_data, "scratch,mae", "knn", seeds=(3, 4))
+    assert [(c.about["method"], c.about["seed"]) for c in found.cells] == [("scratch", 3), ("mae", 3), ("mae", 4)]
+
+
+def test_a_node_of_two_cells_stands_in_the_table_twice(smoke_data: Path, tmp_path: Path) -> None:
+    """Whichever run made it: what is equal under both tunings is done once, and a table of the runs folder is to have both rows."""
+    store = Store(tmp_path)
+    for tuning in ("published", "shared", "published"):
+        found = plan(smoke_data, "scratch", "knn", tuning=tuning, eval_seeds=(0, 1))
+        for node in found.nodes:
+            if not (store.folder(node) / "job.json").exists():
+                write_job(node, store)
+        note_cells(found.cells, store)
+    assert [(r.tuning, r.status, r.eval_seed) for r in collect([tmp_path])] == [("published", "missing", 0), ("shared", "missing", 0)]
 
 
 def test_a_record_carries_the_trainings_behind_its_checkpoint(smoke_data: Path) -> None:

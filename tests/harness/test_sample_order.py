@@ -68,6 +68,28 @@ def test_epochs_differ_and_without_repeats_each_image_comes_once() -> None:
     assert sorted(Counter(repeated.file_at(place) for place in range(12)).values()) == [3] * 4
 
 
+def test_unreadable_images_in_a_row_are_all_reported(tmp_path: Path) -> None:
+    for name in ("0.png", "3.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "1.png").write_bytes(b"")
+    (tmp_path / "2.png").write_bytes(b"")
+    images = ImageList(tmp_path, [f"{i}.png" for i in range(4)], None, ())
+    skipped: dict[str, str] = {}
+
+    class Nothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+            return {"loss": self.weight * batch["x"].sum()}
+
+    session = Session(tmp_path / "job", 0, torch.device("cpu"), torch.float32, {}, on_bad_image="skip", skipped_images=skipped)
+    (tmp_path / "job").mkdir()
+    fit(Nothing(), images, lambda image, rng: {"x": torch.ones(1)}, Recipe(batch=4, lr=0.1, iterations=1), session)
+    assert set(skipped) == {"1.png", "2.png"}
+
+
 def test_recipes_repeats_reach_the_training(tmp_path: Path) -> None:
     """The field of the recipe decides what `fit` trains on; every copy has a crop of its own."""
     seen: list[tuple[int, float]] = []

@@ -1,4 +1,4 @@
-"""FLOPs before anything has run are those that the worker counts in its first step."""
+"""FLOPs before anything has run are those that the worker counts in its second step."""
 
 import subprocess
 from collections.abc import Callable
@@ -35,7 +35,9 @@ def test_the_demo_would_have_been_counted_as_it_was() -> None:
             assert node.key == record["key"]
             step = step_flops(node, SHAPES if record["about"].get("labels") else ())
             found[record["name"]] = step and step * node.recipe.iterations / record["flops"]
-    assert found == {name: pytest.approx(1, rel=1e-9) for name in ("dvae", "beit", "beit-pixel", "mae", "supervised")}
+    # These records counted the first step, and a dVAE's also made its start from images.
+    assert found.pop("dvae") == pytest.approx(2_202_009_600 / 3_400_152_064, rel=1e-9)
+    assert found == {name: pytest.approx(1, rel=1e-9) for name in ("beit", "beit-pixel", "mae", "supervised")}
 
 
 def test_a_plan_says_what_the_record_will(harness: Callable[..., subprocess.CompletedProcess[str]], smoke_data: Path, tmp_path: Path,

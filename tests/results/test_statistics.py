@@ -65,9 +65,12 @@ def test_power_of_a_paired_t_test() -> None:
     assert detectable_effect(15) < 0.8 < detectable_effect(14)
 
 
-def test_what_cannot_be_computed_is_not_a_number() -> None:
-    # statsmodels' solver stops far from the answer without a word there.
-    assert detectable_effect(2, 1e-5) is None
+def test_power_with_few_seeds_and_many_pairs() -> None:
+    # By an integral over the spread's distribution, to nine digits. statsmodels' solver gave up on all but the first, and tables said that no gap can be found.
+    exact = {(3, 1): 3.264043550, (3, 3): 5.667476063, (3, 6): 8.019398229, (5, 10): 3.155348631, (8, 45): 2.318093503, (2, 3): 34.61800787}
+    for (seeds, pairs), effect in exact.items():
+        assert detectable_effect(seeds, 0.05 / pairs) == pytest.approx(effect, rel=1e-8)
+    assert detectable_effect(2, 1e-5) == pytest.approx(57722.24, rel=1e-3)
 
 
 def test_layers_of_seeds_are_told_apart() -> None:
