@@ -129,7 +129,7 @@ def test_a_plan_that_flags_have_changed_does_not_overwrite_its_tables(tmp_path: 
     _, keep = claim(tmp_path / "plan.py", None, ["--seeds"], True)
     assert "not kept beside the plan, --seeds changes it: add --out DIR" in keep([], []) and not (tmp_path / "table.md").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written: add --out DIR"):
+    with pytest.raises(UserError, match="is a file: name a folder where its tables can be kept"):
         claim(tmp_path / "plan.py", str(tmp_path / "file"), [], True)
 
 
