@@ -42,7 +42,7 @@ def fingerprint(name: str, folder: Path) -> str:
     """sha256 over the sorted relative paths of a data set and the contents of its files, 16 hex digits.
 
     From 50,000 files on an image counts by its path and size. What was read is remembered in the user's cache folder with the size and the time of
-    each file, of a large set with the times of its folders: an image that is overwritten there by one of the same size is not noticed.
+    each file, of a large set with the times of its folders: an image that is overwritten in place there is not noticed (remove that cache).
 
     Raises:
         UserError: a file cannot be read.
