@@ -91,6 +91,8 @@ class Budget:
         if not recipe:
             return 0.0
         found = self.computed.get(same := computation(node.job(Path())))
+        if node.kind == "asset":  # records of tokenizers from before 2026-11-22 have half as many again (CHANGELOG)
+            found = None
         if found and found.flops and (shown := self.images(node, found)):
             return found.flops * shown / found.images
         images = self.train_set(node)
