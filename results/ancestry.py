@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +45,12 @@ class Step:
 class Archive:
     """The nodes of runs folders, or of folders with kept records (`results.kept`), by key; of copies of a node the first that has a record counts.
 
-    Each file is read once. `kept` are the results of kept records; files beside those records are not there.
+    Each file is read once. `kept` are the results of kept records; files beside those records are not there. `unread`: why a record could not be read.
     """
 
     roots: tuple[Path, ...]
     kept: list[Result] = field(default_factory=list, repr=False)
+    unread: dict[str, str] = field(default_factory=dict, repr=False)
     _folders: dict[str, list[Path]] = field(default_factory=dict, repr=False)
     _chosen: dict[str, Path | None] = field(default_factory=dict, repr=False)
     _jobs: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
@@ -104,8 +106,14 @@ class Archive:
         """The record of a folder, None where there is none that can be read."""
         try:
             return None if folder is None else self.read(folder)
-        except UserError:
+        except UserError as error:
+            self.unread[str(folder)] = str(error)
             return None
+
+    def tell(self) -> None:
+        """Say on stderr which records could not be read: what stands on them is there, and what they would say of it is not known."""
+        for line in self.unread.values():
+            print(f"harness: {line}", file=sys.stderr)
 
     def jobs(self) -> Mapping[str, Mapping[str, Any]]:
         """Key -> what job.json says of each node that can be read, or its record, which says the same."""

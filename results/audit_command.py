@@ -51,6 +51,7 @@ class Audit:
             archive = choice.archive
             found = [(f"{s.protocol}, {s.backbone}, {s.data}, tuning {s.tuning}", of_sheet(s, archive))
                      for s in sheets(choice.results, choice.methods, choice.evals)]
+            archive.tell()
         if args.format == "json":
             print(json.dumps([{"table": title, "items": [as_row(i) for i in items]} for title, items in found], indent=1, ensure_ascii=False))
         else:

@@ -67,13 +67,13 @@ class Report:
         if args.out.is_dir():
             raise UserError(f"--out {args.out}: is a folder: name a file, as in {args.out / 'report.html'}")
         choice = choose(args)
-        page = Page(choice.archive, args.out.resolve().parent, not args.no_image_noise)
-        text = page.render(choice.results, choice.methods, choice.evals)
+        text = Page(choice.archive, args.out.resolve().parent, not args.no_image_noise).render(choice.results, choice.methods, choice.evals)
         try:
             write_atomically(args.out, lambda stream: stream.write(text.encode()))
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written ({error.strerror}): choose another file") from error
         print(args.out)
+        choice.archive.tell()
         return 0
 
 

@@ -135,6 +135,7 @@ class Table:
             else:
                 text = self.render(choice.results, args.format, choice.methods, choice.evals, args.spread, cost=args.cost, archive=choice.archive)
         print(text)
+        choice.archive.tell()
         return 0
 
 

@@ -246,6 +246,12 @@ def test_damaged_files_in_runs(harness: Call, here: Call, tmp_path: Path) -> Non
     """`table` names the damaged file; `status`, which is there to find such things, goes on and shows it."""
     line = (*run(), "--set", "rotation.recipe.iterations=1", "--set", "nearest-mean.images=5")
     assert harness(*line, "--launcher", "debug").returncode == 0
+    above = next((tmp_path / "runs").glob("pretrain-*/record.json"))
+    text = above.read_text()
+    above.write_text('{"b')
+    done = here("table")
+    assert done.returncode == 0 and "top-1" in done.stdout and str(above.relative_to(tmp_path)) in done.stderr and done.stderr.count("\n") == 1
+    above.write_text(text)
     record = next((tmp_path / "runs").glob("evaluate-*/record.json"))
     whole = json.loads(record.read_text())
     for body in ({"schema": 1}, {**whole, "metrics": None}, {**whole, "metrics": [1]}, {**whole, "metrics": {"top-1": "?"}}, {**whole, "about": 3}):
