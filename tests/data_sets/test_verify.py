@@ -177,6 +177,6 @@ def test_command_says_so_and_exits_with_1(harness: Callable[..., subprocess.Comp
     assert done.returncode == 0 and done.stdout.startswith("imagenet: in order"), done.stderr
     path = truncate(first(root / "imagenet/train", "*.jpg"))
     done = harness("data", "verify", "imagenet", "--data", str(root))
-    assert done.returncode == 1 and str(path) in done.stdout and "imagenet: 1 problems" in done.stdout and "Traceback" not in done.stderr
+    assert done.returncode == 1 and str(path) in done.stdout and "imagenet: 1 problem in" in done.stdout and "Traceback" not in done.stderr
     done = harness("data", "verify", "imagnet", "--data", str(root))
     assert done.returncode == 2 and "did you mean imagenet" in done.stderr

@@ -163,7 +163,7 @@ def test_folder_is_where_and_not_what(colors: Path, tmp_path: Path) -> None:
     assert digest(one) == digest(other) and digest(dataclasses.replace(one, holdout=0.1)) != digest(one)
     assert dataclasses.replace(one, holdout=0.1).datasets(TINY) == one.datasets(TINY)
     for wrong in ("", str(tmp_path / "nowhere")):
-        with pytest.raises(UserError, match="no such folder"):
+        with pytest.raises(UserError, match="is no folder"):
             ImageFolder.from_argument(wrong)
 
 
