@@ -61,7 +61,7 @@ def result_of(about: Mapping[str, Any], status: str, reason: str, record: Mappin
 def cells_of(folder: Path, about: Mapping[str, Any]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
     """The cells that stand on a node, by their place: what its job or record is `about`, and what was noted beside it."""
     also = read_json(folder / ALSO)
-    return {tuple(map(a.get, PLACE)): a for a in [*(also if isinstance(also, list) else ()), about]}
+    return {tuple(map(a.get, PLACE)): a for a in [*(also if isinstance(also, list) else ()), about] if isinstance(a, Mapping)}
 
 
 def note_cells(cells: Iterable[Any], store: Store) -> None:
@@ -72,7 +72,8 @@ def note_cells(cells: Iterable[Any], store: Store) -> None:
         if cell.node is None or "trial" in cell.about:
             continue
         if (folder := store.folder(cell.node)) not in known:
-            known[folder] = cells_of(folder, (read_json(folder / "job.json") or {}).get("about") or cell.about)
+            job = read_json(folder / "job.json")
+            known[folder] = cells_of(folder, (job.get("about") if isinstance(job, dict) else None) or cell.about)
         if (place := tuple(map(cell.about.get, PLACE))) not in known[folder]:
             known[folder][place] = cell.about
             write_json(folder / ALSO, list(known[folder].values()))

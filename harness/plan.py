@@ -248,18 +248,18 @@ class Planner:
         cells = list[Cell]()
         for seed in self.request.seeds:
             for method_name, method, method_notes, named in methods:
-                if getattr(method, "seedless", False) and seed != self.request.seeds[0]:
+                own = 0 if (seedless := getattr(method, "seedless", False)) else seed
+                if seedless and seed != self.request.seeds[0]:
                     continue  # the same weights once more would pass for another run
                 try:
-                    parent, notes = self.pretrain(method_name, method, seed, method_notes)
-                    skipped = ""
+                    parent, notes, skipped = *self.pretrain(method_name, method, own, method_notes), ""
                 except (JobFailed, UserError) as error:
                     if named and isinstance(error, UserError):
                         raise
                     parent, notes, skipped = None, (), str(error)
                 for name, evaluator, eval_notes, explicit in evaluators:
                     for eval_seed in self.request.eval_seeds:
-                        about = self.about(method_name, name, evaluator, seed, eval_seed)
+                        about = self.about(method_name, name, evaluator, own, eval_seed)
                         about["deviations"] = [*method_notes, *notes]
                         if parent is None:
                             cells.append(Cell(about, None, skipped))
