@@ -130,7 +130,7 @@ def check_loss(ours: Tensor, arrays: Arrays, key: str) -> None:
     assert abs(ours.item() - recorded) <= rtol * abs(recorded), f"{key}: {ours.item()!r}, the original's {recorded!r}"
 
 
-def check_gradients(module: nn.Module, arrays: Arrays, run: str, rename: Callable[[str], str]) -> None:
+def check_gradients(module: nn.Module, arrays: Arrays, run: str, rename: Callable[[str], str], atol: float = 1e-6) -> None:
     """All gradients as recorded: which parameters have one, their norms, sums and some whole. `rename` maps the original's names to ours."""
     given = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     recorded = names(arrays, f"{run}/grad_names")
@@ -142,7 +142,7 @@ def check_gradients(module: nn.Module, arrays: Arrays, run: str, rename: Callabl
             assert abs(grad.norm().item() - norm) <= 1e-4 * norm + 1e-6, name
         assert abs(grad.sum().item() - total) <= 1e-5 * norm * grad.numel() ** 0.5 + 1e-6, name
     for name, grad in section(arrays, f"{run}/grad").items():
-        np.testing.assert_allclose(ours[name].numpy(), grad.numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(ours[name].numpy(), grad.numpy(), rtol=1e-4, atol=atol, err_msg=name)
 
 
 def check_groups(groups: list[dict[str, Any]], expected: Mapping[str, tuple[float, float]], rename: Callable[[str], str]) -> None:
