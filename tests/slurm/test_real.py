@@ -23,6 +23,7 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 LINE = ("run", "--protocol", "smoke", "--methods", "rotation", "--evals", "nearest-mean")
 PROFILE = 'cpus = 1\npartition = "low"\ntime = "30"\n'
 LONG = ("--set", "rotation.recipe.iterations=400")
+HALF = ("--set", "rotation.recipe.iterations=200")  # of what CI runs, where minutes count
 
 GREEDY = """
 import dataclasses, torch
@@ -123,7 +124,7 @@ def test_a_job_that_is_put_back_goes_on_to_the_same_number(harness: Call, on_slu
     """By scontrol requeue, as an administrator does it, by the signal that announces a time limit, or by a job of a higher partition."""
     import torch
 
-    line = (*LINE, *LONG)
+    line = (*LINE, *HALF)
     assert harness(*line, *on_slurm).returncode == 3
     wait_for(saved(tmp_path / "runs"))
     pretrain = min(queue(), key=int)
@@ -246,7 +247,7 @@ def test_a_full_disk_leaves_the_states_before_it(harness: Call, on_slurm: tuple[
 
 def test_a_lost_node_is_left_and_the_job_goes_on(harness: Call, slurm: Cluster, on_slurm: tuple[str, ...], tmp_path: Path) -> None:
     """A node dies: its slurmd and all processes of the job at once, without a word. SLURM starts it again elsewhere, from its last state."""
-    line = (*LINE, *LONG)
+    line = (*LINE, *HALF)
     assert harness(*line, *on_slurm).returncode == 3
     wait_for(saved(tmp_path / "runs"))
     job = int(next((tmp_path / "runs").glob("pretrain-*/lock")).read_text().split()[1])
