@@ -48,8 +48,8 @@ def check_variables() -> None:
     """Look at the numbers and switches that jobs will read. Raises UserError."""
     for name, least in LEAST.items():
         number_from(name, least)
-    for name in ("HARNESS_CPU", "HARNESS_FORCE_ACCUMULATION", "HARNESS_RECOMPUTE", "HARNESS_SHARD"):
-        if (text := os.environ.get(name, "")) not in ("", "1", *(() if name == "HARNESS_CPU" else "0")):
+    for name, off in (("HARNESS_CPU", ""), ("HARNESS_FORCE_ACCUMULATION", "0"), ("HARNESS_RECOMPUTE", "0"), ("HARNESS_SHARD", "0")):
+        if (text := os.environ.get(name, "")) not in ("", "1", off):
             raise UserError(f"{name}={text}: expected 1; unset it for the opposite")
     processes_here()
 

@@ -5,6 +5,7 @@
                              machine.json  threads and GEMM mode      usage.json               seconds used so far
                              checkpoint/   weights and training state progress.json            where it stands
                              record.json   the result, written last   failure.json             why it failed
+                             cells.json    cells that stand on it, if several
 """
 
 from __future__ import annotations

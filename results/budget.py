@@ -86,14 +86,13 @@ class Budget:
     def flops(self, node: Node) -> float | None:
         """FLOPs of a node's training steps: those that a record has counted for the same computation, for as many images as it will be shown; where there is
         no record (a field, the ViT or the precision is another) those of one step of a pre-training or an asset, counted without numbers (`results.flops`),
-        times its steps. 0 where nothing is trained, None where neither tells or its data is not there yet."""
+        times its steps; of an asset always these. 0 where nothing is trained, None where neither tells or its data is not there yet."""
         recipe: Any = node.recipe
         if not recipe:
             return 0.0
         found = self.computed.get(same := computation(node.job(Path())))
-        if node.kind == "asset":  # records of tokenizers from before 2026-11-22 have half as many again (CHANGELOG)
-            found = None
-        if found and found.flops and (shown := self.images(node, found)):
+        # Not those of assets: records of tokenizers from before 2026-11-22 have half as many again (CHANGELOG).
+        if node.kind != "asset" and found and found.flops and (shown := self.images(node, found)):
             return found.flops * shown / found.images
         images = self.train_set(node)
         if node.kind == "evaluate" or not images:

@@ -16,7 +16,7 @@ ROOMS = ("results", "launchers", "slurm", "protocols", "data_sets", "weights", "
 BUDGETS = {"methods": 250, "evals": 250, "harness": 300, **dict.fromkeys(ROOMS, 300)}
 # The design hoped for 3,000. Provenance, the worker, positions, parts of a batch, restricted unpickling, jobs on several processes and checkpoints written
 # beside the training, loggers, restarts and sharding took the rest; the conformance suite is not in it.
-CORE = 5668
+CORE = 5669
 MODULES = sorted(p for room in (*BUDGETS, "tests", "benchmarks") for p in (ROOT / room).rglob("*.py"))
 OURS = [p for p in MODULES if p.relative_to(ROOT).parts[0] in BUDGETS]
 
